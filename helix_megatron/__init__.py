@@ -1,0 +1,1 @@
+"""Helix for Megatron: two-level tensor-parallel attention."""

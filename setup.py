@@ -1,0 +1,38 @@
+"""Packaging of Helix for Megatron. `pip install -e .` is all a user needs; scripts/env.sh does it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="helix-megatron",
+    version="0.1.0",
+    description="Two-level (head group x head dimension) tensor-parallel attention for Megatron-LM",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.12",
+    packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
+    install_requires=[
+        "megatron-core>=0.19.0,<0.20",  # the wheel carries megatron.core and megatron.training
+        "torch>=2.6",
+        "numpy",
+        "einops",  # Megatron's dynamic inference path
+        "psutil",  # Megatron's torch_dist checkpoints
+        "pyyaml",
+        "rich",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["helix=helix_megatron.cli:main"]},
+)
