@@ -1,0 +1,325 @@
+"""Start the ranks of a distributed run as real processes on this machine: import once, then fork.
+
+`run_ranks` is for tests and scripts, `python -m helix_megatron.launch` is the host counterpart of torchrun:
+
+    python -m helix_megatron.launch --nproc-per-node 4 pretrain.py --helix-host-mode --tensor-model-parallel-size 4
+
+A fork server imports torch and Megatron, ranks are forked from it: neither the caller's threads nor its autograd state
+reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with what they have started
+(each rank leads a process group); the fork server ends when the caller is gone, and the kernel then kills the ranks.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+
+_PRELOAD = ["helix_megatron.launch_preload", "helix_megatron.launch"]
+_GRACE_S = 1.0  # how long, after one failure, reports of earlier ones may still arrive
+_TAIL_BYTES = 4000
+_PR_SET_PDEATHSIG = 1
+
+
+class RankError(RuntimeError):
+    """A rank failed, died, or did not finish in time.
+
+    Attributes: `rank` (the first one to fail, or the first still running at a time-out), `exit_code` (what a launcher
+    should exit with), `message` (the text of a `SystemExit("text")`, else None), `log_tail` (the end of its output).
+    """
+
+    def __init__(self, text, rank, exit_code=1, message=None, log_tail=""):
+        super().__init__(text)
+        self.rank, self.exit_code, self.message, self.log_tail = rank, exit_code, message, log_tail
+
+
+def run_ranks(
+    function, world_size, *args, timeout_s=300, env=None, host_mode=True, log_dir=None, show_rank0=False
+) -> list:
+    """Run `function(*args)` in `world_size` processes and return what each returned, in rank order.
+
+    Args:
+        function: a top-level function (pickled by name). It finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+            MASTER_ADDR and a free MASTER_PORT in the environment, and calls init_process_group itself.
+        world_size: number of ranks.
+        args: pickled; so are the results (tensors by value).
+        timeout_s: seconds until every rank is killed.
+        env: variables to set in the ranks, besides the caller's; a value of None unsets one.
+        host_mode: call `enable_host_mode()` in every rank first.
+        log_dir: folder for rank_k.log, the output of rank k. Default: kept only until the ranks are done.
+        show_rank0: leave rank 0's output on this terminal instead.
+
+    Raises:
+        RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the other
+            ranks are killed. The rank named is the first by time, not by index.
+        ValueError: world_size < 1.
+    """
+    if world_size < 1:
+        raise ValueError(f"run_ranks was given world_size={world_size}: at least one rank is needed")
+    folder = str(log_dir) if log_dir is not None else tempfile.mkdtemp(prefix="helix_ranks_")
+    os.makedirs(folder, exist_ok=True)
+    payload = pickle.dumps((function, args))
+    environment = _rank_environment(world_size, env)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    ranks = []
+    with _terminate_as_exception():
+        try:
+            with _main_hidden(function):
+                for rank in range(world_size):
+                    log = None if rank == 0 and show_rank0 else os.path.join(folder, f"rank_{rank}.log")
+                    ranks.append(_Rank(context, rank, log, (payload, environment, host_mode)))
+            return _collect(ranks, timeout_s)
+        finally:
+            _end(ranks)
+            if log_dir is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Rank:
+    """One started process, its connection, and what is known of it."""
+
+    def __init__(self, context, rank, log, job):
+        self.rank, self.log = rank, log
+        self.connection, theirs = context.Pipe()
+        self.report = None  # ("ok", pickled value) or ("error", monotonic time, traceback, exit code, message)
+        self.died = False
+        self.process = context.Process(target=_rank_main, args=(rank, theirs, log, *job), name=f"rank {rank}")
+        self.process.start()
+        theirs.close()
+
+    def read(self) -> None:
+        """Take the report, or note that there will be none."""
+        if self.report is not None or self.died:
+            return
+        try:
+            if self.connection.poll():
+                self.report = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.died = True
+
+    @property
+    def failed(self) -> bool:
+        return self.died or (self.report is not None and self.report[0] == "error")
+
+    def tail(self) -> str:
+        if self.log is None or not os.path.exists(self.log):
+            return ""
+        with open(self.log, "rb") as file:
+            file.seek(max(0, os.path.getsize(self.log) - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+    def error(self) -> RankError:
+        """The exception for a failed rank."""
+        tail = self.tail()
+        shown = f"\n--- end of its output ---\n{tail}" if tail else ""
+        if self.died:
+            self.process.join(5)
+            code = self.process.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with code {code}"
+            text = f"rank {self.rank} {how} without returning{shown}"
+            return RankError(text, self.rank, exit_code=128 - code if code and code < 0 else code or 1, log_tail=tail)
+        _, _, trace, code, message = self.report
+        return RankError(f"rank {self.rank} failed:\n{trace}{shown}", self.rank, code, message, tail)
+
+
+def _collect(ranks, timeout_s) -> list:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        waiting = [rank for rank in ranks if rank.report is None and not rank.died]
+        if any(rank.failed for rank in ranks):
+            raise _first_failure(ranks).error()
+        if not waiting:
+            break
+        left = deadline - time.monotonic()
+        if left <= 0:
+            names = ", ".join(str(rank.rank) for rank in waiting)
+            tails = "".join(f"\n--- end of the output of rank {r.rank} ---\n{r.tail()}" for r in waiting[:2] if r.log)
+            raise RankError(
+                f"after {timeout_s} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
+                waiting[0].rank,
+                exit_code=124,
+            )
+        multiprocessing.connection.wait([rank.connection for rank in waiting], timeout=left)
+        for rank in waiting:
+            rank.read()
+    return [pickle.loads(rank.report[1]) for rank in ranks]
+
+
+def _first_failure(ranks) -> _Rank:
+    # A rank that dies makes its peers fail at their next collective, within milliseconds. Errors carry the time they
+    # were raised; a rank that died without a word cannot be a consequence of the others, so it comes first.
+    end = time.monotonic() + _GRACE_S
+    while (left := end - time.monotonic()) > 0:
+        waiting = [rank for rank in ranks if rank.report is None and not rank.died]
+        if not waiting or not multiprocessing.connection.wait([rank.connection for rank in waiting], timeout=left):
+            break
+        for rank in waiting:
+            rank.read()
+    failed = [rank for rank in ranks if rank.failed]
+    return min(failed, key=lambda rank: (not rank.died, 0 if rank.died else rank.report[1]))
+
+
+def _end(ranks) -> None:
+    for rank in ranks:
+        rank.connection.close()  # a rank that has reported waits for this
+        if rank.report is None or rank.report[0] != "ok":
+            _kill_group(rank.process.pid)
+    for rank in ranks:
+        rank.process.join(10)
+        _kill_group(rank.process.pid)  # what the rank has started, and the rank if it would not leave
+        rank.process.join(10)
+        rank.process.close()
+
+
+def _kill_group(pid) -> None:
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _terminate_as_exception():
+    # SIGTERM would end this process without the finally clause that kills the ranks
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _main_hidden(function):
+    # multiprocessing runs the caller's main file in every child (pytest, or a script without a main guard); only a
+    # function that lives there needs that
+    if function.__module__ == "__main__":
+        yield
+        return
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _rank_environment(world_size, env) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = dict(os.environ)
+    variables.update(
+        WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    for name, value in (env or {}).items():
+        if value is None:
+            variables.pop(name, None)
+        else:
+            variables[name] = str(value)
+    return variables
+
+
+def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
+    """The whole life of one rank."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked to be told
+        os._exit(1)
+    os.setpgid(0, 0)
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        if host_mode:
+            from helix_megatron.host import enable_host_mode
+
+            enable_host_mode()
+        function, args = pickle.loads(payload)
+        report = ("ok", pickle.dumps(function(*args)))
+    except SystemExit as stop:
+        message = stop.code if isinstance(stop.code, str) else None
+        code = 1 if message is not None else int(stop.code or 0)
+        report = ("ok", pickle.dumps(None))
+        if code:
+            report = ("error", time.monotonic(), message or f"SystemExit({code})", code, message)
+    except BaseException:
+        report = ("error", time.monotonic(), traceback.format_exc(), 1, None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        connection.send(report)
+        if report[0] == "ok":  # peers may still need this rank's store and connections
+            with contextlib.suppress(EOFError):
+                connection.recv()
+
+
+def _run_target(module, target, arguments) -> None:
+    """Run a module or script as __main__, as `python -m` and `python` would."""
+    if "--helix-host-mode" in arguments:
+        from helix_megatron.host import enable_host_mode
+
+        enable_host_mode()
+    sys.argv = [target, *arguments]
+    if module:
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
+        runpy.run_path(target, run_name="__main__")
+
+
+def main(argv=None) -> int:
+    """The command line; returns the exit code of the first rank that failed, 124 after a time-out, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helix_megatron.launch", description="Start ranks on this machine (host mode's torchrun)."
+    )
+    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--timeout", type=float, default=86400, metavar="S", help="kill all ranks after S seconds")
+    parser.add_argument("--log-dir", metavar="DIR", help="rank k > 0 writes DIR/rank_k.log")
+    parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, not a script")
+    parser.add_argument("target", metavar="TARGET", help="script, or module with -m")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of TARGET")
+    options = parser.parse_args(argv)
+    if not options.module and not os.path.isfile(options.target):
+        parser.error(f"script {options.target!r} does not exist; a module is started with -m {options.target}")
+    try:
+        run_ranks(
+            _run_target, options.nproc_per_node, options.module, options.target, options.arguments,
+            timeout_s=options.timeout, host_mode=False, log_dir=options.log_dir, show_rank0=True,
+        )  # fmt: skip
+    except RankError as error:
+        print(error.message if error.message is not None else error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    from helix_megatron.launch import main as _main  # not __main__'s copy: ranks import this module by name
+
+    sys.exit(_main())

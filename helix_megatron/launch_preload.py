@@ -1,0 +1,20 @@
+"""What every rank needs, imported once in the process that the ranks are forked from (see `launch`).
+
+Only imports happen here: host mode is switched on in the ranks, by a call.
+"""
+
+import gc
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Megatron tells which optional packages are missing, once per import
+    import megatron.core
+    import megatron.training
+    import torch
+
+    from helix_megatron import host_megatron
+
+gc.collect()
+gc.freeze()  # a collection in a rank would otherwise write to, and so copy, every page it has inherited
+
+__all__ = ["host_megatron", "megatron", "torch"]
