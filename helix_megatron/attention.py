@@ -1,0 +1,312 @@
+"""`HelixParallelSelfAttention`: Megatron's SelfAttention on slices of heads.
+
+Note [What is Megatron's and what is ours]
+    A derived TransformerConfig with H*m heads, G*m KV heads and d/m channels makes Megatron's own
+    SelfAttention project, split, rotate and cache SLICES: its modules (ColumnParallelLinear,
+    TELayerNormColumnParallelLinear, RowParallelLinear ...) are untouched, so fp8, sequence parallelism,
+    wgrad fusion and communication overlap keep working. We change four things:
+      1. which rows and columns of the standard weights a rank initialises (layout.py);
+      2. the RoPE table is indexed by the slice's dimensions;
+      3. QK-norm sums its squares over the dim group (qk_norm.py);
+      4. the core attention exchanges slices (core_attention.py); per-slice softmax needs none, there the
+         derived model IS the model.
+    With m = 1 the class is SelfAttention, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
+
+from helix_megatron.config import HelixConfig, HelixPlan
+from helix_megatron.core_attention import HelixCoreAttention
+from helix_megatron.grid import HelixConfigError
+from helix_megatron.groups import HelixGroups, get_helix_groups
+from helix_megatron.layout import HelixLayout, Indices
+from helix_megatron.qk_norm import SliceNorm
+
+
+class HelixParallelSelfAttention(SelfAttention):
+    """Self-attention split over n head groups and m slices of the head dimension.
+
+    Args:
+        config: the model's TransformerConfig, with its true H, G and d.
+        submodules: those of the layer spec, unchanged.
+        helix: the user's settings.
+        helix_groups: process groups of the grid; the registered ones by default.
+        (others): as in Megatron's SelfAttention.
+
+    Raises:
+        HelixConfigError: the grid does not fit, or the model uses a feature that cannot work when heads
+            are sliced; the message names it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.padding,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+        *,
+        helix: HelixConfig,
+        helix_groups: HelixGroups | None = None,
+    ):
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        plan = plan_for(helix, config, pg_collection.tp.size())
+        layer = {
+            "layer_number": layer_number,
+            "attn_mask_type": attn_mask_type,
+            "cp_comm_type": cp_comm_type,
+            "pg_collection": pg_collection,
+            "pp_layer_offset": pp_layer_offset,
+            "name": name,
+        }
+        if plan.is_megatron:
+            super().__init__(config, submodules, **layer)
+            self.helix_plan = plan
+            return
+        refuse_unsupported(config, plan)
+        groups = helix_groups if helix_groups is not None else get_helix_groups()
+        if groups.grid != plan.grid:
+            raise HelixConfigError(
+                f"the layer needs grid {plan.grid}, but the process groups are those of {groups.grid}"
+            )
+        super().__init__(
+            derived_config(config, plan), _slice_submodules(submodules, config, plan, groups), **layer
+        )
+        self.helix_plan, self.helix_groups = plan, groups
+        layout, dim_rank = plan.layout, groups.dim_rank
+        self._whole_query_heads = layout.query_placement == "heads"
+        rotary_dims = torch.from_numpy(layout.rotary_dims(dim_rank))
+        self.register_buffer("_rotary_dims", rotary_dims.to(torch.cuda.current_device()), persistent=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's, [s, b, h] -> [s, b, h]; RoPE tables are cut to this rank's slice on the way."""
+        if not self.helix_plan.is_megatron:
+            if inference_context is not None and inference_context.is_dynamic_batching():
+                raise NotImplementedError(
+                    f"Helix grid {self.helix_plan.grid}: the dynamic inference engine is not supported when "
+                    "heads are sliced (m > 1); use the static inference context"
+                )
+            if rotary_pos_emb is not None:
+                q_emb, k_emb = (
+                    rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+                )
+                k_slice = self._slice_rope(k_emb)
+                if self._whole_query_heads:
+                    rotary_pos_emb = (q_emb, k_slice)
+                else:
+                    rotary_pos_emb = (k_slice if q_emb is k_emb else self._slice_rope(q_emb), k_slice)
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            key_value_states,
+            inference_context,
+            rotary_pos_emb,
+            *args,
+            **kwargs,
+        )
+
+    def _slice_rope(self, emb: Tensor | None) -> Tensor | None:
+        """Columns of a RoPE table [s, 1, 1, rotary_dim] that belong to this rank's slice."""
+        if emb is None:
+            return None
+        expected = self.helix_plan.layout.shape.rotary_dim
+        if emb.shape[-1] != expected:
+            raise HelixConfigError(
+                f"RoPE rotates {emb.shape[-1]} dimensions of each head, but Helix was configured for "
+                f"{expected}; set HelixConfig.rotary_percent to the model's rotary_percent (0 without RoPE)"
+            )
+        return emb.index_select(-1, self._rotary_dims)
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[Tensor, ...]:
+        """Query, key and value of this rank.
+
+        Returns:
+            query [s, b, hq, d_s] ("dims") or [s, b, hq/m, d] ("heads"); key and value [s, b, hk, d_s].
+        """
+        if self.helix_plan.is_megatron or not self._whole_query_heads:
+            return super().get_query_key_value_tensors(
+                hidden_states, key_value_states, output_gate, split_qkv
+            )
+        layout = self.helix_plan.layout
+        mixed_qkv, _ = self.linear_qkv(hidden_states)
+        heads = layout.query_heads // layout.grid.dim_parallel_size
+        kv = layout.kv_heads * layout.slice_dim
+        query, key, value = mixed_qkv.split([heads * layout.shape.kv_channels, kv, kv], dim=-1)
+        query = query.unflatten(-1, (heads, -1))
+        key, value = key.unflatten(-1, (layout.kv_heads, -1)), value.unflatten(-1, (layout.kv_heads, -1))
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
+        """Refused when heads are sliced: the shards would be written as if they were Megatron's."""
+        if not self.helix_plan.is_megatron:
+            raise NotImplementedError(
+                f"Helix grid {self.helix_plan.grid}: distributed checkpoints of sliced heads (m > 1) are not "
+                "supported yet; train without --save"
+            )
+        return super().sharded_state_dict(*args, **kwargs)
+
+
+def plan_for(helix: HelixConfig, config: TransformerConfig, tp_size: int) -> HelixPlan:
+    """Settle the Helix choices for a Megatron configuration on `tp_size` ranks."""
+    return helix.resolve(
+        config.num_attention_heads,
+        config.num_query_groups,
+        config.kv_channels,
+        tp_size,
+        config.rotary_interleaved,
+    )
+
+
+def derived_config(config: TransformerConfig, plan: HelixPlan) -> TransformerConfig:
+    """The configuration whose heads are this model's slices: H*m heads, G*m KV heads, d/m channels."""
+    m = plan.grid.dim_parallel_size
+    derived = copy.copy(config)
+    derived.num_attention_heads = config.num_attention_heads * m
+    derived.num_query_groups = config.num_query_groups * m
+    derived.kv_channels = config.kv_channels // m
+    return derived
+
+
+def refuse_unsupported(config: TransformerConfig, plan: HelixPlan) -> None:
+    """Refuse, by name, what would be computed wrong with sliced heads."""
+    per_slice = plan.layout.per_slice
+    reasons = {
+        "multi-latent attention (--multi-latent-attention)": isinstance(config, MLATransformerConfig)
+        and config.multi_latent_attention,
+        "context parallelism (--context-parallel-size > 1)": config.context_parallel_size > 1,
+        "the attention output gate (--attention-output-gate)": config.attention_output_gate,
+        "QK clipping (--qk-clip)": config.qk_clip,
+        f"softmax type {config.softmax_type!r} (--softmax-type)": config.softmax_type != "vanilla"
+        and not per_slice,
+        "fused QKV RoPE (--fused-single-qkv-rope)": config.fused_single_qkv_rope,
+        "flash decode (--flash-decode)": config.flash_decode,
+        "test mode (--test-mode)": config.test_mode,
+        "an experimental attention variant (--experimental-attention-variant)": bool(
+            config.experimental_attention_variant
+        ),
+        "per-slice softmax with muP attention scaling (--use-mup)": per_slice
+        and getattr(config, "use_mup", False),
+    }
+    for feature, used in reasons.items():
+        if used:
+            raise HelixConfigError(
+                f"Helix grid {plan.grid} does not support {feature}: heads are sliced (m > 1). "
+                "Turn it off, or choose a grid with m = 1"
+            )
+
+
+def _slice_submodules(
+    submodules: SelfAttentionSubmodules, config: TransformerConfig, plan: HelixPlan, groups: HelixGroups
+) -> SelfAttentionSubmodules:
+    """The spec's submodules, built for slices instead of heads."""
+    layout = plan.layout
+    changes: dict[str, Any] = {
+        "linear_qkv": _permuted_initialisation(submodules.linear_qkv, layout.qkv_permutation(), dim=0),
+        "linear_proj": _permuted_initialisation(submodules.linear_proj, layout.proj_permutation(), dim=1),
+    }
+    if not layout.per_slice:
+
+        def core_attention(*, config: TransformerConfig, **kwargs: Any) -> HelixCoreAttention:
+            del config  # the derived one: whole heads need the model's own
+            return HelixCoreAttention(submodules.core_attention, model_config, plan, groups, **kwargs)
+
+        model_config = config
+        changes["core_attention"] = core_attention
+        norms = _norm_builders(submodules, config)
+        for name, builder in norms.items():
+            whole = name == "q_layernorm" and layout.query_placement == "heads"
+            changes[name] = partial(
+                _build_qk_norm, builder, layout, None if whole else groups
+            )
+    return dataclasses.replace(submodules, **changes)
+
+
+def _norm_builders(submodules: SelfAttentionSubmodules, config: TransformerConfig) -> dict[str, Any]:
+    """Builders of the QK norms that Megatron's SelfAttention would use; empty without QK-norm."""
+    if not (config.qk_layernorm or config.qk_l2_norm):
+        return {}
+    if config.qk_l2_norm:
+        from megatron.core.transformer.torch_norm import L2Norm as default
+    else:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        default = None
+        if HAVE_TE:
+            from megatron.core.extensions.transformer_engine import TENorm as default
+    builders = {name: getattr(submodules, name) or default for name in ("q_layernorm", "k_layernorm")}
+    missing = [name for name, builder in builders.items() if builder is None]
+    if missing:
+        raise HelixConfigError(
+            f"qk_layernorm needs Transformer Engine, or {' and '.join(missing)} set in the layer spec"
+        )
+    return builders
+
+
+def _build_qk_norm(
+    builder: Any, layout: HelixLayout, groups: HelixGroups | None, *, hidden_size: int, config: Any, eps: float
+) -> torch.nn.Module:
+    """A QK norm over whole heads (groups None) or over slices of them."""
+    del hidden_size  # of a slice; the norm is over the whole head
+    norm = builder(hidden_size=layout.shape.kv_channels, config=config, eps=eps)
+    if groups is None:
+        return norm
+    return SliceNorm(norm, config, layout.key_dims(groups.dim_rank), layout.shape.kv_channels, groups.dim_group)
+
+
+def _permuted_initialisation(builder: Callable, permutation: Indices, dim: int) -> Callable:
+    """Wrap a linear layer's builder so that a rank initialises ITS rows of the master weight.
+
+    With `--use-cpu-initialization` Megatron draws the whole master weight on every rank and keeps the
+    rank's contiguous chunk. Permuting the master right after the draw makes that chunk the rows (dim 0)
+    or columns (dim 1) of this rank's slices: the model is the same at every grid. A local draw (GPU
+    initialisation) is left alone, its entries are independent.
+    """
+
+    def build(*args: Any, init_method: Callable[[Tensor], Any], **kwargs: Any) -> torch.nn.Module:
+        def init(weight: Tensor) -> Any:
+            result = init_method(weight)
+            if weight.shape[dim] == len(permutation):
+                with torch.no_grad():
+                    index = torch.from_numpy(permutation).to(weight.device)
+                    weight.copy_(weight.index_select(dim, index))
+            return result
+
+        return builder(*args, init_method=init, **kwargs)
+
+    return build

@@ -1,0 +1,119 @@
+"""The user's Helix settings, and what they mean for one attention layer.
+
+Pure arithmetic: no torch, no Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix_megatron.grid import AttentionShape, HelixConfigError, HelixGrid, check_grid
+from helix_megatron.layout import HelixLayout
+
+SOFTMAX_KINDS = ("exact", "per-slice")
+COMM_TYPES = ("auto", "a2a", "all_reduce")
+QUERY_PLACEMENTS = ("auto", "dims", "heads")
+
+
+@dataclass(frozen=True)
+class HelixConfig:
+    """What the user asked for; every default means "choose for me" or "as Megatron computes"."""
+
+    head_parallel_size: int | None = None
+    """n, head groups. None: from the model and the tensor-parallel size."""
+
+    dim_parallel_size: int | None = None
+    """m, slices of each head. None: likewise."""
+
+    softmax: str = "exact"
+    """"exact": ordinary attention over the whole head. "per-slice": softmax inside each slice, the
+    formula of the Helix paper; a different model (H*m heads of dimension d/m)."""
+
+    comm_type: str = "auto"
+    """How slices meet in exact attention: "a2a" (gather K and V, exchange queries; the default) or
+    "all_reduce" (sum partial scores; s^2 memory, for reference and very short sequences)."""
+
+    query_placement: str = "auto"
+    """"dims": query heads are sliced like keys. "heads": every rank holds whole query heads (needs
+    m | H/n). "auto": heads where legal and useful."""
+
+    rotary_percent: float = 1.0
+    """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("softmax", SOFTMAX_KINDS),
+            ("comm_type", COMM_TYPES),
+            ("query_placement", QUERY_PLACEMENTS),
+        ):
+            if getattr(self, name) not in choices:
+                raise HelixConfigError(
+                    f"helix {name} {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}"
+                )
+        if self.softmax == "per-slice" and self.comm_type != "auto":
+            raise HelixConfigError(
+                f"comm type {self.comm_type!r} was given with per-slice softmax, which exchanges nothing; "
+                "leave the comm type at 'auto'"
+            )
+
+    def resolve(
+        self,
+        num_attention_heads: int,
+        num_query_groups: int,
+        kv_channels: int,
+        tensor_model_parallel_size: int,
+        rotary_interleaved: bool = False,
+    ) -> HelixPlan:
+        """Settle every choice for one layer.
+
+        Raises:
+            HelixConfigError: the settings do not fit the layer.
+        """
+        rotary_dim = int(kv_channels * self.rotary_percent)
+        shape = AttentionShape(
+            num_attention_heads, num_query_groups, kv_channels, rotary_dim, rotary_interleaved
+        )
+        grid = check_grid(
+            shape, tensor_model_parallel_size, self.head_parallel_size, self.dim_parallel_size
+        )
+        per_slice = self.softmax == "per-slice"
+        comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
+        placement = self.query_placement
+        if placement == "auto":
+            query_heads = num_attention_heads // grid.head_parallel_size
+            whole_heads = query_heads % grid.dim_parallel_size == 0
+            placement = "heads" if whole_heads and comm_type == "a2a" else "dims"
+        return HelixPlan(HelixLayout(shape, grid, placement, per_slice), comm_type)
+
+
+@dataclass(frozen=True)
+class HelixPlan:
+    """Settled choices for one attention layer.
+
+    Args:
+        layout: shape, grid and placement.
+        comm_type: "a2a", "all_reduce", or "none" (per-slice softmax).
+    """
+
+    layout: HelixLayout
+    comm_type: str
+
+    @property
+    def grid(self) -> HelixGrid:
+        return self.layout.grid
+
+    @property
+    def is_megatron(self) -> bool:
+        """m = 1: nothing is sliced, the layer is Megatron's own."""
+        return self.grid.dim_parallel_size == 1
+
+    def describe(self) -> str:
+        """One line for the log."""
+        if self.is_megatron:
+            return f"grid {self.grid}: heads are not sliced, attention is Megatron's own"
+        softmax = "per-slice" if self.layout.per_slice else "exact"
+        return (
+            f"grid {self.grid}, {softmax} softmax, comm type {self.comm_type}, "
+            f"query placement {self.layout.query_placement}, slice of {self.layout.slice_dim} "
+            f"of {self.layout.shape.kv_channels} dimensions"
+        )

@@ -1,0 +1,122 @@
+"""Communication of Helix attention: every collective of the dim group, with its backward.
+
+Shapes: S sequence, B batch, N query heads of a head group (hq), K its KV heads (hk), D head dimension,
+m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per rank and layer, forward.
+
+    collective            payload                                    received            backward
+    gather_slices (K, V)  [2 S B K d_s] from each rank               2 (m-1) S B K d_s   sum of slices (same)
+    all-to-all (Q)        slice of all heads -> whole some heads     (m-1)/m S B N d_s   all-to-all, reversed
+    all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
+    all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
+
+Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
+Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
+strides would be silently wrong, and gloo insists on flat buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _AllGather(torch.autograd.Function):
+    """[n] on each of m ranks -> [m, n]; backward sums the m gradients of this rank's block in fp32.
+
+    The sum is an all-to-all and a local fp32 sum: as many bytes as a reduce-scatter, but partial sums
+    are not rounded to half precision between ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = flat.new_empty(group.size() * flat.numel())
+        dist.all_gather_into_tensor(out, flat.contiguous(), group=group)
+        return out.view(group.size(), -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        received = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        dist.all_to_all_single(received.view(-1), grad.view(-1), group=ctx.group)
+        return received.sum(dim=0, dtype=torch.float32).to(grad.dtype), None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Flat all-to-all with uneven pieces; backward is the all-to-all of the gradients back."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out = flat.new_empty(sum(receive))
+        dist.all_to_all_single(out, flat.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out = grad.new_empty(sum(ctx.send))
+        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over the group; every rank goes on with the sum, so the backward is a sum too."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = tensor.contiguous().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out = grad.contiguous().clone()
+        dist.all_reduce(out, group=ctx.group)
+        return out, None
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of `tensor` (any shape, fp32) over `group`. Backward: all-reduce."""
+    return _AllReduceSum.apply(tensor, group)
+
+
+def gather_slices(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """All-gather several equally typed tensors in ONE collective.
+
+    Args:
+        tensors: local tensors of any shapes.
+    Returns:
+        for each, [m, *shape]: the tensor of every rank of the group. Backward: summed to each owner.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    gathered = _AllGather.apply(packed, group)  # [m, sum of sizes]
+    return [
+        part.reshape(group.size(), *tensor.shape)
+        for part, tensor in zip(gathered.split(sizes, dim=1), tensors, strict=True)
+    ]
+
+
+def all_to_all(
+    pieces: Sequence[Tensor], receive_shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Send piece t to rank t of the group, receive one piece from each rank; pieces may differ or be empty.
+
+    Args:
+        pieces: m tensors.
+        receive_shapes: shape of the piece that comes from each rank.
+    Returns:
+        m tensors of those shapes. Backward: the gradients travel back.
+    """
+    send = [piece.numel() for piece in pieces]
+    receive = [int(torch.Size(shape).numel()) for shape in receive_shapes]
+    packed = torch.cat([piece.reshape(-1) for piece in pieces])
+    received = _AllToAll.apply(packed, send, receive, group)
+    return [
+        part.reshape(tuple(shape))
+        for part, shape in zip(received.split(receive), receive_shapes, strict=True)
+    ]

@@ -1,0 +1,140 @@
+"""Whole heads from slices and slices from whole heads, over the dim group (no knowledge of Megatron).
+
+S sequence, B batch, N query heads of the head group (hq), K KV heads (hk), D head dimension, d_s = D/m.
+Rank t of the dim group works, in attention, on part u = t // c of the query heads and part p = t % c of
+the query positions (c = 1 whenever m divides hq; see HelixLayout.head_parts and position_parts).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helix_megatron.exchange import all_to_all, gather_slices
+from helix_megatron.layout import HelixLayout, part_length, position_chunks
+
+
+def merge_key_slices(slices: Tensor, layout: HelixLayout) -> Tensor:
+    """[m, ..., d_s] query or key slices -> [..., D] in the head's own order, contiguous.
+
+    One copy: rotary slices hold complete pairs, so they interleave with the slices of the partner half.
+    """
+    m, shape = layout.grid.dim_parallel_size, layout.shape
+    if layout.per_slice:
+        return merge_value_slices(slices)
+    if not shape.rotary_dim:
+        return merge_value_slices(slices)
+    rotary, rest = slices.split([shape.rotary_dim // m, (shape.kv_channels - shape.rotary_dim) // m], dim=-1)
+    halves = 1 if shape.rotary_interleaved else 2
+    # [m, ..., halves * pairs] -> [..., halves, m, pairs] -> [..., rotary_dim]
+    merged = rotary.unflatten(-1, (halves, -1)).movedim(0, -2).flatten(-3)
+    return torch.cat([merged, merge_value_slices(rest)], dim=-1) if rest.shape[-1] else merged
+
+
+def merge_value_slices(slices: Tensor) -> Tensor:
+    """[m, ..., d_s] value or output slices -> [..., D], contiguous."""
+    return slices.movedim(0, -2).flatten(-2)
+
+
+def gather_keys_values(
+    key: Tensor, value: Tensor, kv_heads: slice, layout: HelixLayout, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Whole K and V of the head group's heads in `kv_heads`, from slices: one all-gather.
+
+    Args:
+        key, value: [S, B, K, d_s].
+    Returns:
+        [S, B, len(kv_heads), D] each.
+    """
+    keys, values = gather_slices([key, value], group)  # [m, S, B, K, d_s]
+    return (
+        merge_key_slices(keys[:, :, :, kv_heads], layout),
+        merge_value_slices(values[:, :, :, kv_heads]),
+    )
+
+
+def select_positions(tensor: Tensor, part: int, parts: int, dim: int = 0) -> Tensor:
+    """The positions of one zigzag part along `dim`."""
+    chunks = position_chunks(tensor.shape[dim], part, parts)
+    if len(chunks) == 1:
+        return tensor
+    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in chunks], dim=dim)
+
+
+def _restore_positions(parts: list[Tensor], length: int) -> Tensor:
+    """Inverse of select_positions over dim 0, given all parts in order."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = [], []
+    for p, tensor in enumerate(parts):
+        (start, stop), _ = position_chunks(length, p, len(parts))
+        head, tail = tensor.split([stop - start, tensor.shape[0] - (stop - start)])
+        first.append(head)
+        second.append(tail)
+    return torch.cat(first + second[::-1])
+
+
+def whole_queries(query: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:
+    """Query slices of all heads and positions -> whole heads of some heads and positions.
+
+    Args:
+        query: [S, B, N, d_s], slice j of every head of the group.
+    Returns:
+        [S_p, B, N/a, D], heads of part u and positions of part p of this rank.
+    """
+    a, c = layout.head_parts, layout.position_parts
+    s, b, n, d_s = query.shape
+    pieces = [
+        select_positions(heads, p, c) for heads in query.chunk(a, dim=2) for p in range(c)
+    ]  # piece t = u c + p
+    own = part_length(s, group.rank() % c, c)
+    received = all_to_all(pieces, [(own, b, n // a, d_s)] * group.size(), group)
+    return merge_key_slices(torch.stack(received), layout)
+
+
+def output_slices(out: Tensor, length: int, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:
+    """Whole heads of some heads and positions -> slice j of all heads and positions.
+
+    Args:
+        out: [S_p, B, N/a, D].
+        length: S.
+    Returns:
+        [S, B, N, d_s].
+    """
+    a, c = layout.head_parts, layout.position_parts
+    _, b, heads, _ = out.shape
+    shapes = [(part_length(length, p, c), b, heads, layout.slice_dim) for _ in range(a) for p in range(c)]
+    received = all_to_all(out.chunk(layout.grid.dim_parallel_size, dim=-1), shapes, group)
+    parts = [_restore_positions(received[u * c : (u + 1) * c], length) for u in range(a)]
+    return torch.cat(parts, dim=2)
+
+
+def query_slices(query: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:
+    """Whole heads of one rank each -> slice j of all heads ("heads" placement, all-reduce attention).
+
+    Args:
+        query: [S, B, N/m, D].
+    Returns:
+        [S, B, N, d_s].
+    """
+    m = layout.grid.dim_parallel_size
+    s, b, heads, _ = query.shape
+    index = [torch.as_tensor(layout.key_dims(j), device=query.device) for j in range(m)]
+    pieces = [query.index_select(-1, dims) for dims in index]
+    received = all_to_all(pieces, [(s, b, heads, layout.slice_dim)] * m, group)
+    return torch.cat(received, dim=2)
+
+
+def whole_outputs(out: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Slice j of all heads -> whole heads of this rank ("heads" placement, all-reduce attention).
+
+    Args:
+        out: [S, B, N, d_s].
+    Returns:
+        [S, B, N/m, D].
+    """
+    m = group.size()
+    s, b, heads, d_s = out.shape
+    received = all_to_all(out.chunk(m, dim=2), [(s, b, heads // m, d_s)] * m, group)
+    return merge_value_slices(torch.stack(received))
