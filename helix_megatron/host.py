@@ -1,9 +1,10 @@
 """Host mode: the unmodified Megatron training loop on a machine without a GPU.
 
-Megatron assumes CUDA everywhere. `enable_host_mode()` makes the part of the CUDA surface that Megatron uses act
-on host memory, with gloo in place of NCCL. It is one explicit call, never made by an import, and it cannot be
-undone: use it in processes that do nothing else (tests, `python -m helix_megatron.launch`). The random streams
-and the meaning of `device='cuda'` are in `host_rng`, the changes inside Megatron's own modules in `host_megatron`.
+Megatron assumes CUDA everywhere. `enable_host_mode()` makes the part of the CUDA surface that Megatron uses
+act on host memory, with gloo in place of NCCL. It is one explicit call, never made by an import, and it
+cannot be undone: use it in processes that do nothing else (tests, `python -m helix_megatron.launch`). The
+random streams and the meaning of `device='cuda'` are in `host_rng`, the changes inside Megatron's own modules
+in `host_megatron`.
 """
 
 import contextlib
@@ -45,17 +46,17 @@ def enable_host_mode() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError(
-            f"host mode was asked for, but this process has {torch.cuda.device_count()} usable CUDA device(s), and "
-            "host mode puts every tensor that Megatron wants on the GPU in host memory. Leave --helix-host-mode "
-            "out, or hide the GPUs with CUDA_VISIBLE_DEVICES= before Python starts."
+            f"host mode was asked for, but this process has {torch.cuda.device_count()} usable CUDA devices, "
+            "and host mode puts every tensor that Megatron wants on the GPU in host memory. Leave "
+            "--helix-host-mode out, or hide the GPUs with CUDA_VISIBLE_DEVICES= before Python starts."
         )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
-    # Megatron first: importing it imports dynamo, which indexes torch's functions and refuses to see one twice
+    # Megatron first: it imports dynamo, which indexes torch's functions and refuses to see one twice
     from helix_megatron import host_megatron
 
-    torch._dynamo.config.disable = True  # it may have read TORCHDYNAMO_DISABLE before
+    torch.compiler.set_stance("force_eager")  # Megatron may have been imported, and compiled, before
     _enabled = True
     _patch_queries()
     _patch_streams()
@@ -84,8 +85,8 @@ def _memory() -> tuple[int, int]:
 
 
 def _patch_queries() -> None:
-    # arguments.py, initialize.py, training.py, dynamic_context.py: one device, index 0. Compute capability 8.0
-    # has bf16 and none of the paths that are written for Hopper alone.
+    # arguments.py, initialize.py, training.py, dynamic_context.py: one device, index 0. Compute capability
+    # 8.0 has bf16 and none of the paths that are written for Hopper alone.
     _, total = _memory()
     properties = types.SimpleNamespace(
         name="host", major=8, minor=0, total_memory=total, multi_processor_count=os.cpu_count(), warp_size=32,
@@ -144,6 +145,10 @@ class HostStream:
     def query(self) -> bool:
         """All work is done."""
         return True
+
+    def is_capturing(self) -> bool:
+        """There are no CUDA graphs here (torch's optimizers ask)."""
+        return False
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -259,7 +264,7 @@ def _patch_groups() -> None:
     limit = datetime.timedelta(seconds=float(os.environ.get("HELIX_HOST_TIMEOUT_S", "300")))
 
     def on_gloo(function, takes_backend_first=False):
-        # parallel_state.py, initialize.py, hyper_comm_grid.py ask for nccl, a device and NCCL's options; a rank
+        # parallel_state.py, initialize.py, hyper_comm_grid.py ask for nccl, a device, NCCL's options; a rank
         # that waits in vain should not wait gloo's 30 minutes
         def call(*args, **kwargs):
             if takes_backend_first and args:

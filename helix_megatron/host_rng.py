@@ -1,9 +1,9 @@
 """Placement and random streams of host mode: what `device='cuda'` means, and which stream a draw uses.
 
 Megatron draws from two streams, which on a GPU machine are two devices: the *host* stream
-(`torch.manual_seed`, `--use-cpu-initialization`) is the same on every tensor-parallel rank, the *device* stream
-(`torch.cuda.manual_seed`, the model-parallel tracker, dropout) is not. On the host all tensors look alike, so
-the call decides:
+(`torch.manual_seed`, `--use-cpu-initialization`) is the same on every tensor-parallel rank, the *device*
+stream (`torch.cuda.manual_seed`, the model-parallel tracker, dropout) is not. On the host all tensors look
+alike, so the call decides:
 
     call                                                        stream
     factory (torch.rand, randn, randperm, ...), device='cuda'    device
@@ -13,8 +13,8 @@ the call decides:
     x.normal_(), nn.init.*_(x), ...  elsewhere                   host   (Megatron's CPU initialisation)
     anything given a `generator`                                 that generator
 
-With one stream for both, the draws of `--use-cpu-initialization` would be interleaved with per-rank device draws
-and the weights would differ between tensor-parallel sizes.
+With one stream for both, the draws of `--use-cpu-initialization` would be interleaved with per-rank device
+draws and the weights would differ between tensor-parallel sizes.
 """
 
 import contextlib

@@ -2,11 +2,12 @@
 
 `run_ranks` is for tests and scripts, `python -m helix_megatron.launch` is the host counterpart of torchrun:
 
-    python -m helix_megatron.launch --nproc-per-node 4 pretrain.py --helix-host-mode --tensor-model-parallel-size 4
+    python -m helix_megatron.launch --nproc-per-node 4 pretrain.py --helix-host-mode <Megatron flags>
 
-A fork server imports torch and Megatron, ranks are forked from it: neither the caller's threads nor its autograd state
-reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with what they have started
-(each rank leads a process group); the fork server ends when the caller is gone, and the kernel then kills the ranks.
+A fork server imports torch and Megatron and ranks are forked from it: neither the caller's threads nor its
+autograd state reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with
+what they have started (each rank leads a process group); the fork server ends when the caller is gone, and
+the kernel then kills the ranks.
 """
 
 import argparse
@@ -36,8 +37,11 @@ _PR_SET_PDEATHSIG = 1
 class RankError(RuntimeError):
     """A rank failed, died, or did not finish in time.
 
-    Attributes: `rank` (the first one to fail, or the first still running at a time-out), `exit_code` (what a launcher
-    should exit with), `message` (the text of a `SystemExit("text")`, else None), `log_tail` (the end of its output).
+    Attributes:
+        rank: the first one to fail, or the lowest one still running at a time-out.
+        exit_code: what a launcher should exit with.
+        message: the text of a `SystemExit("text")`, else None.
+        log_tail: the end of the rank's output.
     """
 
     def __init__(self, text, rank, exit_code=1, message=None, log_tail=""):
@@ -51,8 +55,9 @@ def run_ranks(
     """Run `function(*args)` in `world_size` processes and return what each returned, in rank order.
 
     Args:
-        function: a top-level function (pickled by name). It finds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-            MASTER_ADDR and a free MASTER_PORT in the environment, and calls init_process_group itself.
+        function: a top-level function (pickled by name). It finds RANK, WORLD_SIZE, LOCAL_RANK,
+            LOCAL_WORLD_SIZE, MASTER_ADDR and a free MASTER_PORT in the environment, and calls
+            init_process_group itself.
         world_size: number of ranks.
         args: pickled; so are the results (tensors by value).
         timeout_s: seconds until every rank is killed.
@@ -62,8 +67,8 @@ def run_ranks(
         show_rank0: leave rank 0's output on this terminal instead.
 
     Raises:
-        RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the other
-            ranks are killed. The rank named is the first by time, not by index.
+        RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the
+            other ranks are killed. The rank named is the first by time, not by index.
         ValueError: world_size < 1.
     """
     if world_size < 1:
@@ -94,7 +99,7 @@ class _Rank:
     def __init__(self, context, rank, log, job):
         self.rank, self.log = rank, log
         self.connection, theirs = context.Pipe()
-        self.report = None  # ("ok", pickled value) or ("error", monotonic time, traceback, exit code, message)
+        self.report = None  # ("ok", pickled value) or ("error", monotonic time, trace, exit code, message)
         self.died = False
         self.process = context.Process(target=_rank_main, args=(rank, theirs, log, *job), name=f"rank {rank}")
         self.process.start()
@@ -128,9 +133,10 @@ class _Rank:
         if self.died:
             self.process.join(5)
             code = self.process.exitcode
-            how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with code {code}"
+            killed = code is not None and code < 0
+            how = f"was killed by {signal.Signals(-code).name}" if killed else f"exited with code {code}"
             text = f"rank {self.rank} {how} without returning{shown}"
-            return RankError(text, self.rank, exit_code=128 - code if code and code < 0 else code or 1, log_tail=tail)
+            return RankError(text, self.rank, exit_code=128 - code if killed else code or 1, log_tail=tail)
         _, _, trace, code, message = self.report
         return RankError(f"rank {self.rank} failed:\n{trace}{shown}", self.rank, code, message, tail)
 
@@ -146,7 +152,8 @@ def _collect(ranks, timeout_s) -> list:
         left = deadline - time.monotonic()
         if left <= 0:
             names = ", ".join(str(rank.rank) for rank in waiting)
-            tails = "".join(f"\n--- end of the output of rank {r.rank} ---\n{r.tail()}" for r in waiting[:2] if r.log)
+            shown = [rank for rank in waiting[:2] if rank.log]
+            tails = "".join(f"\n--- end of rank {rank.rank}'s output ---\n{rank.tail()}" for rank in shown)
             raise RankError(
                 f"after {timeout_s} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
                 waiting[0].rank,
@@ -159,12 +166,13 @@ def _collect(ranks, timeout_s) -> list:
 
 
 def _first_failure(ranks) -> _Rank:
-    # A rank that dies makes its peers fail at their next collective, within milliseconds. Errors carry the time they
-    # were raised; a rank that died without a word cannot be a consequence of the others, so it comes first.
+    # A rank that dies makes its peers fail at their next collective, within milliseconds. Errors carry the
+    # time they were raised; a rank that died without a word was not made to by the others: it comes first.
     end = time.monotonic() + _GRACE_S
     while (left := end - time.monotonic()) > 0:
         waiting = [rank for rank in ranks if rank.report is None and not rank.died]
-        if not waiting or not multiprocessing.connection.wait([rank.connection for rank in waiting], timeout=left):
+        connections = [rank.connection for rank in waiting]
+        if not connections or not multiprocessing.connection.wait(connections, timeout=left):
             break
         for rank in waiting:
             rank.read()
@@ -209,8 +217,8 @@ def _terminate_as_exception():
 
 @contextlib.contextmanager
 def _main_hidden(function):
-    # multiprocessing runs the caller's main file in every child (pytest, or a script without a main guard); only a
-    # function that lives there needs that
+    # multiprocessing runs the caller's main file in every child (pytest, or a script without a main guard);
+    # only a function that lives there needs that
     if function.__module__ == "__main__":
         yield
         return
@@ -227,9 +235,8 @@ def _rank_environment(world_size, env) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = dict(os.environ)
-    variables.update(
-        WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    size = str(world_size)
+    variables.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     for name, value in (env or {}).items():
         if value is None:
             variables.pop(name, None)
@@ -297,17 +304,18 @@ def _run_target(module, target, arguments) -> None:
 def main(argv=None) -> int:
     """The command line; returns the exit code of the first rank that failed, 124 after a time-out, else 0."""
     parser = argparse.ArgumentParser(
-        prog="python -m helix_megatron.launch", description="Start ranks on this machine (host mode's torchrun)."
+        prog="python -m helix_megatron.launch", description="Start ranks on this machine, like torchrun."
     )
-    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="N", help="number of ranks")
-    parser.add_argument("--timeout", type=float, default=86400, metavar="S", help="kill all ranks after S seconds")
-    parser.add_argument("--log-dir", metavar="DIR", help="rank k > 0 writes DIR/rank_k.log")
-    parser.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, not a script")
-    parser.add_argument("target", metavar="TARGET", help="script, or module with -m")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of TARGET")
+    add = parser.add_argument
+    add("--nproc-per-node", "--nproc_per_node", type=int, required=True, metavar="N", help="number of ranks")
+    add("--timeout", type=float, default=86400, metavar="S", help="kill all ranks after S seconds")
+    add("--log-dir", metavar="DIR", help="rank k > 0 writes DIR/rank_k.log")
+    add("-m", dest="module", action="store_true", help="TARGET is a module, not a script")
+    add("target", metavar="TARGET", help="script, or module with -m")
+    add("arguments", nargs=argparse.REMAINDER, help="arguments of TARGET")
     options = parser.parse_args(argv)
     if not options.module and not os.path.isfile(options.target):
-        parser.error(f"script {options.target!r} does not exist; a module is started with -m {options.target}")
+        parser.error(f"there is no script {options.target!r}; a module is started with -m {options.target}")
     try:
         run_ranks(
             _run_target, options.nproc_per_node, options.module, options.target, options.arguments,
