@@ -25,7 +25,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from helix_megatron.config import HelixConfig, HelixPlan
@@ -203,25 +203,33 @@ def derived_config(config: TransformerConfig, plan: HelixPlan) -> TransformerCon
     return derived
 
 
-def refuse_unsupported(config: TransformerConfig, plan: HelixPlan) -> None:
-    """Refuse, by name, what would be computed wrong with sliced heads."""
+def _setting(config: Any, name: str, default: Any = False) -> Any:
+    found = getattr(config, name, default)
+    return default if found is None else found
+
+
+def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
+    """Refuse, by name, what would be computed wrong with sliced heads.
+
+    Args:
+        config: a TransformerConfig, or Megatron's parsed arguments, which use the same names.
+    """
     per_slice = plan.layout.per_slice
+    value = partial(_setting, config)
+    softmax_type = value("softmax_type", "vanilla")
     reasons = {
-        "multi-latent attention (--multi-latent-attention)": isinstance(config, MLATransformerConfig)
-        and config.multi_latent_attention,
-        "context parallelism (--context-parallel-size > 1)": config.context_parallel_size > 1,
-        "the attention output gate (--attention-output-gate)": config.attention_output_gate,
-        "QK clipping (--qk-clip)": config.qk_clip,
-        f"softmax type {config.softmax_type!r} (--softmax-type)": config.softmax_type != "vanilla"
-        and not per_slice,
-        "fused QKV RoPE (--fused-single-qkv-rope)": config.fused_single_qkv_rope,
-        "flash decode (--flash-decode)": config.flash_decode,
-        "test mode (--test-mode)": config.test_mode,
-        "an experimental attention variant (--experimental-attention-variant)": bool(
-            config.experimental_attention_variant
+        "multi-latent attention (--multi-latent-attention)": value("multi_latent_attention"),
+        "context parallelism (--context-parallel-size > 1)": value("context_parallel_size", 1) > 1,
+        "the attention output gate (--attention-output-gate)": value("attention_output_gate"),
+        "QK clipping (--qk-clip)": value("qk_clip"),
+        f"softmax type {softmax_type!r} (--softmax-type)": softmax_type != "vanilla" and not per_slice,
+        "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
+        "flash decode (--flash-decode)": value("flash_decode"),
+        "test mode (--test-mode)": value("test_mode"),
+        "an experimental attention variant (--experimental-attention-variant)": value(
+            "experimental_attention_variant"
         ),
-        "per-slice softmax with muP attention scaling (--use-mup)": per_slice
-        and getattr(config, "use_mup", False),
+        "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
     }
     for feature, used in reasons.items():
         if used:
@@ -251,9 +259,7 @@ def _slice_submodules(
         norms = _norm_builders(submodules, config)
         for name, builder in norms.items():
             whole = name == "q_layernorm" and layout.query_placement == "heads"
-            changes[name] = partial(
-                _build_qk_norm, builder, layout, None if whole else groups
-            )
+            changes[name] = partial(_build_qk_norm, builder, layout, None if whole else groups)
     return dataclasses.replace(submodules, **changes)
 
 
@@ -279,14 +285,22 @@ def _norm_builders(submodules: SelfAttentionSubmodules, config: TransformerConfi
 
 
 def _build_qk_norm(
-    builder: Any, layout: HelixLayout, groups: HelixGroups | None, *, hidden_size: int, config: Any, eps: float
+    builder: Any,
+    layout: HelixLayout,
+    groups: HelixGroups | None,
+    *,
+    hidden_size: int,
+    config: Any,
+    eps: float,
 ) -> torch.nn.Module:
     """A QK norm over whole heads (groups None) or over slices of them."""
     del hidden_size  # of a slice; the norm is over the whole head
     norm = builder(hidden_size=layout.shape.kv_channels, config=config, eps=eps)
     if groups is None:
         return norm
-    return SliceNorm(norm, config, layout.key_dims(groups.dim_rank), layout.shape.kv_channels, groups.dim_group)
+    return SliceNorm(
+        norm, config, layout.key_dims(groups.dim_rank), layout.shape.kv_channels, groups.dim_group
+    )
 
 
 def _permuted_initialisation(builder: Callable, permutation: Indices, dim: int) -> Callable:

@@ -73,9 +73,7 @@ class HelixConfig:
         shape = AttentionShape(
             num_attention_heads, num_query_groups, kv_channels, rotary_dim, rotary_interleaved
         )
-        grid = check_grid(
-            shape, tensor_model_parallel_size, self.head_parallel_size, self.dim_parallel_size
-        )
+        grid = check_grid(shape, tensor_model_parallel_size, self.head_parallel_size, self.dim_parallel_size)
         per_slice = self.softmax == "per-slice"
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
         placement = self.query_placement

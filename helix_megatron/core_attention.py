@@ -199,9 +199,7 @@ class HelixCoreAttention(torch.nn.Module):
             if self.core_is_local and stop > start:
                 mask = _bottom_right_causal(stop - start, stop, key.device)[None, None]
             outs.append(
-                self._core_or_empty(
-                    chunk, key[:stop], value[:stop], mask, AttnMaskType.causal_bottom_right
-                )
+                self._core_or_empty(chunk, key[:stop], value[:stop], mask, AttnMaskType.causal_bottom_right)
             )
         return torch.cat(outs)
 

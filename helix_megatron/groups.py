@@ -6,7 +6,6 @@ as `ProcessGroupCollection.use_mpu_process_groups` is in Megatron.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,11 +96,6 @@ def destroy_helix_parallel() -> None:
     _registered = None
 
 
-def fingerprint(settings: Mapping[str, object]) -> str:
-    """A short hash of the settings on which ranks must agree."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def agree(
     settings: Mapping[str, object], store: dist.Store, rank: int, world_size: int, timeout_s: float = 120.0
 ) -> None:
@@ -113,29 +107,33 @@ def agree(
     Raises:
         HelixConfigError: another rank's settings differ, naming the rank and what differs.
     """
-    key = "helix/settings"
-    text = json.dumps(dict(settings), sort_keys=True, default=str)
-    store.set(f"{key}/{rank}", text)
-    if rank == 0:
-        store.set(key, text)
-    store.wait([key], timedelta(seconds=timeout_s))
-    ours, first = json.loads(text), json.loads(store.get(key))
-    verdict = "ok"
-    if ours != first:
-        differs = [
-            f"{name} is {ours.get(name)} here and {first.get(name)} on rank 0"
-            for name in sorted(set(ours) | set(first))
-            if ours.get(name) != first.get(name)
-        ]
-        verdict = f"rank {rank}: " + "; ".join(differs)
-    store.set(f"{key}/verdict/{rank}", verdict)
-    keys = [f"{key}/verdict/{r}" for r in range(world_size)]
-    store.wait(keys, timedelta(seconds=timeout_s))
-    wrong = [text for text in (store.get(k).decode() for k in keys) if text != "ok"]
-    if wrong:
+    key, timeout = "helix/settings", timedelta(seconds=timeout_s)
+    ours = {name: str(value) for name, value in settings.items()}
+    store.set(f"{key}/{rank}", json.dumps(ours))
+    everyone = []
+    for other in range(world_size):
+        try:
+            store.wait([f"{key}/{other}"], timeout)
+        except Exception as error:
+            raise HelixConfigError(
+                f"rank {other} of {world_size} did not report its settings within {timeout_s:g} s; "
+                "it never started, or runs a script without Helix"
+            ) from error
+        everyone.append(json.loads(store.get(f"{key}/{other}")))
+    store.set(f"{key}/read/{rank}", "1")
+    if rank == 0:  # it serves the store: stay until all have read
+        store.wait([f"{key}/read/{other}" for other in range(world_size)], timeout)
+    first = everyone[0]
+    differ = [
+        f"{name} is {theirs.get(name)} on rank {other} and {first.get(name)} on rank 0"
+        for other, theirs in enumerate(everyone)
+        for name in sorted(set(first) | set(theirs))
+        if theirs.get(name) != first.get(name)
+    ]
+    if differ:
         raise HelixConfigError(
-            "ranks were started with different settings; give all of them the same flags: "
-            + " | ".join(wrong)
+            f"ranks were started with different settings; give all of them the same flags: {differ[0]}"
+            + (f" (and {len(differ) - 1} more differences)" if len(differ) > 1 else "")
         )
 
 
@@ -145,20 +143,3 @@ def seed_of_dim_group(seed: int, head_rank: int) -> int:
     Megatron's own streams use seed and seed + 2718 + tensor-parallel rank.
     """
     return seed + 2718 + 65536 + head_rank
-
-
-def is_initialized() -> bool:
-    """Whether this rank's groups are registered."""
-    return _registered is not None
-
-
-__all__ = [
-    "HelixGroups",
-    "agree",
-    "destroy_helix_parallel",
-    "fingerprint",
-    "get_helix_groups",
-    "initialize_helix_parallel",
-    "is_initialized",
-    "seed_of_dim_group",
-]

@@ -1,7 +1,7 @@
-"""QK normalisation of slices: the norm runs over the whole head, so its moments are summed over the dim group.
+"""QK normalisation of slices: the norm runs over the whole head, so moments are summed over the dim group.
 
-A rank keeps the whole weight [d], as Megatron does, and uses its slice's entries; Megatron already sums the
-gradients of `q_layernorm` and `k_layernorm` over the tensor-parallel group.
+A rank keeps the whole weight [d], as Megatron does, and uses its slice's entries; Megatron already sums
+the gradients of `q_layernorm` and `k_layernorm` over the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ class SliceNorm(torch.nn.Module):
         self.register_buffer("_dims", index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, heads, d_s] -> the same, normalised over the whole head. One fp32 all-reduce."""
+        """[s, b, heads, d_s] -> the same, normalised over the whole head.
+
+        One fp32 all-reduce of [s, b, heads]; LayerNorm takes two, as its variance needs the mean first.
+        """
         values = x.float()
         if self.kind == "LayerNorm":
-            sums = torch.stack([values.sum(-1), values.square().sum(-1)])
-            mean, square = all_reduce_sum(sums, self.group).unsqueeze(-1) / self.head_dim
-            values, moment = values - mean, square - mean.square()
-        else:
-            moment = all_reduce_sum(values.square().sum(-1, keepdim=True), self.group) / self.head_dim
-        values = values * torch.rsqrt(moment + self.eps)
+            values = values - self._mean_over_head(values)
+        values = values * torch.rsqrt(self._mean_over_head(values.square()) + self.eps)
         if self.weight is not None:
             weight = self.weight.index_select(0, self._dims).float()
             values = values * (weight + 1 if self.zero_centered else weight)
         if self.bias is not None:
             values = values + self.bias.index_select(0, self._dims).float()
         return values.to(x.dtype)
+
+    def _mean_over_head(self, values: Tensor) -> Tensor:
+        return all_reduce_sum(values.sum(-1, keepdim=True), self.group) / self.head_dim

@@ -1,0 +1,97 @@
+"""Helix's command-line flags, in Megatron's own parser, and what they must satisfy."""
+
+from __future__ import annotations
+
+import argparse
+
+from helix_megatron.config import COMM_TYPES, QUERY_PLACEMENTS, SOFTMAX_KINDS, HelixConfig
+from helix_megatron.grid import HelixConfigError
+
+
+def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the Helix group; Megatron's own flags are reused unchanged."""
+    group = parser.add_argument_group(title="helix")
+    group.add_argument(
+        "--attention-impl",
+        choices=["megatron", "helix"],
+        default="megatron",
+        help="Whose tensor-parallel self-attention to use. With helix and no other flag the grid is chosen.",
+    )
+    group.add_argument(
+        "--helix-head-parallel-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Head groups (first level). Must divide the query groups; N*M is the tensor-parallel size.",
+    )
+    group.add_argument(
+        "--helix-dim-parallel-size",
+        type=int,
+        default=None,
+        metavar="M",
+        help="Slices of each head's dimension (second level). M=1 is Megatron's own attention.",
+    )
+    group.add_argument(
+        "--helix-softmax",
+        choices=SOFTMAX_KINDS,
+        default="exact",
+        help="exact: ordinary attention. per-slice: softmax inside each slice, another model "
+        "(H*M heads of dimension d/M).",
+    )
+    group.add_argument(
+        "--helix-comm-type",
+        choices=COMM_TYPES,
+        default="auto",
+        help="How slices meet: a2a gathers K and V and exchanges queries (auto); all_reduce sums partial "
+        "scores and needs memory quadratic in the sequence.",
+    )
+    group.add_argument(
+        "--helix-query-placement",
+        choices=QUERY_PLACEMENTS,
+        default="auto",
+        help="dims: query heads are sliced. heads: every rank holds whole query heads (M must divide the "
+        "query heads of a group). auto: heads where possible.",
+    )
+    group.add_argument(
+        "--helix-host-mode",
+        action="store_true",
+        help="Run Megatron on host memory with gloo, on a machine without a GPU. Refused where a GPU is.",
+    )
+    return parser
+
+
+def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
+    """The settings in Megatron's parsed arguments; None with `--attention-impl megatron`.
+
+    Raises:
+        HelixConfigError: Helix flags without Helix, or values that cannot work.
+    """
+    if args.attention_impl == "megatron":
+        given = {
+            "--helix-head-parallel-size": args.helix_head_parallel_size is not None,
+            "--helix-dim-parallel-size": args.helix_dim_parallel_size is not None,
+            "--helix-softmax": args.helix_softmax != "exact",
+            "--helix-comm-type": args.helix_comm_type != "auto",
+            "--helix-query-placement": args.helix_query_placement != "auto",
+        }
+        flags = [flag for flag, was_given in given.items() if was_given]
+        if flags:
+            raise HelixConfigError(
+                f"{', '.join(flags)} was given with --attention-impl megatron, which ignores it; "
+                "add --attention-impl helix or leave it out"
+            )
+        return None
+    has_rope = args.position_embedding_type in ("rope", "mrope", "yarn")
+    if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
+        raise HelixConfigError(
+            "per-slice softmax with --position-embedding-type yarn: YaRN's frequencies depend on the head "
+            "dimension and cannot be those of a slice; use rope"
+        )
+    return HelixConfig(
+        head_parallel_size=args.helix_head_parallel_size,
+        dim_parallel_size=args.helix_dim_parallel_size,
+        softmax=args.helix_softmax,
+        comm_type=args.helix_comm_type,
+        query_placement=args.helix_query_placement,
+        rotary_percent=args.rotary_percent if has_rope else 0.0,
+    )

@@ -1,0 +1,285 @@
+"""The one place that touches Megatron: explicit, guarded by its version, idempotent, undoable.
+
+    install()                give Megatron's argument parser the Helix flags; when they ask for Helix,
+                             Megatron's validated arguments switch it on
+    enable(helix, grid)      the switch itself, for code that builds models without Megatron's arguments
+    uninstall() / disable()  put everything back
+
+With `--attention-impl megatron` nothing of Megatron's model code is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from helix_megatron.arguments import add_helix_arguments, helix_config_from_args
+from helix_megatron.config import HelixConfig, HelixPlan
+from helix_megatron.grid import HelixConfigError, HelixGrid
+
+SUPPORTED = "0.19"
+
+_installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
+_enabled: list[tuple[Any, str, Any]] = []
+_active: HelixConfig | None = None
+_store: Any = None  # rank 0 serves the rendezvous store as long as this lives
+
+
+def _replace(undo: list[tuple[Any, str, Any]], target: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    original = getattr(target, name)
+    undo.append((target, name, original))
+    setattr(target, name, wrap(original))
+
+
+def _restore(undo: list[tuple[Any, str, Any]]) -> None:
+    while undo:
+        target, name, original = undo.pop()
+        setattr(target, name, original)
+
+
+def check_version() -> None:
+    """Refuse a Megatron this file was not written for.
+
+    Raises:
+        HelixConfigError: naming the version found and those supported.
+    """
+    try:
+        from megatron.core import package_info
+    except ImportError as error:
+        raise HelixConfigError(
+            f"megatron-core is not installed; pip install 'megatron-core=={SUPPORTED}.*'"
+        ) from error
+    version = package_info.__shortversion__
+    if ".".join(version.split(".")[:2]) != SUPPORTED:
+        raise HelixConfigError(
+            f"megatron-core {version} is not supported by this version of Helix, which knows {SUPPORTED}.x; "
+            f"pip install 'megatron-core=={SUPPORTED}.*'"
+        )
+
+
+def install() -> None:
+    """Teach Megatron's argument parser the Helix flags, whatever script calls it."""
+    check_version()
+    if _installed:
+        return
+    from megatron.training import arguments
+
+    def with_flags(original: Callable) -> Callable:
+        return functools.wraps(original)(lambda parser: add_helix_arguments(original(parser)))
+
+    def then_activate(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Namespace:
+            helix_config_from_args(args)  # cheap refusals first
+            validated = original(args, *rest, **kwargs)
+            activate(args)
+            return validated
+
+        return validate_args
+
+    _replace(_installed, arguments, "add_megatron_arguments", with_flags)
+    _replace(_installed, arguments, "validate_args", then_activate)
+
+
+def uninstall() -> None:
+    """Undo install() and enable()."""
+    disable()
+    _restore(_installed)
+
+
+def activate(args: Namespace) -> None:
+    """Switch Helix on as Megatron's validated arguments ask; agree on them with the other ranks.
+
+    No process group exists yet.
+
+    Raises:
+        HelixConfigError: the settings cannot work, or differ between ranks.
+    """
+    from helix_megatron.host import host_mode_enabled
+
+    if args.helix_host_mode and not host_mode_enabled():
+        raise HelixConfigError(
+            "--helix-host-mode acts before Megatron is imported; start the script with "
+            "`-m helix_megatron.run SCRIPT` or use `-m helix_megatron.pretrain_gpt`"
+        )
+    helix = helix_config_from_args(args)
+    plan = None
+    if helix is not None:
+        plan = _plan_from_args(helix, args)
+        enable(helix, plan.grid)
+        if args.rank == 0:
+            print(f"> Helix attention: {plan.describe()}", flush=True)
+    _agree_with_other_ranks(args, plan)
+
+
+def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
+    from helix_megatron.attention import plan_for, refuse_unsupported
+
+    whole_model = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--experimental-attention-variant": args.experimental_attention_variant,
+        "--spec": args.spec,
+        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+    }
+    for flag, used in whole_model.items():
+        if used:
+            way_out = (
+                "wrap your spec with helix_megatron.specs.with_helix_attention instead"
+                if flag == "--spec"
+                else "use --attention-impl megatron"
+            )
+            raise HelixConfigError(f"--attention-impl helix does not support {flag}; {way_out}")
+    # As TransformerConfig sees them: without --group-query-attention every query head has its own KV head.
+    shape = Namespace(
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        rotary_interleaved=args.rotary_interleaved,
+    )
+    plan = plan_for(helix, shape, args.tensor_model_parallel_size)
+    if plan.is_megatron:
+        return plan
+    refuse_unsupported(args, plan)
+    sliced = f"Helix grid {plan.grid} slices heads (m > 1) and does not support"
+    if args.save:
+        raise HelixConfigError(f"{sliced} --save yet; train without it")
+    if args.load or args.pretrained_checkpoint:
+        raise HelixConfigError(f"{sliced} --load or --pretrained-checkpoint yet; start from initial weights")
+    if "adam" not in args.optimizer and args.optimizer not in ("sgd", "lion"):
+        raise HelixConfigError(
+            f"{sliced} --optimizer {args.optimizer}, which treats the QKV weight as whole heads; use adam"
+        )
+    return plan
+
+
+def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
+    global _store
+    if args.world_size <= 1 or "MASTER_ADDR" not in os.environ:
+        return
+    from torch.distributed import rendezvous
+
+    from helix_megatron.groups import agree
+
+    names = (
+        "attention_impl helix_softmax tensor_model_parallel_size pipeline_model_parallel_size "
+        "context_parallel_size num_layers hidden_size num_attention_heads num_query_groups kv_channels "
+        "seq_length micro_batch_size global_batch_size world_size"
+    ).split()
+    settings = {name: getattr(args, name, None) for name in names}
+    if plan is not None:
+        settings["helix grid"] = str(plan.grid)
+        settings["helix comm type"] = plan.comm_type
+        settings["helix query placement"] = plan.layout.query_placement
+    _store, rank, world_size = next(iter(rendezvous("env://")))
+    agree(settings, _store, rank, world_size)
+
+
+def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
+    """Put Helix attention into Megatron's GPT layer specs and relax the check that heads divide by T.
+
+    Args:
+        helix: settings for every self-attention layer built from now on.
+        grid: when given, Megatron's `initialize_model_parallel` makes the grid's process groups too;
+            otherwise call `groups.initialize_helix_parallel` yourself.
+
+    Raises:
+        RuntimeError: Helix is on with other settings; call disable() first.
+    """
+    global _active
+    check_version()
+    if _enabled:
+        if helix != _active:
+            raise RuntimeError(
+                f"Helix is on with {_active}; call integrate.disable() before enabling {helix}"
+            )
+        return
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from helix_megatron import groups
+    from helix_megatron.attention import HelixParallelSelfAttention
+
+    class ConfiguredHelixAttention(HelixParallelSelfAttention):
+        """HelixParallelSelfAttention with the settings given to enable()."""
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{"helix": helix, **kwargs})
+
+    def only_helix(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(self, HelixParallelSelfAttention):
+                raise HelixConfigError(
+                    f"--attention-impl helix cannot split {type(self).__name__}; it serves the "
+                    "self-attention of GPT layer specs (local and Transformer Engine)"
+                )
+            original(self, *args, **kwargs)
+
+        return __init__
+
+    def with_groups(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if grid is not None and grid.dim_parallel_size > 1:
+                groups.initialize_helix_parallel(grid, parallel_state.get_tensor_model_parallel_group())
+            return result
+
+        return initialize_model_parallel
+
+    def without_groups(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def destroy_model_parallel() -> None:
+            groups.destroy_helix_parallel()
+            original()
+
+        return destroy_model_parallel
+
+    _active = helix
+    _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
+    _replace(_enabled, Attention, "__init__", only_helix)
+    _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
+    _replace(_enabled, parallel_state, "initialize_model_parallel", with_groups)
+    _replace(_enabled, parallel_state, "destroy_model_parallel", without_groups)
+
+
+def disable() -> None:
+    """Undo enable(). Models built meanwhile keep working."""
+    global _active
+    _restore(_enabled)
+    _active = None
+
+
+def _relaxed(post_init: Callable, helix: HelixConfig) -> Callable:
+    """TransformerConfig's checks with "H and G divide by T" replaced by "the grid is legal".
+
+    Megatron checks num_attention_heads and num_query_groups against the tensor-parallel size; while it
+    does, they read as those of the derived model (H*m and G*m), which divide exactly when the grid is
+    legal. Afterwards the configuration says H, G and d again.
+    """
+
+    @functools.wraps(post_init)
+    def __post_init__(self: Any) -> None:
+        from helix_megatron.attention import plan_for
+
+        if self.multi_latent_attention or not self.num_attention_heads:
+            return post_init(self)
+        if self.num_query_groups is None:
+            self.num_query_groups = self.num_attention_heads
+        if self.kv_channels is None:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        heads, query_groups = self.num_attention_heads, self.num_query_groups
+        m = plan_for(helix, self, self.tensor_model_parallel_size).grid.dim_parallel_size
+        self.num_attention_heads, self.num_query_groups = heads * m, query_groups * m
+        try:
+            post_init(self)
+        finally:
+            self.num_attention_heads, self.num_query_groups = heads, query_groups
+
+    return __post_init__
