@@ -245,12 +245,17 @@ def _rank_environment(world_size, env) -> dict:
     return variables
 
 
-def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
-    """The whole life of one rank."""
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that forked it is gone (Linux)."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked to be told
+    if os.getppid() != parent:  # it had died already
         os._exit(1)
+
+
+def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
+    """The whole life of one rank."""
+    die_with_parent()
     os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))

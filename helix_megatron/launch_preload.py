@@ -1,11 +1,15 @@
 """What every rank needs, imported once in the process that the ranks are forked from (see `launch`).
 
-Only imports happen here: host mode is switched on in the ranks, by a call.
+Nothing is patched here: host mode is switched on in the ranks, by a call.
 """
 
 import gc
+import logging
+import os
 import warnings
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # of this process only: ranks bring their own environment
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports that there is no GPU
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron tells which optional packages are missing, once per import
     import megatron.core
