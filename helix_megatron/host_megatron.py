@@ -8,11 +8,14 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.inference.contexts import dynamic_context
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.core.transformer import attention
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from helix_megatron import host_rng
+from helix_megatron import host_kernels, host_rng
 from helix_megatron.launch import die_with_parent
 
 
@@ -22,6 +25,7 @@ def patch_megatron() -> None:
     _patch_norm()
     _patch_optimizer()
     _patch_checkpoint_writers()
+    _patch_kernels()
 
 
 def _patch_norm() -> None:
@@ -103,3 +107,16 @@ def _patch_checkpoint_writers() -> None:
         return get_process(cls, rank, "fork", *args, **kwargs)
 
     PersistentAsyncCaller._get_process = classmethod(get_forked_process)
+
+
+def _patch_kernels() -> None:
+    # The dynamic engine calls flash-attn and a triton kernel; the context has a torch path for the latter
+    attention.flash_attn_varlen_func = host_kernels.flash_attn_varlen_func
+    attention.flash_attn_with_kvcache = host_kernels.flash_attn_with_kvcache
+    dynamic_context.triton_append_key_value_cache = None
+
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        # all-to-all takes split sizes as lists or arrays; Megatron converts those that are `is_cuda`
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -257,6 +257,7 @@ def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
     """The whole life of one rank."""
     die_with_parent()
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # what a rank would have without a fork server
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     if log is not None:
