@@ -29,9 +29,7 @@ def documents() -> list[np.ndarray]:
     """The topics in alphabetical order, each as its byte tokens and EOD: uint16 arrays [tokens]."""
     from pydoc_data.topics import topics
 
-    return [
-        np.array([*topics[name].encode("utf-8"), EOD], dtype=np.uint16) for name in sorted(topics)
-    ]
+    return [np.array([*topics[name].encode("utf-8"), EOD], dtype=np.uint16) for name in sorted(topics)]
 
 
 def decode(tokens: Iterable[int]) -> str:

@@ -1,0 +1,9 @@
+"""`helix compare CONFIG.yaml`: the same model trained and decoded by several layouts, next to each other.
+
+config.py    what a comparison is (YAML → dataclass)
+comm.py      counts every collective of a rank: calls, bytes, seconds
+measure.py   what one rank of one variant does: train, forward, decode, memory
+start.py     one start for every layout: the same weights at any TP, PP and Helix grid
+harness.py   launches the variants, one after the other, and keeps what each gave
+report.py    rows, losses compared, the table, report.md
+"""

@@ -1,0 +1,61 @@
+"""Bytes that one rank holds: parameters, gradients, optimizer state, and activations kept for backward.
+
+Measured by adding up the storages of the live tensors, each once; nothing here is derived from shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def held(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
+    """Bytes of parameters, their gradients and the optimizer's state.
+
+    Optimizer state is what its inner optimizers keep per parameter, and main parameters that are not the
+    model's own (fp32 copies of bf16 weights).
+    """
+    parameters = [p for chunk in model for p in chunk.parameters()]
+    seen: set[int] = set()
+    sizes = {"parameters": _unseen(parameters, seen)}
+    gradients = [getattr(p, "main_grad", None) for p in parameters] + [p.grad for p in parameters]
+    sizes["gradients"] = _unseen([g for g in gradients if g is not None], seen)
+    state: list[torch.Tensor] = []
+    for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(wrapper, "optimizer", wrapper)
+        state += [p for group in inner.param_groups for p in group["params"]]
+        state += [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v)]
+    sizes["optimizer"] = _unseen(state, seen)
+    return sizes
+
+
+def saved_for_backward(model: list[torch.nn.Module], one_pass: Callable[[], None]) -> int:
+    """Bytes of the tensors that autograd keeps for backward while `one_pass` runs one micro-batch forward.
+
+    Storages are counted once and parameters not at all. A pipeline stage holds this for each micro-batch
+    in flight.
+    """
+    seen = {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)  # holds the storage, so that its address stays its own
+        return tensor
+
+    for chunk in model:
+        chunk.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        one_pass()
+    return _unseen(kept, seen)
+
+
+def _unseen(tensors: list[torch.Tensor], seen: set[int]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
