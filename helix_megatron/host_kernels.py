@@ -1,15 +1,17 @@
 """torch versions of the two flash-attn entry points that Megatron's dynamic inference engine calls.
 
-Shapes: B sequences, Q = total query tokens, H query heads, K KV heads (K divides H; query head h reads KV head
-h // (H/K)), D head dimension. Paged caches are [blocks, block_size, K, D] with `block_table` [B, blocks per sequence].
+Shapes: B sequences, Q = total query tokens, H query heads, K KV heads (K divides H; query head h reads KV
+head h // (H/K)), D head dimension. Paged caches are [blocks, block_size, K, D] with `block_table`
+[B, blocks per sequence].
 
-Causal masks are aligned to the bottom right, as in flash-attn ≥ 2.1: with s_q queries and s_k keys, query i sees the
-keys up to s_k - s_q + i. `window_size` (left, right) counts from there, -1 is infinite. For s_q = 2, s_k = 4:
+Causal masks are aligned to the bottom right, as in flash-attn ≥ 2.1: with s_q queries and s_k keys, query i
+sees the keys up to s_k - s_q + i. `window_size` (left, right) counts from there, -1 is infinite. With s_q = 2
+and s_k = 4:
 
     1 1 1 0
     1 1 1 1
 
-Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn's is +inf).
+Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn: +inf).
 """
 
 import torch
@@ -44,9 +46,9 @@ def _pages(cache, table, length):
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    block_table=None,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False, block_table=None,
 ):  # fmt: skip
     """Sequences of different lengths packed in one row.
 
@@ -73,16 +75,18 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False,
 ):  # fmt: skip
     """A few new queries per sequence against its cache.
 
-    q: [B, s, H, D]; caches: paged with `block_table`, or [B, length, K, D]; cache_seqlens: [B] or an int, keys in
-    the cache (all of it by default). k, v: [B, s, K, D] are first appended to an unpaged cache, in place.
+    q: [B, s, H, D]; caches: paged with `block_table`, or [B, length, K, D]; cache_seqlens: [B] or an int, the
+    keys in the cache (all of it by default). k, v: [B, s, K, D] are first written into an unpaged cache.
     Returns output [B, s, H, D], with `return_softmax_lse` also log-sum-exp [B, H, s] fp32.
-    Raises NotImplementedError for rotary embedding, softcap, alibi, batch indices, left padding and paged appends.
+    Raises NotImplementedError for rotary embedding, softcap, alibi, batch indices, left padding and paged
+    appends.
     """
     _refuse(rotary_cos=rotary_cos, softcap=softcap, alibi_slopes=alibi_slopes, cache_batch_idx=cache_batch_idx,
             cache_leftpad=cache_leftpad, paged_k=k if block_table is not None else None)  # fmt: skip
@@ -109,6 +113,6 @@ def _refuse(**options):
     given = [name for name, value in options.items() if isinstance(value, torch.Tensor) or value]
     if given:
         raise NotImplementedError(
-            f"host mode's flash attention was given {', '.join(given)}, which it does not compute: it has what "
-            "Megatron's dynamic inference engine asks for. Switch the feature off, or run on a GPU with flash-attn."
+            f"host mode's flash attention was given {', '.join(given)}, which it does not compute: it does "
+            "what Megatron's dynamic inference engine asks for. Switch that off, or run on a GPU with flash-attn."
         )

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.managers
 
 import megatron.core.optimizer as megatron_optimizer
+import megatron.core.utils as megatron_utils
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
@@ -14,6 +15,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import attention
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from packaging.version import Version
 
 from helix_megatron import host_kernels, host_rng
 from helix_megatron.launch import die_with_parent
@@ -113,6 +115,7 @@ def _patch_kernels() -> None:
     # The dynamic engine calls flash-attn and a triton kernel; the context has a torch path for the latter
     attention.flash_attn_varlen_func = host_kernels.flash_attn_varlen_func
     attention.flash_attn_with_kvcache = host_kernels.flash_attn_with_kvcache
+    megatron_utils._fa_version = Version("2.8.0")  # attention.py asks for 2.7.3 or newer
     dynamic_context.triton_append_key_value_cache = None
 
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):

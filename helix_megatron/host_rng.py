@@ -100,6 +100,8 @@ class HostPlacement(TorchFunctionMode):
         if "device" in kwargs and is_device(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
             on_device = True
+        if kwargs.get("pin_memory"):  # dynamic_context.py: torch.full(..., device='cpu', pin_memory=True)
+            kwargs = {**kwargs, "pin_memory": False}
         if name == "to" and len(args) > 1:
             if is_device(args[1]):
                 args = (args[0], CPU, *args[2:])
