@@ -82,14 +82,14 @@ def flash_attn_with_kvcache(
 ):  # fmt: skip
     """A few new queries per sequence against its cache.
 
-    q: [B, s, H, D]; caches: paged with `block_table`, or [B, length, K, D]; cache_seqlens: [B] or an int, the
-    keys in the cache (all of it by default). k, v: [B, s, K, D] are first written into an unpaged cache.
+    q: [B, s, H, D]; caches: paged with `block_table`, or [B, length, K, D]; cache_seqlens: [B] or an int, how
+    many keys they hold (all by default). k, v: [B, s, K, D] are appended first.
     Returns output [B, s, H, D], with `return_softmax_lse` also log-sum-exp [B, H, s] fp32.
-    Raises NotImplementedError for rotary embedding, softcap, alibi, batch indices, left padding and paged
-    appends.
+    Raises NotImplementedError for rotary embedding, softcap, alibi, batch indices, left padding, and
+    appending to a paged cache.
     """
-    _refuse(rotary_cos=rotary_cos, softcap=softcap, alibi_slopes=alibi_slopes, cache_batch_idx=cache_batch_idx,
-            cache_leftpad=cache_leftpad, paged_k=k if block_table is not None else None)  # fmt: skip
+    _refuse(rotary_cos=rotary_cos, softcap=softcap, alibi_slopes=alibi_slopes, cache_leftpad=cache_leftpad,
+            cache_batch_idx=cache_batch_idx, paged_k=None if block_table is None else k)  # fmt: skip
     batch, new = q.shape[:2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     lengths = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
@@ -114,5 +114,5 @@ def _refuse(**options):
     if given:
         raise NotImplementedError(
             f"host mode's flash attention was given {', '.join(given)}, which it does not compute: it does "
-            "what Megatron's dynamic inference engine asks for. Switch that off, or run on a GPU with flash-attn."
+            "what Megatron's dynamic inference engine asks for. Switch that off, or run on a GPU."
         )
