@@ -74,7 +74,7 @@ class HelixCoreAttention(torch.nn.Module):
         self.whole_query_heads = self.layout.query_placement == "heads"
         scale = core_kwargs.get("softmax_scale") or config.softmax_scale
         self.softmax_scale = scale if scale is not None else config.kv_channels**-0.5
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = torch.nn.Dropout(config.attention_dropout)  # of summed scores
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window_size = config.window_size if windowed else None
 
@@ -110,7 +110,7 @@ class HelixCoreAttention(torch.nn.Module):
                 )
         else:
             self.core_is_local = _is_local(core_builder)
-            if self.attention_dropout > 0:
+            if config.attention_dropout > 0:
                 _add_dim_group_rng(groups)
 
     def forward(
@@ -234,10 +234,10 @@ class HelixCoreAttention(torch.nn.Module):
         if mask is not None:
             scores = scores.masked_fill(mask, -10000.0)  # Megatron's value for a forbidden position
         probs = torch.softmax(scores, dim=-1)
-        if self.training and self.attention_dropout > 0:
+        if self.training and self.attention_dropout.p > 0:
             # The ranks of a dim group hold the same probabilities and must drop the same of them.
             with tensor_parallel.get_cuda_rng_tracker().fork(DIM_GROUP_RNG):
-                probs = torch.nn.functional.dropout(probs, self.attention_dropout)
+                probs = self.attention_dropout(probs)
         probs = probs.unflatten(1, (key.shape[2], ratio))
         out = torch.einsum("bkrsl,lbkd->sbkrd", probs, value.float()).flatten(2, 3).to(value.dtype)
         return whole_outputs(out, self.group) if self.whole_query_heads else out

@@ -1,0 +1,312 @@
+"""Contracts of the layer besides exactness: identities, collectives, precision, dropout, refusals."""
+
+import pytest
+import torch
+from layer_worker import Groups, errors, load, make_layer, run, start
+from reference import Case, reference
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.grid import HelixConfigError
+from helix_megatron.launch import run_ranks
+
+
+# ---- identities ----
+def _same_as_megatron(tp: int, pairs: list) -> list[str]:
+    """Differences, bit for bit, between a Helix layer and Megatron's layer with the same local weights."""
+    start(tp)
+    groups, wrong = Groups(), []
+    rank = torch.distributed.get_rank()
+    for case, helix, other in pairs:
+        case.draw()
+        plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved)
+        ours = make_layer(case, helix, tp, groups.of(plan.grid) if plan.grid.dim_parallel_size > 1 else None)
+        theirs = make_layer(other, None, tp)
+        assert type(theirs).__name__ == "SelfAttention" and "Helix" in type(ours).__name__
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
+                its.copy_(torch.randn(its.shape, generator=generator) * 0.2)
+                mine.copy_(its)
+        other.tensors = case.tensors
+        found, expected = run(ours, case, tp), run(theirs, other, tp)
+        wrong += [f"{case} {name}" for name in found if not torch.equal(found[name], expected[name])]
+    return wrong
+
+
+def test_one_slice_is_megatrons_layer_bit_for_bit():
+    pairs = [
+        (
+            Case(8, 4, 16, **f),
+            HelixConfig(4, 1, rotary_percent=f.get("rotary_percent", 1.0)),
+            Case(8, 4, 16, **f),
+        )
+        for f in (dict(), dict(qk_norm="RMSNorm"), dict(rotary_percent=0.5, interleaved=True))
+    ]
+    assert run_ranks(_same_as_megatron, 4, 4, pairs) == [[]] * 4
+
+
+def test_per_slice_is_megatrons_layer_with_more_and_smaller_heads():
+    """H*m heads of dimension d/m, RoPE and QK-norm included: the same layer, bit for bit."""
+    pairs = []
+    for n, m in ((2, 2), (1, 4)):
+        for f in (dict(), dict(rotary_percent=0.0), dict(interleaved=True), dict(qk_norm="RMSNorm")):
+            helix = HelixConfig(n, m, softmax="per-slice", rotary_percent=f.get("rotary_percent", 1.0))
+            pairs.append((Case(8, 4, 16, **f), helix, Case(8 * m, 4 * m, 16 // m, **f)))
+    assert run_ranks(_same_as_megatron, 4, 4, pairs) == [[]] * 4
+
+
+# ---- collectives ----
+def _count(tp: int, jobs: list) -> list[dict]:
+    """Collectives of one layer, forward and then forward + backward, besides those Megatron makes itself."""
+    from helix_megatron.compare.comm import CommMeter
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix in jobs:
+        case.draw()
+        plan = helix.resolve(case.heads, case.groups, case.dim, tp)
+        layer = make_layer(case, helix, tp, groups.of(plan.grid))
+        load(layer, case, plan.layout.qkv_rows(0), plan.layout.proj_columns(0), torch.float32)
+        hidden = case.tensors["hidden"].float().requires_grad_()
+        meter = CommMeter()
+        with meter.counting():
+            out, _ = layer(hidden, None, rotary_pos_emb=case.rope_table())
+            forward = meter.as_json()
+            out.sum().backward()
+        both = meter.as_json()
+        found.append({"forward": forward, "both": both})
+    return found
+
+
+SIZE = "x2"  # of the dim group below; Megatron's own reductions run over all four ranks
+
+
+def _inside_attention(tally: dict) -> dict[str, tuple[int, int]]:
+    return {
+        name.removesuffix(f" {SIZE}"): (entry["calls"], entry["bytes"])
+        for name, entry in tally.items()
+        if name.endswith(SIZE)
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, forward, backward",
+    [
+        (dict(query_placement="dims"), dict(all_gather=1, all_to_all=2), dict(all_to_all=3)),
+        (dict(query_placement="heads"), dict(all_gather=1), dict(all_to_all=1)),
+        (dict(comm_type="all_reduce", query_placement="dims"), dict(all_reduce=1), dict(all_reduce=1)),
+        (
+            dict(comm_type="all_reduce", query_placement="heads"),
+            dict(all_reduce=1, all_to_all=2),
+            dict(all_reduce=1, all_to_all=2),
+        ),
+        (dict(softmax="per-slice"), {}, {}),
+    ],
+)
+def test_collectives_and_bytes_are_those_of_the_design(settings, forward, backward):
+    case, m = Case(16, 2, 16, seq=12), 2
+    s, b, hq, hk, d_s = 12, 2, 8, 1, 8
+    counts = run_ranks(_count, 4, 4, [(case, HelixConfig(2, m, **settings))])[0][0]
+    there, both = _inside_attention(counts["forward"]), _inside_attention(counts["both"])
+    assert {name: calls for name, (calls, _) in there.items()} == forward
+    total = {name: forward.get(name, 0) + backward.get(name, 0) for name in {**forward, **backward}}
+    assert {name: calls for name, (calls, _) in both.items()} == total
+
+    kv = 2 * (m - 1) * s * b * hk * d_s * 4  # bytes received per rank: the table in exchange.py
+    queries = (m - 1) * s * b * hq * d_s * 4 // m
+    scores = 2 * (m - 1) * b * hq * s * s * 4 // m  # an all-reduce receives 2 (p-1)/p of its payload
+    expected = {"all_gather": kv, "all_to_all": 2 * queries, "all_reduce": scores}
+    assert {name: received for name, (_, received) in there.items()} == {n: expected[n] for n in forward}
+    received_both = sum(received for _, received in both.values())
+    assert received_both == 2 * sum(received for _, received in there.values())
+
+
+def test_layer_adds_no_other_collective():
+    """Over the tensor-parallel group: all-reduce of the output and of the input gradient, as Megatron."""
+    counts = run_ranks(_count, 4, 4, [(Case(16, 2, 16), HelixConfig(2, 2))])[0][0]["both"]
+    others = {name: entry["calls"] for name, entry in counts.items() if not name.endswith(SIZE)}
+    assert others == {"all_reduce x4": 2}
+
+
+# ---- precision ----
+def _half_precision_errors(tp: int, dtype: torch.dtype, jobs: list) -> list[dict[str, float]]:
+    start(tp)
+    groups, found = Groups(), []
+    rank = torch.distributed.get_rank() % tp
+    flags = dict(params_dtype=dtype, bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16)
+    for case, helix in jobs:
+        case.draw()
+        for name in ("hidden", "qkv_weight", "qkv_bias", "proj_weight"):  # representable in the dtype
+            case.tensors[name] = case.tensors[name].to(dtype).double()
+        if helix is None:
+            layer = make_layer(case, None, tp, **flags)
+            rows, columns = slice(None), slice(None)
+        else:
+            layout = helix.resolve(case.heads, case.groups, case.dim, tp).layout
+            layer = make_layer(case, helix, tp, groups.of(layout.grid), **flags)
+            rows, columns = layout.qkv_rows(rank), layout.proj_columns(rank)
+        load(layer, case, rows, columns, dtype)
+        found.append(errors(run(layer, case, tp, dtype), reference(case), rows, columns))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_megatrons(dtype):
+    shapes = [(9, 3), (8, 2), (8, 8)]
+    cases = [Case(*shape, 32, hidden=64, seq=64, seed=seed) for shape in shapes for seed in range(2)]
+    megatron = run_ranks(_half_precision_errors, 1, 1, dtype, [(case, None) for case in cases])[0]
+    for settings in (
+        dict(query_placement="dims"),
+        dict(comm_type="all_reduce"),
+    ):
+        jobs = [(case, HelixConfig(1, 4, **settings)) for case in cases]
+        helix = run_ranks(_half_precision_errors, 4, 4, dtype, jobs)
+        for index, base in enumerate(megatron):
+            for name, error in base.items():
+                ours = max(rank[index][name] for rank in helix)
+                assert ours <= 1.5 * error, f"{cases[index]} {settings} {name}: {ours} against {error}"
+
+
+# ---- dropout ----
+def _dropout(tp: int, helix: HelixConfig, recompute: bool) -> dict:
+    start(tp)
+    masks = []
+    case = Case(4, 2, 16, seq=32)
+    case.draw()
+    layout = helix.resolve(4, 2, 16, tp).layout
+    flags = dict(recompute_granularity="selective", recompute_modules=["core_attn"]) if recompute else {}
+    layer = make_layer(case, helix, tp, Groups().of(layout.grid), attention_dropout=0.3, **flags)
+    rank = torch.distributed.get_rank()
+    load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+    layer.train()
+    core = layer.core_attention
+    (core.core or core).attention_dropout.register_forward_hook(
+        lambda module, args, out: masks.append((out == 0) & (args[0] != 0))
+    )
+    result = run(layer, case, tp)
+    return {"mask": masks[0], "passes": len(masks), **result}
+
+
+@pytest.mark.parametrize("comm_type, shared", [("all_reduce", True), ("a2a", False)])
+def test_dropout_masks_are_shared_exactly_where_probabilities_are(comm_type, shared):
+    helix = HelixConfig(2, 2, comm_type=comm_type)
+    ranks = run_ranks(_dropout, 4, 4, helix, False)
+    assert 0.1 < ranks[0]["mask"].float().mean() < 0.2  # 0.3 of the causal half
+    assert torch.equal(ranks[0]["mask"], ranks[1]["mask"]) is shared  # one dim group
+    assert not torch.equal(ranks[0]["mask"], ranks[2]["mask"])  # another one: other heads
+
+
+@pytest.mark.parametrize("comm_type", ["all_reduce", "a2a"])
+def test_recompute_draws_the_same_dropout(comm_type):
+    helix = HelixConfig(2, 2, comm_type=comm_type)
+    kept, recomputed = (run_ranks(_dropout, 4, 4, helix, recompute) for recompute in (False, True))
+    for mine, again in zip(kept, recomputed, strict=True):
+        assert again["passes"] == mine["passes"] + 1
+        for name in ("output", "hidden", "qkv_weight", "proj_weight"):
+            assert torch.equal(mine[name], again[name]), name
+
+
+# ---- decoding with Megatron's static cache ----
+def _decode(tp: int, jobs: list) -> list[float]:
+    """Largest relative difference between token-by-token decoding and one pass over the sequence."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+
+    start(tp)
+    groups, found = Groups(), []
+    rank = torch.distributed.get_rank()
+    for case, helix in jobs:
+        case.draw()
+        layout = helix.resolve(case.heads, case.groups, case.dim, tp).layout
+        layer = make_layer(case, helix, tp, groups.of(layout.grid)).eval()
+        load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+        hidden, table = case.tensors["hidden"].float(), case.rope_table()
+        expected = reference(case)["output"]
+        context = StaticInferenceContext(case.batch, case.seq)
+        prompt, parts = case.seq - 5, []
+        with torch.no_grad(), InferenceMode.active():
+            for begin, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, case.seq))]:
+                context.sequence_len_offset = begin
+                chunk = hidden[begin:stop]
+                parts.append(layer(chunk, None, inference_context=context, rotary_pos_emb=table)[0])
+                if begin == 0:
+                    context.enable_decode_mode()
+        out = torch.cat(parts).double()
+        found.append(((out - expected).norm() / expected.norm()).item())
+    return found
+
+
+def test_decoding_with_a_cache_of_slices_is_exact():
+    jobs = [
+        (Case(*shape, 16, seq=14), HelixConfig(**settings))
+        for shape in ((8, 2), (9, 3))
+        for settings in (dict(), dict(dim_parallel_size=4), dict(comm_type="all_reduce"))
+    ]
+    for rank in run_ranks(_decode, 4, 4, jobs):
+        assert max(rank) < 2e-6, rank
+
+
+# ---- refusals ----
+def _refused(tp: int, overrides: dict) -> str:
+    start(tp)
+    case = Case(8, 4, 16)
+    try:
+        helix = HelixConfig(1, 2)
+        make_layer(case, helix, tp, Groups().of(helix.resolve(8, 4, 16, 2).grid), **overrides)
+    except HelixConfigError as error:
+        return str(error)
+    return "built"
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        (dict(attention_output_gate=True), "--attention-output-gate"),
+        (dict(softmax_type="learnable"), "--softmax-type"),
+        (dict(softmax_type="off-by-one"), "--softmax-type"),
+        (dict(qk_clip=True), "--qk-clip"),
+        (dict(flash_decode=True), "--flash-decode"),
+        (dict(test_mode=True), "--test-mode"),
+        (dict(context_parallel_size=2), "--context-parallel-size"),
+    ],
+)
+def test_features_that_cannot_work_are_refused_by_name(overrides, name):
+    for message in run_ranks(_refused, 2, 2, overrides):
+        assert name in message, message
+
+
+def _wrong_rope(tp: int) -> str:
+    start(tp)
+    case, helix = Case(8, 4, 16), HelixConfig(1, 2, rotary_percent=0.5)
+    case.draw()
+    layer = make_layer(case, helix, tp, Groups().of(helix.resolve(8, 4, 16, 2).grid))
+    try:
+        run(layer, case, tp)
+    except HelixConfigError as error:
+        return str(error)
+    return "ran"
+
+
+def test_a_rope_table_of_another_size_is_refused():
+    assert all("rotary_percent" in message for message in run_ranks(_wrong_rope, 2, 2))
+
+
+def _other_attention_classes() -> list[str]:
+    from megatron.core.transformer.attention import CrossAttention
+
+    from helix_megatron import integrate
+
+    messages = []
+    integrate.enable(HelixConfig())
+    try:
+        CrossAttention(None, None, 1)
+    except HelixConfigError as error:
+        messages.append(str(error))
+    integrate.disable()
+    return messages
+
+
+def test_cross_attention_is_refused():
+    (messages,) = run_ranks(_other_attention_classes, 1)
+    assert messages and "CrossAttention" in messages[0]
+

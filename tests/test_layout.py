@@ -1,0 +1,189 @@
+"""Grid and layout arithmetic: properties over random shapes."""
+
+from math import gcd
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.grid import (
+    AttentionShape,
+    HelixConfigError,
+    HelixGrid,
+    check_grid,
+    choose_grid,
+    illegal_reason,
+    legal_grids,
+)
+from helix_megatron.layout import HelixLayout, part_length, position_chunks
+
+
+@st.composite
+def layouts(draw):
+    """A legal layout of any kind."""
+    n, m = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4]))
+    hk, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    rotary, rest = draw(st.integers(0, 3)) * 2 * m, draw(st.integers(0, 2)) * m
+    if rotary + rest == 0:
+        rest = m
+    shape = AttentionShape(n * hk * ratio, n * hk, rotary + rest, rotary, draw(st.booleans()))
+    per_slice = draw(st.booleans())
+    heads = not per_slice and (hk * ratio) % m == 0 and draw(st.booleans())
+    return HelixLayout(shape, HelixGrid(n, m), "heads" if heads else "dims", per_slice)
+
+
+@given(layouts())
+@settings(max_examples=300, deadline=None)
+def test_ranks_tile_the_weights_exactly_once(layout):
+    shape = layout.shape
+    rows = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    assert np.array_equal(np.sort(layout.qkv_permutation()), np.arange(rows))
+    columns = shape.num_attention_heads * shape.kv_channels
+    assert np.array_equal(np.sort(layout.proj_permutation()), np.arange(columns))
+    for rank in range(layout.grid.size):
+        assert len(layout.qkv_rows(rank)) == rows // layout.grid.size
+        assert len(layout.proj_columns(rank)) == columns // layout.grid.size
+
+
+@given(layouts())
+@settings(max_examples=200, deadline=None)
+def test_slices_hold_whole_rotary_pairs(layout):
+    shape, rotary = layout.shape, layout.shape.rotary_dim
+    if layout.per_slice or not rotary:
+        return
+    for j in range(layout.grid.dim_parallel_size):
+        dims = set(layout.rotary_dims(j).tolist())
+        for x in dims:
+            partner = x ^ 1 if shape.rotary_interleaved else (x + rotary // 2) % rotary
+            assert partner in dims
+        assert layout.key_dims(j)[: len(dims)].tolist() == layout.rotary_dims(j).tolist()
+
+
+@given(layouts())
+@settings(max_examples=200, deadline=None)
+def test_a_rank_holds_only_its_head_group(layout):
+    shape = layout.shape
+    block = (shape.num_attention_heads // shape.num_query_groups + 2) * shape.kv_channels
+    for rank in range(layout.grid.size):
+        i, _ = layout.grid.coordinate(rank)
+        groups = set((layout.qkv_rows(rank) // block).tolist())
+        assert groups <= set(range(i * layout.kv_heads, (i + 1) * layout.kv_heads))
+
+
+def test_one_slice_is_megatrons_own_layout():
+    layout = HelixLayout(AttentionShape(8, 4, 6, 4), HelixGrid(4, 1))
+    assert np.array_equal(layout.qkv_permutation(), np.arange(16 * 6))
+    assert np.array_equal(layout.proj_permutation(), np.arange(8 * 6))
+
+
+def test_whole_heads_keep_megatrons_projection():
+    layout = HelixLayout(AttentionShape(8, 2, 4, 4), HelixGrid(2, 2), "heads")
+    assert np.array_equal(layout.proj_permutation(), np.arange(8 * 4))
+
+
+def test_rows_of_the_documented_example():
+    layout = HelixLayout(AttentionShape(1, 1, 12, 8), HelixGrid(1, 2))
+    assert layout.key_dims(0).tolist() == [0, 1, 4, 5, 8, 9]
+    assert layout.key_dims(1).tolist() == [2, 3, 6, 7, 10, 11]
+    assert layout.qkv_rows(1).tolist() == [
+        *[2, 3, 6, 7, 10, 11],
+        *[12 + x for x in (2, 3, 6, 7, 10, 11)],
+        *range(24 + 6, 36),
+    ]
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_position_parts_tile_the_sequence_and_balance_causal_work(length, parts):
+    covered = [x for p in range(parts) for a, b in position_chunks(length, p, parts) for x in range(a, b)]
+    assert sorted(covered) == list(range(length))
+    assert sum(part_length(length, p, parts) for p in range(parts)) == length
+    work = [
+        sum(x + 1 for a, b in position_chunks(length, p, parts) for x in range(a, b)) for p in range(parts)
+    ]
+    if length >= 2 * parts:
+        assert max(work) - min(work) <= 2 * length  # two positions more or less
+
+
+@pytest.mark.parametrize(
+    "heads, groups, dim, tp, grid",
+    [
+        (9, 3, 64, 2, (1, 2)),
+        (9, 3, 64, 4, (1, 4)),
+        (9, 3, 64, 6, (3, 2)),
+        (9, 3, 64, 8, (1, 8)),
+        (9, 3, 64, 12, (3, 4)),
+        (28, 4, 128, 8, (4, 2)),
+        (14, 2, 64, 4, (2, 2)),
+        (40, 10, 128, 4, (2, 2)),
+        (32, 32, 128, 16, (16, 1)),
+    ],
+)
+def test_chosen_grids(heads, groups, dim, tp, grid):
+    assert choose_grid(AttentionShape(heads, groups, dim, dim), tp) == HelixGrid(*grid)
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 64), st.integers(1, 32))
+def test_the_chosen_grid_is_legal_and_slices_least(ratio, groups, dim, tp):
+    shape = AttentionShape(groups * ratio, groups, dim, dim // 2 * 2)
+    legal = legal_grids(shape, tp)
+    if not legal:
+        with pytest.raises(HelixConfigError, match="tensor-parallel sizes that work"):
+            choose_grid(shape, tp)
+        return
+    chosen = choose_grid(shape, tp)
+    assert chosen in legal
+    assert chosen.dim_parallel_size == min(g.dim_parallel_size for g in legal)
+    assert chosen.head_parallel_size <= gcd(groups, tp)
+
+
+@pytest.mark.parametrize(
+    "n, m, reason",
+    [
+        (2, 2, "n\\*m = 4, but the tensor-parallel size is 8"),
+        (8, 1, "n = 8 does not divide the 4 KV heads"),
+        (None, 3, "n\\*m = 6"),
+        (0, 8, "at least 1"),
+    ],
+)
+def test_refusals_name_the_reason_and_the_legal_grids(n, m, reason):
+    shape = AttentionShape(28, 4, 128, 128)
+    with pytest.raises(HelixConfigError, match=reason) as caught:
+        check_grid(shape, 8, n, m)
+    if n != 0:
+        assert "legal grids: " in str(caught.value)
+        assert "n=4 m=2" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_odd_rotary_pairs_and_indivisible_dimensions_are_refused():
+    assert "rotary pairs" in illegal_reason(AttentionShape(8, 1, 12, 6), 2, 1, 2)
+    assert "head dimension 12" in illegal_reason(AttentionShape(8, 1, 12, 0), 8, 1, 8)
+    with pytest.raises(HelixConfigError, match="must be even"):
+        AttentionShape(8, 1, 12, 5)
+    with pytest.raises(HelixConfigError, match="not a multiple"):
+        AttentionShape(9, 2, 12)
+
+
+@pytest.mark.parametrize(
+    "settings_, message",
+    [
+        (dict(softmax="paper"), "softmax 'paper' is unknown"),
+        (dict(comm_type="ring"), "choose from auto, a2a, all_reduce"),
+        (dict(softmax="per-slice", comm_type="a2a"), "exchanges nothing"),
+    ],
+)
+def test_unknown_settings_are_refused(settings_, message):
+    with pytest.raises(HelixConfigError, match=message):
+        HelixConfig(**settings_)
+
+
+def test_placement_is_settled_by_what_is_legal():
+    assert HelixConfig().resolve(64, 8, 128, 16).layout.query_placement == "heads"
+    assert HelixConfig().resolve(9, 3, 64, 8).layout.query_placement == "dims"
+    assert HelixConfig(comm_type="all_reduce").resolve(64, 8, 128, 16).layout.query_placement == "dims"
+    with pytest.raises(HelixConfigError, match="needs whole heads"):
+        HelixConfig(query_placement="heads").resolve(9, 3, 64, 8)
+    with pytest.raises(HelixConfigError, match="per-slice softmax works on slices"):
+        HelixConfig(query_placement="heads", softmax="per-slice").resolve(64, 8, 128, 16)
