@@ -58,6 +58,8 @@ class Recorder:
 def run(task: Task) -> None:
     """Measure this rank's part of a variant and write it to the task's folder; raises what went wrong."""
     rank = int(os.environ["RANK"])
+    if task.host:
+        pin(rank)
     folder = Path(task.folder)
     try:
         result = measure(task, folder if rank == 0 else None)
@@ -67,6 +69,17 @@ def run(task: Task) -> None:
         report = {"time": time.time(), "rank": rank, "cause": cause, "traceback": traceback.format_exc()}
         (folder / f"error-{rank}.json").write_text(json.dumps(report))
         raise
+
+
+def pin(rank: int) -> None:
+    """Keep this process on one core, neighbours on different ones.
+
+    A gloo ring hands work from neighbour to neighbour; with 16 ranks on two cores an all-reduce of 64 kB
+    takes 45 ms like this and 70 ms when ranks wander between the cores.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def measure(task: Task, progress: Path | None) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 
 def decoded(finished: list[dict[str, Any]]) -> list[str]:
-    """Whether variants of the same model chose the same tokens; a near tie may flip one, so it is no error."""
+    """Whether variants of the same model chose the same tokens; no error, as a near tie may flip one."""
     said: list[str] = []
     references: dict[str, dict[str, Any]] = {}
     same = 0
@@ -226,6 +226,13 @@ def decoded(finished: list[dict[str, Any]]) -> list[str]:
     return said + ([f"Greedy decode: {same} variants chose the tokens of their reference."] if same else [])
 
 
+_SPEEDS = (  # samples in `measured`, what they are seconds of
+    ("train_step_seconds", "training"),
+    ("forward_seconds", "forward"),
+    ("decode_token_seconds", "decode"),
+)
+
+
 def speeds(finished: list[dict[str, Any]]) -> list[str]:
     """Each Helix variant next to the fastest Megatron variant of the same model, gains and losses alike."""
     said = []
@@ -234,21 +241,24 @@ def speeds(finished: list[dict[str, Any]]) -> list[str]:
         if variant["attention_impl"] != "helix" or not peers:
             continue
         parts = []
-        for key, what, more_is_better in (
-            ("train_tokens_per_s", "training", True),
-            ("forward_tokens_per_s", "forward", True),
-            ("tpot_ms", "decode", False),
-        ):
-            own = variant["row"].get(key)
-            others = [(peer["row"][key], peer["name"]) for peer in peers if key in peer["row"]]
-            if own is None or not others:
-                continue
-            best, name = max(others) if more_is_better else min(others)
-            ratio = own / best if more_is_better else best / own
-            parts.append(f"{what} {ratio:.2f}x the speed of {name}{' (SLOWER)' if ratio < 1 else ''}")
+        for samples, what in _SPEEDS:
+            own = variant["measured"].get(samples)
+            others = [
+                (peer["measured"][samples], peer["name"]) for peer in peers if samples in peer["measured"]
+            ]
+            if own and others:
+                parts.append(f"{what} {_versus(own, *min(others, key=lambda other: median(other[0])))}")
         if parts:
-            said.append(f"{variant['name']}: {', '.join(parts)} (measured).")
+            said.append(f"{variant['name']}, measured: {'; '.join(parts)}.")
     return said
+
+
+def _versus(own: list[float], other: list[float], name: str) -> str:
+    """Compare two series of seconds by their medians; overlapping ranges decide nothing."""
+    ratio = median(other) / median(own)
+    if min(own) <= max(other) and min(other) <= max(own):
+        return f"{ratio:.2f}x {name} (the samples overlap: no difference shown)"
+    return f"{ratio:.2f}x {name} ({'faster' if ratio > 1 else 'SLOWER'})"
 
 
 def exit_code(results: dict[str, Any]) -> int:
