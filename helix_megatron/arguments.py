@@ -81,6 +81,21 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
                 "add --attention-impl helix or leave it out"
             )
         return None
+    whole_model = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--experimental-attention-variant": args.experimental_attention_variant,
+        "--spec": args.spec,
+        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+    }
+    for flag, used in whole_model.items():
+        if used:
+            way_out = (
+                "wrap your spec with helix_megatron.specs.with_helix_attention instead"
+                if flag == "--spec"
+                else "use --attention-impl megatron"
+            )
+            raise HelixConfigError(f"--attention-impl helix does not support {flag}; {way_out}")
     has_rope = args.position_embedding_type in ("rope", "mrope", "yarn")
     if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
         raise HelixConfigError(

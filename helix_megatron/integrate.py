@@ -118,21 +118,6 @@ def activate(args: Namespace) -> None:
 def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     from helix_megatron.attention import plan_for, refuse_unsupported
 
-    whole_model = {
-        "--multi-latent-attention": args.multi_latent_attention,
-        "--experimental-attention-variant": args.experimental_attention_variant,
-        "--spec": args.spec,
-        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
-        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
-    }
-    for flag, used in whole_model.items():
-        if used:
-            way_out = (
-                "wrap your spec with helix_megatron.specs.with_helix_attention instead"
-                if flag == "--spec"
-                else "use --attention-impl megatron"
-            )
-            raise HelixConfigError(f"--attention-impl helix does not support {flag}; {way_out}")
     # As TransformerConfig sees them: without --group-query-attention every query head has its own KV head.
     shape = Namespace(
         num_attention_heads=args.num_attention_heads,
