@@ -65,6 +65,8 @@ def configuration_error(error: BaseException) -> str | None:
         return None
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     module = frame.f_globals.get("__name__", "")
+    if module == "__main__" and frame.f_globals.get("__spec__") is not None:  # run with `python -m`
+        module = frame.f_globals["__spec__"].name
     if not module.startswith(_CONFIGURATION_MODULES):
         return None
     if str(error):

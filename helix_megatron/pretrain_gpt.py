@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m helix_megatron.pretrain_gpt --helix-config run.yaml
     python -m helix_megatron.launch --nproc-per-node 4 -m helix_megatron.pretrain_gpt --helix-host-mode …
 
-Causal language modelling on `--data-path` or `--mock-data`. Every flag is Megatron's; what this entry
+Causal language modelling with a dense model on `--data-path` or `--mock-data`. Every flag is Megatron's; what this entry
 cannot do is refused by name. The same model trained by Megatron-LM's pretrain_gpt.py has the same losses.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from helix_megatron import entry
+from helix_megatron import entry, yaml_config
 
 # Attribute of Megatron's args → the flag that set it. Only pretrain_gpt.py of a checkout does these.
 _UNSUPPORTED = {
@@ -27,6 +27,7 @@ _UNSUPPORTED = {
     "hybrid_context_parallel": "--hybrid-context-parallel",
     "logits_load_dir": "--logits-load-dir",
     "mtp_num_layers": "--mtp-num-layers",
+    "num_experts": "--num-experts",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
     "perform_rl_step": "--perform-rl-step",
     "per_dataset_sequences_path": "--per-dataset-sequences-path",
@@ -193,10 +194,14 @@ def build_config() -> Any:
 
 
 def train(argv: list[str]) -> None:
-    """Train with the given flags (after `entry.prepare`); Megatron logs, saves and evaluates as told."""
+    """Train with the given flags (after `entry.prepare`); Megatron logs, saves and evaluates as told.
+
+    ValueError for an unknown flag: Megatron's own refusal begins with its usage, a thousand lines.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
+    yaml_config.check_flags(argv)
     sys.argv = ["pretrain_gpt", *argv]
     pretrain(build_config(), dataset_provider, ModelType.encoder_or_decoder, forward_step)
 

@@ -4,7 +4,9 @@
         <its own flags> --attention-impl helix
 
 The script runs as `__main__` with its folder first on sys.path, exactly as `torchrun SCRIPT` would run
-it; `--helix-config FILE.yaml` and `--helix-host-mode` work as in helix_megatron.pretrain_gpt.
+it: the megatron.core of its checkout comes before the installed one, and its Makefile compiles the data
+set helper. (`helix_megatron.launch` has imported the installed one by then, so there that one serves.)
+`--helix-config FILE.yaml` and `--helix-host-mode` work as in helix_megatron.pretrain_gpt.
 """
 
 from __future__ import annotations
@@ -26,9 +28,8 @@ def run_script(argv: list[str]) -> None:
     script = Path(argv[0])
     if not script.is_file():
         raise ValueError(f"no script at {script}.")
-    flags = entry.prepare(argv[1:])
-    sys.argv = [str(script), *flags]
     sys.path.insert(0, str(script.resolve().parent))
+    sys.argv = [str(script), *entry.prepare(argv[1:])]
     runpy.run_path(str(script), run_name="__main__")
 
 

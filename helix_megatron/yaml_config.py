@@ -42,7 +42,7 @@ class RunConfig:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name nearest to `name`, or '' when none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -125,6 +125,15 @@ def known_flags() -> list[str]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     arguments.add_megatron_arguments(parser)
     return [flag for flag in parser._option_string_actions if flag.startswith("--")]
+
+
+def check_flags(argv: Iterable[str]) -> None:
+    """ValueError naming the first `--flag` in argv that the parser does not know, and the nearest it does."""
+    known = known_flags()
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise ValueError(f"Megatron has no flag {flag}{nearest(flag, known) or '.'}")
 
 
 def to_argv(arguments: Mapping[str, Any], where: str, known: Iterable[str] | None = None) -> list[str]:
