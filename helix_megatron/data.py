@@ -52,7 +52,6 @@ def write(prefix: str | Path) -> int:
     Each file is written beside its place and renamed, .bin before .idx, so that a reader that looks for
     the index never sees half a data set, and several processes may call this at once.
     """
-    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     data_path, index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
@@ -63,7 +62,7 @@ def write(prefix: str | Path) -> int:
         new_data, new_index = Path(folder, "text.bin"), Path(folder, "text.idx")
         builder = IndexedDatasetBuilder(str(new_data), dtype=np.uint16)
         for text in texts:
-            builder.add_document(torch.from_numpy(text.astype(np.int32)), [len(text)])
+            builder.add_document(text, [len(text)])
         builder.finalize(str(new_index))
         for new, old in ((new_data, data_path), (new_index, index_path)):
             if not (old.is_file() and old.read_bytes() == new.read_bytes()):

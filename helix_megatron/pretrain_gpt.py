@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 -m helix_megatron.pretrain_gpt --helix-config run.yaml
     python -m helix_megatron.launch --nproc-per-node 4 -m helix_megatron.pretrain_gpt --helix-host-mode …
 
-Causal language modelling with a dense model on `--data-path` or `--mock-data`. Every flag is Megatron's; what this entry
-cannot do is refused by name. The same model trained by Megatron-LM's pretrain_gpt.py has the same losses.
+Causal language modelling with a dense model on `--data-path` or `--mock-data`. Every flag is Megatron's;
+what this entry cannot do is refused by name. The same model trained by Megatron-LM's own pretrain_gpt.py
+has the same losses.
 """
 
 from __future__ import annotations
@@ -186,10 +187,10 @@ def build_config() -> Any:
     ValueError or AssertionError from Megatron or from here for flags that cannot work.
     """
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import parse_and_validate_args, parse_args
 
+    refuse_unsupported(parse_args())
     args = parse_and_validate_args()
-    refuse_unsupported(args)
     return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
 
 
