@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from helix_megatron.config import COMM_TYPES, QUERY_PLACEMENTS, SOFTMAX_KINDS, HelixConfig
+from helix_megatron.config import (
+    COMM_TYPES,
+    CORE_ATTENTIONS,
+    QUERY_PLACEMENTS,
+    SOFTMAX_KINDS,
+    HelixConfig,
+)
 from helix_megatron.grid import HelixConfigError
 
 
@@ -53,6 +59,13 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "query heads of a group). auto: heads where possible.",
     )
     group.add_argument(
+        "--helix-core-attention",
+        choices=CORE_ATTENTIONS,
+        default="auto",
+        help="Attention on whole heads. spec: the layer spec's core. auto: likewise, but PyTorch's fused "
+        "scaled_dot_product_attention in place of Megatron's unfused local core.",
+    )
+    group.add_argument(
         "--helix-host-mode",
         action="store_true",
         help="Run Megatron on host memory with gloo, on a machine without a GPU. Refused where a GPU is.",
@@ -73,6 +86,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-softmax": args.helix_softmax != "exact",
             "--helix-comm-type": args.helix_comm_type != "auto",
             "--helix-query-placement": args.helix_query_placement != "auto",
+            "--helix-core-attention": args.helix_core_attention != "auto",
         }
         flags = [flag for flag, was_given in given.items() if was_given]
         if flags:
@@ -108,5 +122,6 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         softmax=args.helix_softmax,
         comm_type=args.helix_comm_type,
         query_placement=args.helix_query_placement,
+        core_attention=args.helix_core_attention,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )

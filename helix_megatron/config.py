@@ -13,6 +13,7 @@ from helix_megatron.layout import HelixLayout
 SOFTMAX_KINDS = ("exact", "per-slice")
 COMM_TYPES = ("auto", "a2a", "all_reduce")
 QUERY_PLACEMENTS = ("auto", "dims", "heads")
+CORE_ATTENTIONS = ("auto", "spec")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class HelixConfig:
     """"dims": query heads are sliced like keys. "heads": every rank holds whole query heads (needs
     m | H/n). "auto": heads where legal and useful."""
 
+    core_attention: str = "auto"
+    """What computes attention on whole heads. "spec": the layer spec's core. "auto": likewise, but
+    PyTorch's fused scaled_dot_product_attention for Megatron's unfused local core."""
+
     rotary_percent: float = 1.0
     """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
 
@@ -45,6 +50,7 @@ class HelixConfig:
             ("softmax", SOFTMAX_KINDS),
             ("comm_type", COMM_TYPES),
             ("query_placement", QUERY_PLACEMENTS),
+            ("core_attention", CORE_ATTENTIONS),
         ):
             if getattr(self, name) not in choices:
                 raise HelixConfigError(
@@ -81,7 +87,8 @@ class HelixConfig:
             query_heads = num_attention_heads // grid.head_parallel_size
             whole_heads = query_heads % grid.dim_parallel_size == 0
             placement = "heads" if whole_heads and comm_type == "a2a" else "dims"
-        return HelixPlan(HelixLayout(shape, grid, placement, per_slice), comm_type)
+        fused = self.core_attention == "auto"
+        return HelixPlan(HelixLayout(shape, grid, placement, per_slice), comm_type, fused)
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,12 @@ class HelixPlan:
     Args:
         layout: shape, grid and placement.
         comm_type: "a2a", "all_reduce", or "none" (per-slice softmax).
+        fused_core: replace Megatron's unfused local core by PyTorch's fused attention.
     """
 
     layout: HelixLayout
     comm_type: str
+    fused_core: bool = True
 
     @property
     def grid(self) -> HelixGrid:

@@ -33,6 +33,7 @@ from helix_megatron.exchange import all_reduce_sum
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, seed_of_dim_group
 from helix_megatron.layout import position_chunks
+from helix_megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention, bottom_right_causal_mask
 from helix_megatron.slices import (
     gather_keys_values,
     output_slices,
@@ -43,7 +44,6 @@ from helix_megatron.slices import (
 )
 
 DIM_GROUP_RNG = "helix-dim-group-rng"
-CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
 
 class HelixCoreAttention(torch.nn.Module):
@@ -92,16 +92,16 @@ class HelixCoreAttention(torch.nn.Module):
             core_config.num_query_groups = (sum(self.kv_repeat) if self.kv_repeat else kv_heads) * (
                 self.layout.grid.size
             )
-            self.core = core_builder(
+            local = _is_local(core_builder)
+            self.core = (ScaledDotProductAttention if local and plan.fused_core else core_builder)(
                 config=core_config,
                 layer_number=layer_number,
                 # A share of the positions needs an explicit mask, which a "causal" local core ignores.
-                attn_mask_type=AttnMaskType.padding
-                if self.position_parts > 1 and _is_local(core_builder)
-                else attn_mask_type,
+                attn_mask_type=AttnMaskType.padding if self.position_parts > 1 and local else attn_mask_type,
                 **core_kwargs,
             )
             self.core_is_local = isinstance(self.core, DotProductAttention)
+            self.core_needs_mask = self.core_is_local and not isinstance(self.core, ScaledDotProductAttention)
             if self.position_parts > 1 and not (self.core_is_local or _is_te(self.core)):
                 raise HelixConfigError(
                     f"core attention {type(self.core).__name__} cannot be given a share of the query "
@@ -189,15 +189,15 @@ class HelixCoreAttention(torch.nn.Module):
             if mask.shape[2] != 1:
                 mask = select_positions(mask, self.position_part, self.position_parts, dim=2)
             return self._core_or_empty(query, key, value, mask, mask_type)
-        if mask_type not in CAUSAL:
+        if mask_type not in CAUSAL_TYPES:
             return self._core_or_empty(query, key, value, None, mask_type)
         chunks = position_chunks(length, self.position_part, self.position_parts)
         queries = query.split([stop - start for start, stop in chunks])
         outs = []
         for (start, stop), chunk in zip(chunks, queries, strict=True):
             mask = None
-            if self.core_is_local and stop > start:
-                mask = _bottom_right_causal(stop - start, stop, key.device)[None, None]
+            if self.core_needs_mask and stop > start:
+                mask = bottom_right_causal_mask(stop - start, stop, key.device)
             outs.append(
                 self._core_or_empty(chunk, key[:stop], value[:stop], mask, AttnMaskType.causal_bottom_right)
             )
@@ -229,8 +229,8 @@ class HelixCoreAttention(torch.nn.Module):
         scores = all_reduce_sum(scores, self.group)
         if self.window_size is not None:
             mask = get_sliding_window_causal_mask(s, length, self.window_size)
-        elif mask is None and self.attn_mask_type in CAUSAL and s > 1:
-            mask = _bottom_right_causal(s, length, scores.device)
+        elif mask is None and self.attn_mask_type in CAUSAL_TYPES and s > 1:
+            mask = bottom_right_causal_mask(s, length, scores.device)
         if mask is not None:
             scores = scores.masked_fill(mask, -10000.0)  # Megatron's value for a forbidden position
         probs = torch.softmax(scores, dim=-1)
@@ -251,11 +251,6 @@ def _kv_heads_needed(kv_head_of: list[int]) -> tuple[slice, list[int] | None]:
     first, last = kv_head_of[0], kv_head_of[-1]
     counts = [kv_head_of.count(head) for head in range(first, last + 1)]
     return slice(first, last + 1), (counts if len(set(counts)) > 1 else None)
-
-
-def _bottom_right_causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """True where query i (the last of which sees every key) must not look: [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
 
 
 def _is_local(core_builder: Any) -> bool:

@@ -176,15 +176,17 @@ def check_all(tp: int, jobs: list[tuple[Case, HelixConfig, dict]]) -> list[tuple
     return results
 
 
-def all_settings(case: Case, tp: int) -> list[HelixConfig]:
-    """Every legal grid with m > 1, comm type and placement for a case."""
+def all_settings(case: Case, tp: int, cores=("auto", "spec")) -> list[HelixConfig]:
+    """Every legal grid with m > 1, comm type, placement and core attention for a case."""
     from helix_megatron.grid import AttentionShape, legal_grids
 
     shape = AttentionShape(case.heads, case.groups, case.dim, case.rotary_dim, case.interleaved)
     found = []
-    for grid, comm, placement in itertools.product(
-        legal_grids(shape, tp), ("a2a", "all_reduce"), ("dims", "heads")
+    for grid, comm, placement, core in itertools.product(
+        legal_grids(shape, tp), ("a2a", "all_reduce"), ("dims", "heads"), cores
     ):
+        if comm == "all_reduce" and core != cores[0]:
+            continue  # it has no core
         whole = case.heads // grid.head_parallel_size % grid.dim_parallel_size == 0
         if grid.dim_parallel_size > 1 and (placement == "dims" or whole):
             found.append(
@@ -193,6 +195,7 @@ def all_settings(case: Case, tp: int) -> list[HelixConfig]:
                     grid.dim_parallel_size,
                     comm_type=comm,
                     query_placement=placement,
+                    core_attention=core,
                     rotary_percent=case.rotary_percent,
                 )
             )

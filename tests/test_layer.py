@@ -157,6 +157,7 @@ def test_half_precision_is_as_good_as_megatrons(dtype):
     megatron = run_ranks(_half_precision_errors, 1, 1, dtype, [(case, None) for case in cases])[0]
     for settings in (
         dict(query_placement="dims"),
+        dict(query_placement="dims", core_attention="spec"),
         dict(comm_type="all_reduce"),
     ):
         jobs = [(case, HelixConfig(1, 4, **settings)) for case in cases]
@@ -180,7 +181,7 @@ def _dropout(tp: int, helix: HelixConfig, recompute: bool) -> dict:
     load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
     layer.train()
     core = layer.core_attention
-    (core.core or core).attention_dropout.register_forward_hook(
+    (core.core or core).attention_dropout.register_forward_hook(  # summed scores have no inner core
         lambda module, args, out: masks.append((out == 0) & (args[0] != 0))
     )
     result = run(layer, case, tp)

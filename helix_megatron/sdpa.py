@@ -1,0 +1,70 @@
+"""PyTorch's fused attention in place of Megatron's unfused local core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
+
+
+def bottom_right_causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where query i, at position keys - queries + i, must not look: [1, 1, queries, keys]."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    return mask[None, None]
+
+
+class ScaledDotProductAttention(DotProductAttention):
+    """Megatron's local core, computed by `scaled_dot_product_attention` wherever that means the same.
+
+    It does for causal and unmasked attention without active dropout, window, sinks or query-key layer
+    scaling; everything else is Megatron's own code. Memory is linear in the sequence instead of quadratic.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """query [sq, b, heads, d], key and value [sk, b, kv_heads, d] -> [sq, b, heads * d].
+
+        A causal query i of fewer queries than keys is the one at position sk - sq + i (bottom right).
+        """
+        softmax = self.scale_mask_softmax
+        plain = (
+            attention_mask is None
+            and attention_bias is None
+            and packed_seq_params is None
+            and softmax.window_size is None
+            and softmax.scale is None
+            and self.softmax_offset is None
+            and not (self.training and self.attention_dropout.p > 0)
+        )
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        causal = mask_type in CAUSAL_TYPES
+        sq, sk = query.shape[0], key.shape[0]
+        if not plain:
+            if attention_mask is None and causal and 1 < sq < sk:  # Megatron makes square masks only
+                attention_mask = bottom_right_causal_mask(sq, sk, query.device)
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+            )
+        bias = causal_lower_right(sq, sk) if causal and 1 < sq < sk else None
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),  # [b, heads, s, d]
+            attn_mask=bias,
+            is_causal=causal and sq == sk,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out.permute(2, 0, 1, 3).flatten(-2).contiguous()
