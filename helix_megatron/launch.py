@@ -6,8 +6,7 @@
 
 A fork server imports torch and Megatron and ranks are forked from it: neither the caller's threads nor its
 autograd state reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with
-what they have started (each rank leads a process group); the fork server ends when the caller is gone, and
-the kernel then kills the ranks.
+what they have started (each rank leads a process group); a rank whose caller is gone kills its own group.
 """
 
 import argparse
@@ -99,7 +98,7 @@ class _Rank:
     def __init__(self, context, rank, log, job):
         self.rank, self.log = rank, log
         self.connection, theirs = context.Pipe()
-        self.report = None  # ("ok", pickled value) or ("error", monotonic time, trace, exit code, message)
+        self.report = None  # ("ok", pickled value) or ("error", time, traceback or None, exit code, message)
         self.died = False
         self.process = context.Process(target=_rank_main, args=(rank, theirs, log, *job), name=f"rank {rank}")
         self.process.start()
@@ -109,11 +108,19 @@ class _Rank:
         """Take the report, or note that there will be none."""
         if self.report is not None or self.died:
             return
+        ended = multiprocessing.connection.wait([self.process.sentinel], timeout=0)  # asked before the report
         try:
             if self.connection.poll():
                 self.report = self.connection.recv()
+            elif ended:  # what it has started may keep its end of the connection open
+                self.died = True
         except (EOFError, ConnectionError):
             self.died = True
+
+    @property
+    def signs(self) -> list:
+        """What `multiprocessing.connection.wait` waits for: a report, or the end of the process."""
+        return [self.connection, self.process.sentinel]
 
     @property
     def failed(self) -> bool:
@@ -138,7 +145,10 @@ class _Rank:
             text = f"rank {self.rank} {how} without returning{shown}"
             return RankError(text, self.rank, exit_code=128 - code if killed else code or 1, log_tail=tail)
         _, _, trace, code, message = self.report
-        return RankError(f"rank {self.rank} failed:\n{trace}{shown}", self.rank, code, message, tail)
+        text = f"rank {self.rank} failed:\n{trace}{shown}"
+        if trace is None:
+            text = message or f"rank {self.rank} exited with code {code}{shown}"
+        return RankError(text, self.rank, code, message, tail)
 
 
 def _collect(ranks, timeout_s) -> list:
@@ -159,7 +169,7 @@ def _collect(ranks, timeout_s) -> list:
                 waiting[0].rank,
                 exit_code=124,
             )
-        multiprocessing.connection.wait([rank.connection for rank in waiting], timeout=left)
+        multiprocessing.connection.wait([sign for rank in waiting for sign in rank.signs], timeout=left)
         for rank in waiting:
             rank.read()
     return [pickle.loads(rank.report[1]) for rank in ranks]
@@ -171,20 +181,24 @@ def _first_failure(ranks) -> _Rank:
     end = time.monotonic() + _GRACE_S
     while (left := end - time.monotonic()) > 0:
         waiting = [rank for rank in ranks if rank.report is None and not rank.died]
-        connections = [rank.connection for rank in waiting]
-        if not connections or not multiprocessing.connection.wait(connections, timeout=left):
+        signs = [sign for rank in waiting for sign in rank.signs]
+        if not signs or not multiprocessing.connection.wait(signs, timeout=left):
             break
         for rank in waiting:
             rank.read()
     failed = [rank for rank in ranks if rank.failed]
-    return min(failed, key=lambda rank: (not rank.died, 0 if rank.died else rank.report[1]))
+    first = min(failed, key=lambda rank: (not rank.died, 0 if rank.died else rank.report[1]))
+    if not first.died and first.report[2] is None:  # all exit together: the lowest speaks
+        same = [rank for rank in failed if not rank.died and rank.report[2:] == first.report[2:]]
+        return min(same, key=lambda rank: rank.rank)
+    return first
 
 
 def _end(ranks) -> None:
     for rank in ranks:
-        rank.connection.close()  # a rank that has reported waits for this
         if rank.report is None or rank.report[0] != "ok":
             _kill_group(rank.process.pid)
+        rank.connection.close()  # a rank that has returned waits for this
     for rank in ranks:
         rank.process.join(10)
         _kill_group(rank.process.pid)  # what the rank has started, and the rank if it would not leave
@@ -257,6 +271,7 @@ def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
     """The whole life of one rank."""
     die_with_parent()
     os.setpgid(0, 0)
+    released = _watch_caller(connection)
     multiprocessing.set_start_method("fork", force=True)  # what a rank would have without a fork server
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
@@ -280,16 +295,32 @@ def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
         code = 1 if message is not None else int(stop.code or 0)
         report = ("ok", pickle.dumps(None))
         if code:
-            report = ("error", time.monotonic(), message or f"SystemExit({code})", code, message)
+            report = ("error", time.monotonic(), None, code, message)
     except BaseException:
         report = ("error", time.monotonic(), traceback.format_exc(), 1, None)
     sys.stdout.flush()
     sys.stderr.flush()
+    released.expected = True
     with contextlib.suppress(OSError):
         connection.send(report)
         if report[0] == "ok":  # peers may still need this rank's store and connections
-            with contextlib.suppress(EOFError):
-                connection.recv()
+            released.wait()
+
+
+def _watch_caller(connection) -> threading.Event:
+    """Kill this process group when the caller is gone, unless `expected` is set on the event returned."""
+    released = threading.Event()
+    released.expected = False
+
+    def watch():
+        with contextlib.suppress(EOFError, OSError):
+            connection.recv()  # nothing is ever sent: this ends when the caller closes its end, or dies
+        if not released.expected:
+            os.killpg(0, signal.SIGKILL)
+        released.set()
+
+    threading.Thread(target=watch, daemon=True, name="caller watch").start()
+    return released
 
 
 def _run_target(module, target, arguments) -> None:
