@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, report
+from helix_megatron.compare import harness, launching, report
 from helix_megatron.launch import run_ranks
 
 DOCUMENT = {
@@ -230,7 +230,7 @@ def samples(rank, shift=0.0):
 
 
 def compare(tmp_path, monkeypatch, variants):
-    monkeypatch.setattr(harness, "run", stand_in)
+    monkeypatch.setattr(launching, "run", stand_in)
     monkeypatch.setattr(harness, "megatron_flags", lambda: None)
     monkeypatch.setattr(
         harness, "argv_of", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]

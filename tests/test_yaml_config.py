@@ -101,6 +101,9 @@ def test_join_checks_against_megatrons_own_parser(tmp_path):
         *yaml_config.split(["--seed", "1", "--helix-config", str(path), "--num-layers", "3"])
     )
     assert argv == ["--seed", "1", "--num-layers", "2", "--sequence-parallel", "--num-layers", "3"]
+    twice = ["--helix-config", str(path), "--seed", "1", "--helix-config", str(path)]
+    flags = ["--num-layers", "2", "--sequence-parallel"]
+    assert yaml_config.join(*yaml_config.split(twice)) == [*flags, "--seed", "1", *flags]
     path = write(tmp_path, "MODEL_ARGS: {tensor-model-paralel-size: 2}\n")
     with pytest.raises(
         ValueError, match=r"--tensor-model-paralel-size; did you mean --tensor-model-parallel-size\?"

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +20,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from helix_megatron import data, yaml_config
-from helix_megatron.compare import report
+from helix_megatron.compare import launching, report
 from helix_megatron.compare.config import CompareConfig, Variant, as_json
-from helix_megatron.compare.measure import Task, run
+from helix_megatron.compare.measure import Task
 
 _DATA_FLAGS = (
     "--data-path",
@@ -87,7 +85,7 @@ def compare(
             },
         )
         label = f"[{number}/{len(config.variants)}] {variant.name}"
-        entry = run_variant(config, task, label, console, torchrun)
+        entry = run_variant(config, task, label, console, torchrun, node_rank)
         if node_rank:
             continue
         entry |= {"name": variant.name, "attention_impl": variant.attention_impl, "argv": task.argv}
@@ -129,78 +127,30 @@ def argv_of(config: CompareConfig, variant: Variant, out: Path, known: list[str]
 
 
 def run_variant(
-    config: CompareConfig, task: Task, label: str, console: Console, torchrun: list[str]
+    config: CompareConfig, task: Task, label: str, console: Console, torchrun: list[str], node_rank: int
 ) -> dict[str, Any]:
-    """Launch one variant and read what its ranks wrote: status, cause, seconds, and their raw samples."""
+    """Launch one variant and read what its ranks wrote: status, cause, seconds, and their raw samples.
+
+    Machine 0 alone touches the variant's folder: ranks start only when all machines have met.
+    """
     folder = Path(task.folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if node_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     start = time.monotonic()
     with shown_progress(folder, label, console):
-        launch = launch_on_host if config.host else launch_on_gpus
-        status, cause = launch(config, task, torchrun)
+        if config.host:
+            status, cause = launching.on_host(config, task)
+        else:
+            log = folder.with_name(f"{folder.name}-node-{node_rank}.log")
+            status, cause = launching.on_gpus(config, task, torchrun, log)
     entry: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 2)}
     if status != "ok":
-        return entry | {"cause": first_error(folder) or cause}
+        return entry | {"cause": cause}
+    if node_rank:
+        return entry
     paths = [folder / f"rank-{rank}.json" for rank in range(config.world_size)]
     return entry | {"ranks": [json.loads(path.read_text()) for path in paths]}
-
-
-def launch_on_host(config: CompareConfig, task: Task, _torchrun: list[str]) -> tuple[str, str]:
-    """Ranks as processes of this machine: (ok | failed | timeout, cause)."""
-    from helix_megatron.launch import RankError, run_ranks
-
-    try:
-        run_ranks(
-            run,
-            config.world_size,
-            task,
-            timeout_s=config.variant_timeout_s,
-            env=config.env_vars,
-            log_dir=task.folder,
-        )
-    except RankError as error:
-        if error.exit_code == 124:
-            return "timeout", f"not done after {config.variant_timeout_s:g} s and killed"
-        return "failed", str(error).splitlines()[0]
-    return "ok", ""
-
-
-def launch_on_gpus(config: CompareConfig, task: Task, torchrun: list[str]) -> tuple[str, str]:
-    """Ranks through torch.distributed.run on this machine's GPUs: (ok | failed | timeout, cause)."""
-    folder = Path(task.folder)
-    task_file = folder / "task.json"
-    task_file.write_text(json.dumps(asdict(task)))
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [
-        f"--nproc-per-node={config.world_size // config.nnodes}",
-        f"--nnodes={config.nnodes}",
-        *torchrun,
-    ]
-    command += ["-m", "helix_megatron.compare.measure", str(task_file)]
-    environment = {**os.environ, **config.env_vars}
-    with open(folder / "output.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(config.variant_timeout_s)
-        except subprocess.TimeoutExpired:
-            return "timeout", f"not done after {config.variant_timeout_s:g} s and killed"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return (
-        ("ok", "") if code == 0 else ("failed", f"torch.distributed.run exited with {code}; see {log.name}")
-    )
-
-
-def first_error(folder: Path) -> str | None:
-    """The cause that the first rank to fail wrote down, or None."""
-    reports = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
-    if not reports:
-        return None
-    first = min(reports, key=lambda item: item["time"])
-    return f"rank {first['rank']}: {first['cause']}"
 
 
 @contextmanager

@@ -277,8 +277,8 @@ def forward(recorder: Recorder, meter: CommMeter, task: Task) -> tuple[list[floa
 
 
 def main() -> None:
-    """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.measure TASK.json`."""
-    run(Task(**json.loads(Path(sys.argv[1]).read_text())))
+    """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.measure TASK`, as JSON."""
+    run(Task(**json.loads(sys.argv[1])))
 
 
 if __name__ == "__main__":

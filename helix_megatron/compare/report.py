@@ -295,7 +295,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"(batch {config['decode_batch_size']}, prompt {config['prompt_length']}), of the slowest rank. "
         "All samples are in results.json.",
         "- max |Δloss|: over all steps, to the first finished variant of the same model.",
-        "- param MB: parameters of the fullest rank. act MB: what autograd keeps of one micro-batch on it.",
+        "- param MB: parameters of the fullest rank. act MB: what autograd keeps of one micro-batch on it "
+        "(a pipeline stage keeps that for every micro-batch in flight).",
         "- comm: a whole training step (collectives of model, data and optimizer) divided by the layers; "
         f"{BYTES_MEAN}.",
         "",
