@@ -189,7 +189,7 @@ def rank_returns_early(folder):
     torch.distributed.init_process_group("gloo")
     if torch.distributed.get_rank() == 1:
         time.sleep(2)  # rank 0, which has the store, has returned
-        torch.distributed.distributed_c10d._get_default_store().set("late", "1")
+        torch.distributed.distributed_c10d._get_default_store().add("late", 1)
     return record(folder)
 
 
