@@ -136,6 +136,47 @@ def test_activations_are_counted_once_and_without_parameters():
     assert kept == 2 * 4 * 8 * 4  # y, and the sum that enters the layer
 
 
+def decoded_with_and_without_cache(argv):
+    """Greedy tokens [b, 1 + new] of decode.decode, and of running all tokens anew for each next one."""
+    import torch
+    from megatron.core.utils import unwrap_model
+
+    from helix_megatron import entry, pretrain_gpt
+    from helix_megatron.compare import decode, measure
+
+    recorder = measure.Recorder()
+    task = measure.Task(argv, "", True, 1, 0, 1, 0, 0, 0)
+    argv = entry.prepare(argv)
+    with measure.recorded_training(recorder, measure.CommMeter(), task, lambda stage: None):
+        pretrain_gpt.train(argv)
+    prompt = measure.random_tokens(2, 5)
+    cached = decode.decode(recorder.model, prompt, 6, None)["tokens"]
+    model, tokens = unwrap_model(recorder.model)[0].eval(), prompt
+    for _ in range(7):
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            logits = model(tokens, positions, None, runtime_gather_output=True)  # [b, s, V]
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return cached, tokens[:, 5:].tolist()
+
+
+@pytest.mark.parametrize("layout", ["rope", "learned_absolute", "helix"])
+def test_decode_chooses_what_the_whole_sequence_chooses(layout):
+    flags = {
+        **DOCUMENT["MODEL_ARGS"],
+        **{"mock-data": True, "tokenizer-type": "NullTokenizer", "vocab-size": 257, "train-iters": 1},
+        **{"eval-iters": 0, "eval-interval": 100, "init-method-std": 0.3, "tensor-model-parallel-size": 2},
+        "position-embedding-type": "rope" if layout == "helix" else layout,
+        "attention-impl": "helix" if layout == "helix" else "megatron",
+    }
+    if layout == "helix":
+        flags |= {"helix-head-parallel-size": 1, "helix-dim-parallel-size": 2}
+    argv = [word for k, v in flags.items() for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    for cached, whole in run_ranks(decoded_with_and_without_cache, 2, argv, timeout_s=100):
+        assert cached == whole
+        assert len({token for line in whole for token in line}) > 3  # the model says more than one thing
+
+
 # ---- what is refused
 
 
