@@ -22,6 +22,7 @@ setup(
         "psutil",  # Megatron's torch_dist checkpoints
         "pyyaml",
         "rich",
+        "tqdm",  # Megatron's static inference engine
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed

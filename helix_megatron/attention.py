@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -28,6 +29,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from helix_megatron.checkpoint import piece_size, standard_layout
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
 from helix_megatron.grid import HelixConfigError
@@ -172,14 +174,30 @@ class HelixParallelSelfAttention(SelfAttention):
             key = self.k_layernorm(key)
         return query, key, value
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        """Refused when heads are sliced: the shards would be written as if they were Megatron's."""
-        if not self.helix_plan.is_megatron:
-            raise NotImplementedError(
-                f"Helix grid {self.helix_plan.grid}: distributed checkpoints of sliced heads (m > 1) are not "
-                "supported yet; train without --save"
-            )
-        return super().sharded_state_dict(*args, **kwargs)
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's standard layout, whatever the grid; see checkpoint.py.
+
+        Per-slice softmax is another model, that of `derived_config`: its standard layout is that model's.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.helix_plan.is_megatron or self.helix_plan.layout.per_slice:
+            return state
+        layout, rank = self.helix_plan.layout, self.pg_collection.tp.rank()
+        rows, columns = layout.qkv_permutation(), layout.proj_permutation()
+        for name, permutation, dim in (
+            ("linear_qkv.weight", rows, 0),
+            ("linear_qkv.bias", rows, 0),
+            ("linear_proj.weight", columns, 1),
+        ):
+            key = prefix + name
+            if key not in state:
+                continue
+            piece = piece_size(permutation, layout.grid.size)
+            local = np.split(permutation, layout.grid.size)[rank]
+            state[key] = standard_layout(state[key], local, piece, dim, sharded_offsets)
+        return state
 
 
 def plan_for(helix: HelixConfig, config: TransformerConfig, tp_size: int) -> HelixPlan:

@@ -25,7 +25,11 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import get_sliding_window_causal_mask, is_layer_window_attention
+from megatron.core.transformer.utils import (
+    get_sliding_window_causal_mask,
+    is_layer_window_attention,
+    sharded_state_dict_default,
+)
 from torch import Tensor
 
 from helix_megatron.config import HelixPlan
@@ -112,6 +116,16 @@ class HelixCoreAttention(torch.nn.Module):
             self.core_is_local = _is_local(core_builder)
             if config.attention_dropout > 0:
                 _add_dim_group_rng(groups)
+        self.register_state_dict_post_hook(_without_core_prefix)
+        self.register_load_state_dict_pre_hook(_with_core_prefix)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The core's, under the name it has without Helix."""
+        if self.core is None:
+            return {}
+        return sharded_state_dict_default(self.core, prefix, sharded_offsets, metadata)
 
     def forward(
         self,
@@ -251,6 +265,19 @@ def _kv_heads_needed(kv_head_of: list[int]) -> tuple[slice, list[int] | None]:
     first, last = kv_head_of[0], kv_head_of[-1]
     counts = [kv_head_of.count(head) for head in range(first, last + 1)]
     return slice(first, last + 1), (counts if len(set(counts)) > 1 else None)
+
+
+def _without_core_prefix(module: torch.nn.Module, state: dict, prefix: str, _: Any) -> None:
+    """State of the core is saved under the name it has without Helix."""
+    for key in [key for key in state if key.startswith(prefix + "core.")]:
+        state[prefix + key.removeprefix(prefix + "core.")] = state.pop(key)
+
+
+def _with_core_prefix(module: HelixCoreAttention, state: dict, prefix: str, *_: Any) -> None:
+    """Inverse of _without_core_prefix."""
+    if module.core is not None:
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[f"{prefix}core.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 def _is_local(core_builder: Any) -> bool:

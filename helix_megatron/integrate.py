@@ -65,7 +65,7 @@ def install() -> None:
     check_version()
     if _installed:
         return
-    from megatron.training import arguments
+    from megatron.training import arguments, checkpointing
 
     def with_flags(original: Callable) -> Callable:
         return functools.wraps(original)(lambda parser: add_helix_arguments(original(parser)))
@@ -81,7 +81,43 @@ def install() -> None:
         return validate_args
 
     _replace(_installed, arguments, "add_megatron_arguments", with_flags)
+    def of_the_same_model(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _load_base_checkpoint(load_dir: str, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+            loaded = original(load_dir, args, *rest, **kwargs)
+            saved = (loaded[0] or {}).get("args")
+            if saved is not None:
+                refuse_other_softmax(saved, args)
+            return loaded
+
+        return _load_base_checkpoint
+
     _replace(_installed, arguments, "validate_args", then_activate)
+    # Its first call reads the arguments alone; --finetune skips Megatron's own check of them, not this one.
+    _replace(_installed, checkpointing, "_load_base_checkpoint", of_the_same_model)
+
+
+def refuse_other_softmax(saved: Namespace, ours: Namespace) -> None:
+    """Refuse a checkpoint whose weights mean another model: per-slice softmax against exact, or another m.
+
+    Exact attention has one meaning at every grid, vanilla Megatron included.
+    """
+    theirs, wanted = (getattr(args, "helix_slices_as_heads", 1) for args in (saved, ours))
+    if theirs == wanted:
+        return
+
+    def name(slices: int) -> str:
+        return f"per-slice softmax over {slices} slices" if slices > 1 else "exact attention"
+
+    way_out = (
+        f"load it with --attention-impl helix --helix-softmax per-slice --helix-dim-parallel-size {theirs}"
+        if theirs > 1
+        else "load it with --helix-softmax exact"
+    )
+    raise HelixConfigError(
+        f"the checkpoint was trained with {name(theirs)}, this run has {name(wanted)}: another model, whose "
+        f"weights would load and mean nothing; {way_out}"
+    )
 
 
 def uninstall() -> None:
@@ -110,6 +146,8 @@ def activate(args: Namespace) -> None:
     if helix is not None:
         plan = _plan_from_args(helix, args)
         enable(helix, plan.grid)
+        # Into the checkpoint's arguments: what the weights mean, not how they are laid out.
+        args.helix_slices_as_heads = plan.grid.dim_parallel_size if plan.layout.per_slice else 1
         if args.rank == 0:
             print(f"> Helix attention: {plan.describe()}", flush=True)
     _agree_with_other_ranks(args, plan)
@@ -130,10 +168,6 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         return plan
     refuse_unsupported(args, plan)
     sliced = f"Helix grid {plan.grid} slices heads (m > 1) and does not support"
-    if args.save:
-        raise HelixConfigError(f"{sliced} --save yet; train without it")
-    if args.load or args.pretrained_checkpoint:
-        raise HelixConfigError(f"{sliced} --load or --pretrained-checkpoint yet; start from initial weights")
     if "adam" not in args.optimizer and args.optimizer not in ("sgd", "lion"):
         raise HelixConfigError(
             f"{sliced} --optimizer {args.optimizer}, which treats the QKV weight as whole heads; use adam"

@@ -15,7 +15,7 @@ def touched():
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training import arguments
+    from megatron.training import arguments, checkpointing
 
     model = [
         gpt_layer_specs.SelfAttention,
@@ -24,7 +24,8 @@ def touched():
         parallel_state.initialize_model_parallel,
         parallel_state.destroy_model_parallel,
     ]
-    return model, [arguments.add_megatron_arguments, arguments.validate_args]
+    training = [arguments.add_megatron_arguments, arguments.validate_args]
+    return model, [*training, checkpointing._load_base_checkpoint]
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
         ("--attention-output-gate", "--attention-output-gate"),
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
-        ("--save /tmp/helix_never_written --save-interval 5", "does not support --save"),
+        ("--optimizer muon", "does not support --optimizer muon"),
     ],
 )
 def test_one_line_and_exit_code_2(flags, message):

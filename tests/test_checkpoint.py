@@ -1,0 +1,173 @@
+"""Checkpoints are Megatron's standard layout: any grid, vanilla at any TP and PP, in both directions."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layout import layouts
+from test_training import HELIX, MODEL, rank_train
+
+from helix_megatron.checkpoint import contiguous_runs, piece_size
+from helix_megatron.launch import RankError, run_ranks
+
+# 12 query and 6 KV heads: vanilla runs at TP 1 and 2, Helix on every grid below. Untied embeddings: with
+# tied ones, PP > 1 and fully reshardable optimizer state, vanilla Megatron 0.19 does not read back its own.
+SHAPE = "--num-attention-heads 12 --num-query-groups 6 --qk-layernorm --add-qkv-bias".split()
+SHAPE += ["--untie-embeddings-and-output-weights"]
+LAYOUTS = {
+    "vanilla TP1": (1, ""),
+    "vanilla TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "Helix 1x2": (2, f"--tensor-model-parallel-size 2 {HELIX} --helix-dim-parallel-size 2"),
+    "Helix 3x2": (6, f"--tensor-model-parallel-size 6 {HELIX} --helix-dim-parallel-size 2"),
+    "Helix 2x4": (8, f"--tensor-model-parallel-size 8 {HELIX} --helix-dim-parallel-size 4"),
+    "Helix 1x4, whole heads": (
+        4,
+        f"--tensor-model-parallel-size 4 {HELIX} --helix-dim-parallel-size 4 --helix-query-placement heads",
+    ),
+}
+
+
+@given(layouts())
+@settings(max_examples=100, deadline=None)
+def test_pieces_tile_every_rank(layout):
+    for permutation in (layout.qkv_permutation(), layout.proj_permutation()):
+        piece = piece_size(permutation, layout.grid.size)
+        for local in np.split(permutation, layout.grid.size):
+            for chunk in local.reshape(-1, piece):
+                assert chunk[0] % piece == 0
+                assert np.array_equal(chunk, np.arange(chunk[0], chunk[0] + piece))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, unique=True))
+def test_contiguous_runs(numbers):
+    runs = contiguous_runs(np.array(numbers))
+    assert [x for start, length in runs for x in range(start, start + length)] == numbers
+    assert all(a + n != b for (a, n), (b, _) in pairwise(runs))
+
+
+def assert_resumed(losses, straight):
+    """The losses after five steps. Megatron logs the second loss of a resumed run averaged with the first."""
+    expected = straight[5:]
+    expected = [expected[0], (expected[0] + expected[1]) / 2, *expected[2:]]
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def train(folder, tmp_path_factory):
+    """train(ranks, flags) -> the losses printed."""
+
+    def run(ranks, flags):
+        logs = tmp_path_factory.mktemp("logs")
+        arguments = [*MODEL, *SHAPE, "--data-cache-path", str(folder / "index")]
+        arguments += "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
+        arguments += "--override-opt-param-scheduler --train-iters 10".split()
+        arguments += flags.split()
+        run_ranks(rank_train, ranks, arguments, timeout_s=200, log_dir=logs)
+        text = (logs / f"rank_{ranks - 1}.log").read_text()
+        return [float(loss) for loss in re.findall(r"lm loss: (\S+) ", text)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ten_steps(train):
+    return train(1, "")
+
+
+@pytest.fixture(scope="module")
+def saved(train, folder, ten_steps):
+    """saved(layout) -> the folder of a checkpoint written by it after five steps."""
+    made = {}
+
+    def save(name):
+        if name not in made:
+            ranks, flags = LAYOUTS[name]
+            made[name] = folder / re.sub(r"\W+", "_", name)
+            losses = train(ranks, f"{flags} --save {made[name]} --save-interval 5 --exit-interval 5")
+            assert losses == pytest.approx(ten_steps[:5], abs=1e-4)
+        return made[name]
+
+    return save
+
+
+def tensors(checkpoint, iteration=5):
+    """Whole tensors of a torch_dist checkpoint, as torch itself reads them."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(checkpoint / f"iter_{iteration:07d}")
+    found = reader.read_metadata().state_dict_metadata
+    whole = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("rng_state")
+    }
+    load(whole, storage_reader=reader, no_dist=True)
+    return whole
+
+
+PAIRS = [
+    ("vanilla TP1", "Helix 3x2"),
+    ("vanilla TP2 PP2", "Helix 2x4"),
+    ("Helix 3x2", "vanilla TP1"),
+    ("Helix 2x4", "vanilla TP2 PP2"),
+    ("Helix 1x2", "Helix 3x2"),
+    ("Helix 3x2", "Helix 1x4, whole heads"),
+    ("Helix 1x4, whole heads", "Helix 1x2"),
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_weights_and_optimizer_bit_for_bit_and_the_next_losses(
+    train, saved, ten_steps, folder, source, target
+):
+    ranks, flags = LAYOUTS[target]
+    losses = train(ranks, f"{flags} --load {saved(source)}")
+    assert_resumed(losses, ten_steps)
+    # Loading and saving again moves nothing: a run that has nothing left to train writes what it read.
+    copy = folder / re.sub(r"\W+", "_", f"{source} to {target}")
+    train(ranks, f"{flags} --train-iters 5 --load {saved(source)} --save {copy} --save-interval 7")
+    before, after = tensors(saved(source)), tensors(copy)
+    weights = [name for name in before if "linear_qkv" in name or "linear_proj" in name]
+    assert any("exp_avg" in name for name in weights) and any("exp_avg" not in name for name in weights)
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_per_slice_and_exact_do_not_load_each_other(train, saved, folder):
+    per_slice = f"{HELIX} --helix-softmax per-slice --helix-dim-parallel-size 2"
+    per_slice += " --tensor-model-parallel-size 2"
+    with pytest.raises(RankError, match="trained with exact attention, this run has per-slice"):
+        train(2, f"{per_slice} --load {saved('vanilla TP1')}")
+    written = folder / "per_slice"
+    losses = train(2, f"{per_slice} --save {written} --save-interval 5 --exit-interval 5")
+    with pytest.raises(RankError, match="per-slice softmax over 2 slices, this run has exact attention"):
+        train(1, f"--load {written} --finetune")
+    other_grid = per_slice.replace("-model-parallel-size 2", "-model-parallel-size 4")
+    more = train(4, f"{other_grid} --load {written}")
+    straight = train(2, per_slice)
+    assert losses == pytest.approx(straight[:5], abs=1e-4)
+    assert_resumed(more, straight)
+
+
+def test_arguments_come_from_the_checkpoint(train, saved, ten_steps):
+    ranks, flags = LAYOUTS["Helix 1x2"]
+    losses = train(ranks, f"{flags} --load {saved('Helix 3x2')} --use-checkpoint-args")
+    assert_resumed(losses, ten_steps)
+
+
+def test_asynchronous_saving(train, ten_steps, folder):
+    ranks, flags = LAYOUTS["Helix 1x2"]
+    written = folder / "async"
+    train(ranks, f"{flags} --save {written} --save-interval 5 --exit-interval 5 --async-save")
+    losses = train(1, f"--load {written}")
+    assert_resumed(losses, ten_steps)
