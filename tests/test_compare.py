@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, launching, report
+from helix_megatron.compare import findings, harness, launching, report
 from helix_megatron.launch import run_ranks
 
 DOCUMENT = {
@@ -341,11 +341,30 @@ def test_a_missing_or_nan_loss_never_agrees():
     assert report.loss_difference([math.nan], [1.0]) == math.inf
 
 
-def test_speeds_are_said_plainly():
-    slow, fast, unsure = [2.0, 2.2], [1.0, 1.1], [0.9, 2.1]
-    assert report._versus(slow, fast, "Megatron") == "0.50x Megatron (SLOWER)"
-    assert report._versus(fast, slow, "Megatron") == "2.00x Megatron (faster)"
-    assert "no difference shown" in report._versus(unsure, fast, "Megatron")
+def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
+    def entry(name, impl, seconds, m=None):
+        row = {"tp": 2, "pp": 1, "m": m}
+        return {
+            "name": name,
+            "model": "one",
+            "attention_impl": impl,
+            "row": row,
+            "measured": {"train_step_seconds": seconds},
+        }
+
+    slow, near, unsure = [2.0, 2.2], [1.2, 1.3], [0.9, 2.1]
+    megatron = entry("Megatron", "megatron", [1.0, 1.1])
+    helix = [entry("A", "helix", slow, 2), entry("B", "helix", near, 2), entry("C", "helix", unsure, 2)]
+    said = findings.speeds([megatron, *helix])
+    assert said == [
+        "A against Megatron, measured: training 0.50x (SLOWER).",
+        "B against Megatron, measured: training 0.84x (SLOWER).",
+        "C against Megatron, measured: training 0.70x (no difference shown: the samples overlap).",
+    ]
+    said = findings.speeds([megatron, *helix, entry("2x1", "helix", [1.25, 1.35], 1)])
+    assert "2x1 computes what Megatron computes, and its training ran at 0.81x" in said[0]
+    assert said[1].endswith("training 0.50x (SLOWER).")
+    assert said[2].endswith("training 0.84x (no difference shown: within the noise).")
 
 
 # ---- from end to end

@@ -9,4 +9,5 @@ decode.py    greedy decode with a KV cache
 launching.py starts the ranks of one variant, on CPU cores or GPUs
 harness.py   runs the variants, one after the other, and keeps what each gave
 report.py    rows, losses compared, the table, report.md
+findings.py  what the numbers say, in sentences
 """

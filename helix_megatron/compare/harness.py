@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from helix_megatron import data, yaml_config
-from helix_megatron.compare import launching, report
+from helix_megatron.compare import findings, launching, report
 from helix_megatron.compare.config import CompareConfig, Variant, as_json
 from helix_megatron.compare.measure import Task
 
@@ -97,7 +97,7 @@ def compare(
     if node_rank:
         return 0
     console.print(report.table(results))
-    for line in report.findings(results):
+    for line in findings.findings(results):
         console.print(line, highlight=False)
     console.print(f"Everything: {out / 'results.json'}, {out / 'report.md'}", highlight=False)
     return report.exit_code(results)

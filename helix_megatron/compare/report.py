@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from helix_megatron.compare.findings import findings
+
 BYTES_MEAN = (
     "bytes a rank has to receive, without any algorithm's detours, in a group of p: all_gather (p-1)/p of "
     "the output, reduce_scatter (p-1)/p of the input, all_reduce 2(p-1)/p of the tensor, all_to_all all but "
@@ -180,85 +182,6 @@ def one_line(variant: dict[str, Any], label: str) -> str:
         f"{label}: {variant['seconds']:.0f} s, loss {line['loss_last']:.5f}, "
         f"{line['train_tokens_per_s']:.1f} training tokens/s (measured)"
     )
-
-
-def findings(results: dict[str, Any]) -> list[str]:
-    """What the numbers say, one sentence each: losses, failures, and who was slower than whom."""
-    said: list[str] = []
-    tolerance = results["config"]["loss_tolerance"]
-    finished = [v for v in results["variants"] if v["status"] == "ok"]
-    compared = [v for v in finished if v["loss_check"]["reference"] != v["name"]]
-    for variant in compared:
-        check = variant["loss_check"]
-        if not check["agrees"]:
-            said.append(
-                f"LOSSES DISAGREE: {variant['name']} is up to {check['max_abs_difference']:.3g} away from "
-                f"{check['reference']}; at most {tolerance:g} is allowed."
-            )
-    if compared and all(v["loss_check"]["agrees"] for v in compared):
-        worst = max(v["loss_check"]["max_abs_difference"] for v in compared)
-        said.append(
-            f"Losses agree: within {worst:.1e} for every pair of the same model (allowed: {tolerance:g})."
-        )
-    if not compared and finished:
-        said.append("Losses were not compared: no two finished variants are the same model.")
-    for variant in results["variants"]:
-        if variant["status"] != "ok":
-            said.append(f"{variant['name']}: {variant['status']}: {variant['cause']}")
-        elif "decode_cause" in variant["measured"]:
-            said.append(f"{variant['name']}: no decode: {variant['measured']['decode_cause']}")
-    return said + decoded(finished) + speeds(finished)
-
-
-def decoded(finished: list[dict[str, Any]]) -> list[str]:
-    """Whether variants of the same model chose the same tokens; no error, as a near tie may flip one."""
-    said: list[str] = []
-    references: dict[str, dict[str, Any]] = {}
-    same = 0
-    for variant in (v for v in finished if "decoded_tokens" in v["measured"]):
-        reference = references.setdefault(variant["model"], variant)
-        if reference is variant:
-            continue
-        if variant["measured"]["decoded_tokens"] == reference["measured"]["decoded_tokens"]:
-            same += 1
-        else:
-            said.append(f"{variant['name']} decoded other tokens than {reference['name']}.")
-    return said + ([f"Greedy decode: {same} variants chose the tokens of their reference."] if same else [])
-
-
-_SPEEDS = (  # samples in `measured`, what they are seconds of
-    ("train_step_seconds", "training"),
-    ("forward_seconds", "forward"),
-    ("decode_token_seconds", "decode"),
-)
-
-
-def speeds(finished: list[dict[str, Any]]) -> list[str]:
-    """Each Helix variant next to the fastest Megatron variant of the same model, gains and losses alike."""
-    said = []
-    for variant in finished:
-        peers = [v for v in finished if v["model"] == variant["model"] and v["attention_impl"] == "megatron"]
-        if variant["attention_impl"] != "helix" or not peers:
-            continue
-        parts = []
-        for samples, what in _SPEEDS:
-            own = variant["measured"].get(samples)
-            others = [
-                (peer["measured"][samples], peer["name"]) for peer in peers if samples in peer["measured"]
-            ]
-            if own and others:
-                parts.append(f"{what} {_versus(own, *min(others, key=lambda other: median(other[0])))}")
-        if parts:
-            said.append(f"{variant['name']}, measured: {'; '.join(parts)}.")
-    return said
-
-
-def _versus(own: list[float], other: list[float], name: str) -> str:
-    """Compare two series of seconds by their medians; overlapping ranges decide nothing."""
-    ratio = median(other) / median(own)
-    if min(own) <= max(other) and min(other) <= max(own):
-        return f"{ratio:.2f}x {name} (the samples overlap: no difference shown)"
-    return f"{ratio:.2f}x {name} ({'faster' if ratio > 1 else 'SLOWER'})"
 
 
 def exit_code(results: dict[str, Any]) -> int:
