@@ -200,6 +200,12 @@ class HelixCoreAttention(torch.nn.Module):
         mask aligned to the bottom right.
         """
         if mask is not None:
+            if mask_type is AttnMaskType.padding and not self.core_is_local:
+                raise NotImplementedError(
+                    "Helix: Transformer Engine's padding masks are not supported for a share of the query "
+                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape}; use a grid "
+                    "whose m divides the query heads of a group"
+                )
             if mask.shape[2] != 1:
                 mask = select_positions(mask, self.position_part, self.position_parts, dim=2)
             return self._core_or_empty(query, key, value, mask, mask_type)

@@ -56,7 +56,41 @@ def make_config(case: Case, tp: int, **overrides) -> TransformerConfig:
     return TransformerConfig(**{**settings, **overrides})
 
 
-def make_layer(case: Case, helix: HelixConfig | None, tp: int, groups=None, **overrides):
+class TEDotProductAttention(torch.nn.Module):
+    """Transformer Engine's core as Helix must call it: mask types by name, own masks, whole heads."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, pg_collection, **kwargs):
+        super().__init__()
+        self.mask_type, self.scale = attn_mask_type, kwargs["softmax_scale"] or config.kv_channels**-0.5
+        self.heads = config.num_attention_heads // pg_collection.tp.size()
+        self.kv_heads = config.num_query_groups // pg_collection.tp.size()
+        self.window = config.window_size
+
+    def forward(self, query, key, value, attention_mask, *, attn_mask_type, **unused):
+        s, _, heads, _ = query.shape
+        assert (heads, key.shape[2]) == (self.heads, self.kv_heads)
+        length = key.shape[0]
+        row, column = torch.arange(s)[:, None], torch.arange(length)[None, :]
+        name = attn_mask_type.name
+        if name == "causal":
+            assert s == length  # top left and bottom right are the same here only
+            mask = column > row
+        elif name == "causal_bottom_right":
+            mask = column > row + length - s
+        else:
+            mask = attention_mask if name in ("arbitrary", "padding") else torch.zeros(s, length).bool()
+        if self.window is not None:
+            mask = mask | (column < row + length - s - self.window[0])
+        ratio = heads // key.shape[2]
+        key, value = key.repeat_interleave(ratio, 2), value.repeat_interleave(ratio, 2)
+        scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.scale
+        probs = scores.masked_fill(mask, float("-inf")).softmax(-1)
+        return torch.einsum("bhst,tbhd->sbhd", probs, value).flatten(-2)
+
+
+def make_layer(
+    case: Case, helix: HelixConfig | None, tp: int, groups=None, te_core: bool = False, **overrides
+):
     """Helix's layer, or Megatron's own when helix is None. Integration is what puts Helix in the spec."""
     if helix is not None:
         integrate.enable(helix)
@@ -68,6 +102,8 @@ def make_layer(case: Case, helix: HelixConfig | None, tp: int, groups=None, **ov
         from megatron.core.transformer.enums import AttnMaskType
 
         spec.params = {"attn_mask_type": AttnMaskType[MASK_TYPES[case.mask]]}
+        if te_core:
+            spec.submodules.core_attention = TEDotProductAttention
         if groups is not None:
             spec.params["helix_groups"] = groups
         pgs = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])

@@ -85,3 +85,13 @@ def test_per_slice_is_the_papers_formula():
                 if groups % n == 0
             ]
     assert_exact(4, jobs)
+
+
+def test_a_core_that_makes_its_own_masks():
+    """As Transformer Engine's: it is told the kind of mask, also for a share of the positions."""
+    jobs = []
+    for feature in (dict(), dict(mask="arbitrary"), dict(mask="none"), dict(window=(5, 0)), dict(seq=3)):
+        for heads, groups in [(8, 4), (9, 3), (12, 4)]:
+            case = Case(heads, groups, dim=16, **feature)
+            jobs += [(case, helix, dict(te_core=True)) for helix in all_settings(case, 4, cores=("spec",))]
+    assert_exact(4, jobs)
