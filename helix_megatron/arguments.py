@@ -66,6 +66,11 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "scaled_dot_product_attention in place of Megatron's unfused local core.",
     )
     group.add_argument(
+        "--helix-no-verify-checkpoint",
+        action="store_true",
+        help="Load checkpoints without first comparing the checksums of their shards.",
+    )
+    group.add_argument(
         "--helix-host-mode",
         action="store_true",
         help="Run Megatron on host memory with gloo, on a machine without a GPU. Refused where a GPU is.",
@@ -87,6 +92,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-comm-type": args.helix_comm_type != "auto",
             "--helix-query-placement": args.helix_query_placement != "auto",
             "--helix-core-attention": args.helix_core_attention != "auto",
+            "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
         }
         flags = [flag for flag, was_given in given.items() if was_given]
         if flags:

@@ -3,6 +3,7 @@
     install()                give Megatron's argument parser the Helix flags; when they ask for Helix,
                              Megatron's validated arguments switch it on
     enable(helix, grid)      the switch itself, for code that builds models without Megatron's arguments
+    verify_checkpoints()     check checkpoints before they are loaded (install() does it for Helix runs)
     uninstall() / disable()  put everything back
 
 With `--attention-impl megatron` nothing of Megatron's model code is changed.
@@ -14,6 +15,7 @@ import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from helix_megatron.arguments import add_helix_arguments, helix_config_from_args
@@ -24,6 +26,7 @@ SUPPORTED = "0.19"
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
+_verifying: list[tuple[Any, str, Any]] = []
 _active: HelixConfig | None = None
 _store: Any = None  # rank 0 serves the rendezvous store as long as this lives
 
@@ -70,6 +73,16 @@ def install() -> None:
     def with_flags(original: Callable) -> Callable:
         return functools.wraps(original)(lambda parser: add_helix_arguments(original(parser)))
 
+    def then_guard(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def parse_args(*rest: Any, **kwargs: Any) -> Namespace:
+            args = original(*rest, **kwargs)
+            if args.attention_impl == "helix" and not args.helix_no_verify_checkpoint:
+                verify_checkpoints()
+            return args
+
+        return parse_args
+
     def then_activate(original: Callable) -> Callable:
         @functools.wraps(original)
         def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Namespace:
@@ -81,6 +94,7 @@ def install() -> None:
         return validate_args
 
     _replace(_installed, arguments, "add_megatron_arguments", with_flags)
+
     def of_the_same_model(original: Callable) -> Callable:
         @functools.wraps(original)
         def _load_base_checkpoint(load_dir: str, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
@@ -92,9 +106,38 @@ def install() -> None:
 
         return _load_base_checkpoint
 
+    _replace(_installed, arguments, "parse_args", then_guard)
     _replace(_installed, arguments, "validate_args", then_activate)
     # Its first call reads the arguments alone; --finetune skips Megatron's own check of them, not this one.
     _replace(_installed, checkpointing, "_load_base_checkpoint", of_the_same_model)
+
+
+def verify_checkpoints() -> None:
+    """Have every torch_dist checkpoint checked (integrity.py) before Megatron loads it."""
+    if _verifying:
+        return
+    from megatron.core import dist_checkpointing
+
+    from helix_megatron import integrity
+
+    def index_first(original: Callable) -> Callable:  # Megatron reads the arguments before the weights
+        @functools.wraps(original)
+        def load_common_state_dict(checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+            integrity.read_metadata(Path(checkpoint_dir))
+            return original(checkpoint_dir, *args, **kwargs)
+
+        return load_common_state_dict
+
+    def shards_first(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+            integrity.verify(checkpoint_dir)
+            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+
+        return load
+
+    _replace(_verifying, dist_checkpointing, "load_common_state_dict", index_first)
+    _replace(_verifying, dist_checkpointing, "load", shards_first)
 
 
 def refuse_other_softmax(saved: Namespace, ours: Namespace) -> None:
@@ -123,6 +166,7 @@ def refuse_other_softmax(saved: Namespace, ours: Namespace) -> None:
 def uninstall() -> None:
     """Undo install() and enable()."""
     disable()
+    _restore(_verifying)
     _restore(_installed)
 
 

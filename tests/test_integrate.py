@@ -24,7 +24,7 @@ def touched():
         parallel_state.initialize_model_parallel,
         parallel_state.destroy_model_parallel,
     ]
-    training = [arguments.add_megatron_arguments, arguments.validate_args]
+    training = [arguments.add_megatron_arguments, arguments.parse_args, arguments.validate_args]
     return model, [*training, checkpointing._load_base_checkpoint]
 
 

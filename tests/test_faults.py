@@ -1,0 +1,181 @@
+"""Killed runs resume with the losses they would have had; damaged checkpoints are refused by file name."""
+
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from test_checkpoint import LAYOUTS, SHAPE, tensors
+from test_training import MODEL, rank_train
+
+from helix_megatron.integrity import CheckpointError, damage, read_metadata
+from helix_megatron.launch import RankError, run_ranks
+
+RANKS, HELIX_1X2 = LAYOUTS["Helix 1x2"]
+SAVING = """--train-iters 10 --save-interval 2 --override-opt-param-scheduler
+    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"""
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_train_and_die(arguments, victims, moment, count):
+    """Train, and have `victims` killed with -9 at a moment: of the step or save number `count`."""
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing, training
+
+    calls = {"n": 0}
+
+    def at(original, when):
+        def wrapped(*args, **kwargs):
+            calls["n"] += 1
+            fatal = calls["n"] == count and int(os.environ["RANK"]) in victims
+            if fatal and when == "before":
+                die()
+            if fatal and when == "during":
+                threading.Timer(0.02, die).start()
+            result = original(*args, **kwargs)
+            if fatal and when == "after":
+                die()
+            return result
+
+        return wrapped
+
+    if moment == "step":
+        training.train_step = at(training.train_step, "after")
+    else:
+        when = moment.removesuffix(" save")
+        dist_checkpointing.save = checkpointing.dist_checkpointing.save = at(dist_checkpointing.save, when)
+    rank_train(arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    index = tmp_path_factory.mktemp("index")
+
+    def start(flags, *death):
+        logs = tmp_path_factory.mktemp("logs")
+        arguments = [*MODEL, *SHAPE, "--data-cache-path", str(index), *SAVING.split(), *HELIX_1X2.split()]
+        arguments += flags.split()
+        function = rank_train_and_die if death else rank_train
+        run_ranks(function, RANKS, arguments, *death, timeout_s=120, log_dir=logs)
+        text = (logs / f"rank_{RANKS - 1}.log").read_text()
+        found = re.findall(r"iteration +(\d+)/.*lm loss: (\S+) ", text)
+        return {int(step): float(loss) for step, loss in found}
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    return run(f"--save {tmp_path_factory.mktemp('straight')}")
+
+
+@pytest.mark.parametrize(
+    ("victims", "moment", "count"),
+    [
+        ((1,), "step", 5),
+        ((0, 1), "step", 6),
+        ((0,), "before save", 3),
+        ((1,), "during save", 2),
+        ((0, 1), "during save", 3),
+        ((0,), "after save", 3),
+        ((0, 1), "after save", 2),
+    ],
+)
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint(
+    run, straight, tmp_path, victims, moment, count
+):
+    with pytest.raises(RankError, match="killed by SIGKILL"):
+        run(f"--save {tmp_path}", victims, moment, count)
+    complete = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert 2 <= complete <= 6
+    resumed = run(f"--save {tmp_path} --load {tmp_path}")
+    assert min(resumed) == complete + 1 and max(resumed) == 10
+    expected = [straight[step] for step in range(complete + 1, 11)]
+    expected[1] = (expected[0] + expected[1]) / 2  # Megatron's log of a resumed run
+    assert [resumed[step] for step in sorted(resumed)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def written(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    run(f"--save {folder} --exit-interval 2")
+    return folder
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    shutil.copytree(written, tmp_path / "copy")
+    return tmp_path / "copy" / "iter_0000002"
+
+
+def shard(folder):
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "index"])
+def test_damaged_checkpoints_are_refused_with_the_file(run, copy, kind):
+    path = shard(copy)
+    if kind == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "flipped":
+        info = next(
+            info
+            for index, info in read_metadata(copy).storage_data.items()
+            if "linear_qkv.weight" in index.fqn and info.relative_path == path.name
+        )
+        with open(path, "r+b") as file:
+            file.seek(info.offset + info.length // 2)
+            byte = file.read(1)[0]
+            file.seek(info.offset + info.length // 2)
+            file.write(bytes([byte ^ 0x10]))
+    elif kind == "missing":
+        path.unlink()
+    else:
+        path = copy / ".metadata"
+        os.truncate(path, 1000)
+    with pytest.raises(RankError) as caught:
+        run(f"--load {copy.parent}")
+    assert path.name in str(caught.value)
+
+
+def test_every_flipped_bit_is_found_or_harmless(copy):
+    """One bit anywhere: the checksums notice, or the tensors are still the same."""
+    path, original = shard(copy), shard(copy).read_bytes()
+    whole = tensors(copy.parent, 2)
+    generator, found = random.Random(0), 0
+    for _ in range(60):
+        changed = bytearray(original)
+        changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
+        path.write_bytes(changed)
+        if damage(copy):
+            found += 1
+        else:
+            now = tensors(copy.parent, 2)
+            assert all(torch.equal(now[name], whole[name]) for name in whole)
+    assert found >= 20
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_an_index_that_would_run_code_is_refused(copy):
+    (copy / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused: it asks for .*system"):
+        read_metadata(copy)
+
+
+def test_arbitrary_objects_in_the_checkpoint_are_refused(run, copy):
+    (copy / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(RankError, match="it asks for"):
+        run(f"--load {copy.parent}")
+
