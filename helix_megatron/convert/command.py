@@ -1,0 +1,248 @@
+"""`helix convert`: Hugging Face → Megatron and back."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from helix_megatron.convert import families, hf, mapping, torch_dist
+from helix_megatron.convert.mapping import Entry
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HF_FOLDER = "hf"  # inside a converted checkpoint: config.json and tokenizer of the model it came from
+FLAGS_FILE = "model.yaml"
+
+
+def to_megatron(
+    source: Path, out: Path, dtype: str | None = None, divisible_by: int = 128, progress: bool = False
+) -> Namespace:
+    """Convert a safetensors folder or GGUF file into a Megatron checkpoint.
+
+    Args:
+        source: the model.
+        out: new folder: the checkpoint, `model.yaml` (its flags, for --helix-config) and `hf/` (configuration
+            and tokenizer).
+        dtype: of the weights written; None keeps the source's (float32 of a GGUF file).
+        divisible_by: the vocabulary is padded with zero rows to a multiple of it.
+        progress: show a progress bar.
+
+    Returns:
+        The Megatron arguments in the checkpoint.
+
+    Raises:
+        ValueError: the model cannot be converted exactly, its tensors are not those of its family, or `out`
+            is not empty.
+    """
+    model = hf.open_source(source)
+    args = families.to_megatron(model.config, divisible_by)
+    vocab_size = args.vocab_size
+    wanted = list(mapping.entries(args, vocab_size))
+    _check_names(model, [name for entry in wanted for name in entry.names], source)
+    args.params_dtype = DTYPES[dtype] if dtype else _common_dtype(model, source)
+
+    def make(entry: Entry) -> Tensor:
+        shapes = mapping.hf_shapes(entry, args, vocab_size)
+        tensors = []
+        for name, shape in zip(entry.names, shapes, strict=True):
+            tensor = model.read(name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{source}: {name} is {list(tensor.shape)}, config.json says {list(shape)}.")
+            tensors.append(tensor.to(args.params_dtype))
+        return mapping.merge(entry, tensors, args)
+
+    with _new_folder(out) as folder, _bar("to Megatron", len(wanted), progress) as advance:
+        (folder / HF_FOLDER).mkdir()
+        model.config.dtype = args.params_dtype
+        model.config.save_pretrained(folder / HF_FOLDER)
+        tokenizer = model.save_tokenizer(folder / HF_FOLDER)
+        flags = families.flags(args, args.params_dtype)
+        if tokenizer:
+            args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(out / HF_FOLDER)
+            flags |= {"--tokenizer-type": args.tokenizer_type, "--tokenizer-model": args.tokenizer_model}
+        names = {flag.removeprefix("--"): value for flag, value in flags.items()}
+        (folder / FLAGS_FILE).write_text(yaml.safe_dump({"MODEL_ARGS": names}, sort_keys=False))
+        torch_dist.write(folder, wanted, args, lambda entry: advance(make(entry)))
+    return args
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    like: Path | None = None,
+    shard_bytes: int = 2 * 2**30,
+    progress: bool = False,
+) -> Any:
+    """Convert a Megatron checkpoint into a safetensors folder.
+
+    Args:
+        checkpoint: what Megatron's --load takes, or one iteration's folder in it.
+        out: new folder.
+        like: folder whose config.json and tokenizer to take over; by default `hf/` in `checkpoint`, else a
+            config.json is made from the checkpoint's arguments.
+        shard_bytes: largest safetensors file.
+        progress: show a progress bar.
+
+    Returns:
+        The transformers configuration written.
+
+    Raises:
+        ValueError: it is not a torch_dist checkpoint, not a model of the Llama family, or not the one `like`
+            describes; or `out` is not empty.
+    """
+    hf.need("transformers", "safetensors")
+    from transformers import AutoConfig
+
+    source = torch_dist.Checkpoint(checkpoint)
+    args = source.args
+    if not getattr(args, "group_query_attention", True):
+        args.num_query_groups = args.num_attention_heads
+    dtype = source.tensors["embedding.word_embeddings.weight"].properties.dtype
+    config = families.to_hf(args, dtype)
+    if like is None and (checkpoint / HF_FOLDER / "config.json").is_file():
+        like = checkpoint / HF_FOLDER
+    if like is not None:
+        config = AutoConfig.from_pretrained(like)
+        families.check_like(config, args)
+        config.dtype = dtype
+    # The rows that a training run has: padding depends on its tensor-parallel size.
+    args.padded_vocab_size = source.tensors["embedding.word_embeddings.weight"].size[0]
+    vocab_size = config.vocab_size
+    wanted = list(mapping.entries(args, vocab_size))
+    sizes = {
+        name: torch.Size(shape).numel() * dtype.itemsize
+        for entry in wanted
+        for name, shape in zip(entry.names, mapping.hf_shapes(entry, args, vocab_size), strict=True)
+    }
+
+    with _new_folder(out) as folder, _bar("to Hugging Face", len(wanted), progress) as advance:
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for entry in wanted:
+                parts = mapping.split(entry, advance(source.read(entry)), args, vocab_size)
+                yield from zip(entry.names, (part.to(dtype) for part in parts), strict=True)
+
+        config.save_pretrained(folder)
+        if like is not None:
+            for pattern in hf._TOKENIZER_FILES:
+                for path in like.glob(pattern):
+                    shutil.copy(path, folder)
+        hf.write_safetensors(folder, sizes, tensors(), shard_bytes)
+    return config
+
+
+def _check_names(model: Any, wanted: list[str], source: Path) -> None:
+    """ValueError when the model lacks a tensor of its family, or has one more."""
+    kind = model.config.model_type
+    missing = [name for name in wanted if name not in model.names]
+    if missing:
+        raise ValueError(f"{source} lacks {missing[0]}, which a {kind} model of its config.json has.")
+    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    extra = sorted(name for name in model.names - set(wanted) - ignored if not name.endswith("inv_freq"))
+    if extra:
+        raise ValueError(f"{source} has a tensor {extra[0]}, which a {kind} model of its config.json lacks.")
+
+
+def _common_dtype(model: Any, source: Path) -> torch.dtype:
+    found = {model.dtype(name) for name in model.names if not name.endswith("inv_freq")}
+    if len(found) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise ValueError(f"{source} holds tensors of several dtypes ({names}); choose one with --dtype.")
+    return found.pop()
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when the body has succeeded. ValueError if `out` holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists; give a new or empty folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield work
+        work.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _bar(title: str, total: int, show: bool) -> Iterator[Any]:
+    """A function that returns its argument and moves the bar on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tensors"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(value: Any) -> Any:
+            bar.advance(task)
+            return value
+
+        yield advance
+
+
+def add_convert(subparsers: Any) -> None:
+    """`helix convert`."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="Hugging Face models into Megatron checkpoints, and back",
+        description="Converts a model of the Llama family (Llama, Mistral, SmolLM2, Qwen2, Qwen3) exactly, "
+        "tensor by tensor. A Megatron checkpoint has no tensor-parallel size: Helix on any grid, and "
+        "Megatron at any size it accepts, load it.",
+        epilog="helix convert --from hf SmolLM2.gguf --to megatron out; "
+        "helix convert --from megatron out --to hf back",
+    )
+    kinds = ("KIND", "PATH")
+    parser.add_argument("--from", dest="source", nargs=2, metavar=kinds, required=True,
+                        help="hf FOLDER_OR_GGUF, or megatron CHECKPOINT")  # fmt: skip
+    parser.add_argument("--to", dest="target", nargs=2, metavar=kinds, required=True,
+                        help="megatron FOLDER, or hf FOLDER; a new one")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the Megatron weights (default: the source's)")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+                        help="pad the Megatron vocabulary to a multiple of N (default 128)")  # fmt: skip
+    parser.add_argument("--like", type=Path, metavar="FOLDER",
+                        help="Hugging Face folder whose config.json and tokenizer to take over")  # fmt: skip
+    parser.add_argument("--max-shard-gib", type=float, default=2.0, metavar="GIB",
+                        help="largest safetensors file, also held in memory (default 2)")  # fmt: skip
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    (kind, source), (target_kind, target) = options.source, options.target
+    if (kind, target_kind) == ("hf", "megatron"):
+        args = to_megatron(
+            Path(source), Path(target), options.dtype, options.make_vocab_size_divisible_by, progress=True
+        )
+        flags = families.flags(args, args.params_dtype)
+        by_hand = [families._FLAGS[name] for name in families.NOT_RESTORED if families._FLAGS[name] in flags]
+        shown = " ".join(flag if flags[flag] is True else f"{flag} {flags[flag]}" for flag in by_hand)
+        print(f"{target}: load it with --load {target} --helix-config {Path(target) / FLAGS_FILE}")
+        print(f"or with Megatron's own flags: --load {target} --use-checkpoint-args {shown}")
+    elif (kind, target_kind) == ("megatron", "hf"):
+        shard_bytes = int(options.max_shard_gib * 2**30)
+        config = to_hf(Path(source), Path(target), options.like, shard_bytes, progress=True)
+        print(f"{target}: a {config.model_type} model, {config.dtype}")
+    else:
+        raise ValueError(
+            f"--from {kind} --to {target_kind}: give --from hf … --to megatron …, or the other way round."
+        )
+    return 0
