@@ -2,6 +2,7 @@
 
     helix compare CONFIG.yaml    the same model by several layouts, side by side
     helix data PREFIX            a small real English text as byte tokens
+    helix doctor                 what is installed here, what that enables, what is wrong
 
 A subcommand is a function that takes the subparsers, adds its own, and sets `run`, a function from the
 parsed arguments to the exit code. Refusals (ValueError) are one line and exit code 2.
@@ -77,7 +78,24 @@ def _data(options: argparse.Namespace) -> int:
     return data.main([options.prefix])
 
 
-COMMANDS = (add_compare, add_data)
+def add_doctor(subparsers: Any) -> None:
+    """`helix doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what is installed here, what that enables, what is wrong",
+        description="Exit code 0: fit, without a usable GPU for host mode only; 1: not fit.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from helix_megatron import doctor
+
+    return doctor.main(options.json)
+
+
+COMMANDS = (add_compare, add_data, add_doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
