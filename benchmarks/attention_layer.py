@@ -233,12 +233,13 @@ def main() -> None:
             rows += run_ranks(worker, tp, case, options.turns, options.dtype, timeout_s=900)[0]
     if distributed and int(os.environ["RANK"]):
         return
-    header = f"{'case':9} {'layer':34} {'ms':>9} {'x time':>7} {'bytes/rank':>12} {'predicted':>12} {'bytes/Megatron':>14}"
-    print(header)
+    print(
+        f"{'case':9} {'layer':34} {'ms':>9} {'x time':>7} {'bytes/rank':>12} {'predicted':>12} {'x bytes':>8}"
+    )
     for row in rows:
         print(
             f"{row['case']:9} {row['layer']:34} {row['seconds_median'] * 1e3:9.1f} {row['time_ratio']:7.3f} "
-            f"{row['bytes_received']:12,} {row['bytes_predicted']:12,} {row['bytes_ratio']:14.4f}"
+            f"{row['bytes_received']:12,} {row['bytes_predicted']:12,} {row['bytes_ratio']:8.4f}"
         )
     document = {
         "benchmark": "attention_layer",

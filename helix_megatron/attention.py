@@ -27,9 +27,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
-from helix_megatron.checkpoint import piece_size, standard_layout
+from helix_megatron import inference
+from helix_megatron.checkpoint import standard_layout
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
 from helix_megatron.grid import HelixConfigError
@@ -109,11 +111,11 @@ class HelixParallelSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, [s, b, h] -> [s, b, h]; RoPE tables are cut to this rank's slice on the way."""
         if not self.helix_plan.is_megatron:
+            inference_context = deprecate_inference_params(
+                inference_context, kwargs.pop("inference_params", None)
+            )
             if inference_context is not None and inference_context.is_dynamic_batching():
-                raise NotImplementedError(
-                    f"Helix grid {self.helix_plan.grid}: the dynamic inference engine is not supported when "
-                    "heads are sliced (m > 1); use the static inference context"
-                )
+                inference.check_dynamic(inference_context, self.helix_plan)
             if rotary_pos_emb is not None:
                 q_emb, k_emb = (
                     rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
@@ -123,6 +125,10 @@ class HelixParallelSelfAttention(SelfAttention):
                     rotary_pos_emb = (q_emb, k_slice)
                 else:
                     rotary_pos_emb = (k_slice if q_emb is k_emb else self._slice_rope(q_emb), k_slice)
+            if inference_context is not None and self.helix_plan.kv_cache == "sequence":
+                return inference.forward_with_shards(
+                    self, hidden_states, attention_mask, inference_context, rotary_pos_emb, *args, **kwargs
+                )
         return super().forward(
             hidden_states,
             attention_mask,
@@ -194,9 +200,8 @@ class HelixParallelSelfAttention(SelfAttention):
             key = prefix + name
             if key not in state:
                 continue
-            piece = piece_size(permutation, layout.grid.size)
             local = np.split(permutation, layout.grid.size)[rank]
-            state[key] = standard_layout(state[key], local, piece, dim, sharded_offsets)
+            state[key] = standard_layout(state[key], local, dim, len(sharded_offsets))
         return state
 
 

@@ -1,19 +1,18 @@
 """Distributed checkpoints in Megatron's standard layout, as if Helix were off.
 
-A rank's rows of `linear_qkv` (columns of `linear_proj`) are scattered over the standard tensor. They are
-written as pieces of that global tensor on a regular grid, and merged in local order on load; so a checkpoint
-does not know the grid: Helix n x m, Helix n' x m' and vanilla Megatron at any TP read each other's, optimizer
-state included (Megatron derives its sharding from the model's).
+A rank's rows of `linear_qkv` (columns of `linear_proj`) are scattered over the standard tensor. Each run
+of consecutive rows is written as one piece of that global tensor, and the pieces are put together in local
+order on load; so a checkpoint does not know the grid: Helix n x m, Helix n' x m' and vanilla Megatron at any
+TP read each other's, optimizer state included (Megatron derives its sharding from the model's).
 
-    d = 8, rotate-half RoPE, m = 2, pieces of 2 rows:     global   q: 0 1 | 2 3 | 4 5 | 6 7   k: ...
-                                                          slice 0     ^^^         ^^^
-                                                          slice 1           ^^^         ^^^
+    d = 8, rotate-half RoPE, m = 2:     global rows of k:  0 1 | 2 3 | 4 5 | 6 7     of v:  0 1 2 3 | 4 5 6 7
+                                        slice 0            ^^^         ^^^                  ^^^^^^^
+                                        slice 1                  ^^^         ^^^                      ^^^^^^^
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -31,48 +30,46 @@ def contiguous_runs(indices: Indices) -> list[tuple[int, int]]:
     return [(int(indices[a]), b - a) for a, b in pairwise(bounds)]
 
 
-def piece_size(permutation: Indices, ranks: int) -> int:
-    """Largest u such that every rank's indices are whole pieces [k u, (k+1) u) of the global axis."""
-    size = 0
-    for local in np.split(permutation, ranks):
-        for start, length in contiguous_runs(local):
-            size = gcd(size, gcd(start, length))
-    return size
-
-
 def standard_layout(
-    sharded: ShardedTensor, indices: Indices, piece: int, dim: int, sharded_offsets: tuple
+    sharded: ShardedTensor, indices: Indices, dim: int, prepended: int
 ) -> ShardedTensorFactory:
     """Re-describe a rank's tensor as pieces of the standard tensor.
+
+    The pieces have several sizes, an "irregular grid" in Megatron's words; such tensors carry the layer axes
+    themselves, with size 1.
 
     Args:
         sharded: as Megatron describes it: the rank's contiguous chunk along `dim`.
         indices: where each local row (dim 0) or column (dim 1) stands in the standard tensor.
-        piece: size of a piece, see piece_size.
         dim: the tensor-parallel dimension of the local tensor.
-        sharded_offsets: Megatron's offsets of the layer axes in front of it.
+        prepended: number of layer axes in front of the local tensor's own.
     """
-    prepended = len(sharded_offsets)
-    fragments = sharded.global_shape[dim + prepended] // piece
-    starts = indices[::piece] // piece
+    runs = contiguous_runs(indices)
 
     @torch.no_grad()
     def build(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
         assert flattened_range is None, "flattened shards of sliced heads do not exist"
-        return [
-            ShardedTensor.from_rank_offsets(
-                key,
-                local,
-                *sharded_offsets,
-                (dim + prepended, int(start), fragments),
-                replica_id=replica_id,
-                prepend_axis_num=prepended,
+        pieces = []
+        for (start, _), local in zip(runs, tensor.split([n for _, n in runs], dim=dim), strict=True):
+            local = local[(None,) * prepended].contiguous()
+            offset = list(sharded.global_offset)
+            offset[dim + prepended] = start
+            pieces.append(
+                ShardedTensor(
+                    key,
+                    local,
+                    local.dtype,
+                    tuple(local.shape),
+                    sharded.global_shape,
+                    tuple(offset),
+                    axis_fragmentations=None,
+                    replica_id=replica_id,
+                )
             )
-            for start, local in zip(starts, tensor.split(piece, dim=dim), strict=True)
-        ]
+        return pieces
 
     @torch.no_grad()
     def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(pieces, dim=dim)
+        return torch.cat(pieces, dim=dim + prepended)[(0,) * prepended]
 
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, sharded.replica_id)

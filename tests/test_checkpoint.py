@@ -6,12 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from test_layout import layouts
 from test_training import HELIX, MODEL, rank_train
 
-from helix_megatron.checkpoint import contiguous_runs, piece_size
+from helix_megatron.checkpoint import contiguous_runs
 from helix_megatron.launch import RankError, run_ranks
 
 # 12 query and 6 KV heads: vanilla runs at TP 1 and 2, Helix on every grid below. Untied embeddings: with
@@ -29,17 +28,6 @@ LAYOUTS = {
         f"--tensor-model-parallel-size 4 {HELIX} --helix-dim-parallel-size 4 --helix-query-placement heads",
     ),
 }
-
-
-@given(layouts())
-@settings(max_examples=100, deadline=None)
-def test_pieces_tile_every_rank(layout):
-    for permutation in (layout.qkv_permutation(), layout.proj_permutation()):
-        piece = piece_size(permutation, layout.grid.size)
-        for local in np.split(permutation, layout.grid.size):
-            for chunk in local.reshape(-1, piece):
-                assert chunk[0] % piece == 0
-                assert np.array_equal(chunk, np.arange(chunk[0], chunk[0] + piece))
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, unique=True))
