@@ -233,8 +233,7 @@ def _convert(options: argparse.Namespace) -> int:
             Path(source), Path(target), options.dtype, options.make_vocab_size_divisible_by, progress=True
         )
         flags = families.flags(args, args.params_dtype)
-        by_hand = [families._FLAGS[name] for name in families.NOT_RESTORED if families._FLAGS[name] in flags]
-        shown = " ".join(flag if flags[flag] is True else f"{flag} {flags[flag]}" for flag in by_hand)
+        shown = " ".join(families.words(families.not_restored(flags)))
         print(f"{target}: load it with --load {target} --helix-config {Path(target) / FLAGS_FILE}")
         print(f"or with Megatron's own flags: --load {target} --use-checkpoint-args {shown}")
     elif (kind, target_kind) == ("megatron", "hf"):

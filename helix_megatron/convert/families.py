@@ -26,7 +26,10 @@ _LACKING = {
     "qwen2_moe": "it has experts; only dense models are converted",
     "qwen3_moe": "it has experts; only dense models are converted",
 }
-_LLAMA3_ROPE = {  # what --use-rope-scaling computes; only the factor can be chosen
+# What --use-rope-scaling computes. Megatron 0.19 has --rope-scaling-factor too, but it does not reach a GPT:
+# `gpt_config_from_args` leaves it out, so the model keeps its default of 8.
+_LLAMA3_ROPE = {
+    "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -45,7 +48,6 @@ _FLAGS = {
     "position_embedding_type": "--position-embedding-type",
     "rotary_base": "--rotary-base",
     "use_rope_scaling": "--use-rope-scaling",
-    "rope_scaling_factor": "--rope-scaling-factor",
     "normalization": "--normalization",
     "layernorm_epsilon": "--norm-epsilon",
     "qk_layernorm": "--qk-layernorm",
@@ -57,7 +59,7 @@ _FLAGS = {
     "hidden_dropout": "--hidden-dropout",
 }
 # What Megatron's --use-checkpoint-args leaves to the command line.
-NOT_RESTORED = ("layernorm_epsilon", "qk_layernorm", "use_rope_scaling", "rope_scaling_factor")
+_NOT_RESTORED = ("--norm-epsilon", "--qk-layernorm", "--use-rope-scaling")
 
 # Arguments of a Megatron model that a Llama-family model cannot have: name → the values that are fine.
 _PLAIN: dict[str, tuple] = {
@@ -154,7 +156,7 @@ def to_megatron(config: Any, divisible_by: int = 128) -> Namespace:
         no_save_rng=True,
     )
     if rope.get("rope_type", "default") == "llama3":
-        args.use_rope_scaling, args.rope_scaling_factor = True, float(rope["factor"])
+        args.use_rope_scaling = True
     return args
 
 
@@ -192,7 +194,9 @@ def _refuse_features(config: Any, kind: str) -> None:
         for name, wanted in _LLAMA3_ROPE.items():
             if rope[name] != wanted:
                 refuse(
-                    f"llama3 RoPE scaling with {name} {rope[name]}", f"--use-rope-scaling has {wanted} there"
+                    f"llama3 RoPE scaling with {name} {rope[name]}",
+                    f"Megatron's --use-rope-scaling always has {wanted} (its --rope-scaling-factor does not "
+                    "reach the model)",
                 )
     elif kind_of_rope != "default":
         refuse(f"RoPE scaling of type {kind_of_rope!r}", "only default and llama3 equal Megatron's")
@@ -210,8 +214,6 @@ def flags(args: Namespace, dtype: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, flag in _FLAGS.items():
         value = getattr(args, name)
-        if name == "rope_scaling_factor" and not args.use_rope_scaling:
-            continue
         if value is not False:
             found[flag] = value
     if not args.add_bias_linear:
@@ -220,6 +222,20 @@ def flags(args: Namespace, dtype: torch.dtype) -> dict[str, Any]:
     if half:
         found[half] = True
     return found
+
+
+def not_restored(found: dict[str, Any]) -> dict[str, Any]:
+    """Those of `flags` that Megatron's --use-checkpoint-args does not restore: forget one, and the model
+    loads and computes something else.
+    """
+    return {flag: value for flag, value in found.items() if flag in _NOT_RESTORED}
+
+
+def words(found: dict[str, Any]) -> list[str]:
+    """`flags` as a command line."""
+    return [
+        word for flag, value in found.items() for word in ([flag] if value is True else [flag, str(value)])
+    ]
 
 
 def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
@@ -241,7 +257,7 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         raise ValueError("the checkpoint has qk_layernorm and biases; Qwen3 has no biases, Qwen2 no QK-norm.")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
     if getattr(args, "use_rope_scaling", False):
-        rope |= {"rope_type": "llama3", "factor": float(args.rope_scaling_factor), **_LLAMA3_ROPE}
+        rope |= {"rope_type": "llama3", **_LLAMA3_ROPE}
     settings: dict[str, Any] = {
         "num_hidden_layers": args.num_layers,
         "hidden_size": args.hidden_size,
@@ -272,7 +288,7 @@ def check_like(config: Any, args: Namespace) -> None:
     ignored = ("attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by")
     for name in [*(name for name in _FLAGS if name not in ignored), "add_bias_linear"]:
         theirs, ours = getattr(wanted, name), getattr(args, name, None)
-        if theirs != ours and not (name == "rope_scaling_factor" and not wanted.use_rope_scaling):
+        if theirs != ours:
             raise ValueError(
                 f"the given config.json says {name} is {theirs!r}, the checkpoint says {ours!r}: it is "
                 "another model's; leave --like out to write a new config.json from the checkpoint."

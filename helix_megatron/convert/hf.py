@@ -201,6 +201,7 @@ def write_safetensors(
             held[name] = tensor.contiguous()
             weight_map[name] = file
         save_file(held, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # it is written for its owner alone
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -69,6 +69,16 @@ class _LazySave(DefaultSavePlanner):
         return tensor if entry.layer is None else tensor.unsqueeze(0)
 
 
+class _Writer(FileSystemWriter):
+    """A file for each tensor: torch's writer keeps a file's tensors until it is closed. No copying ahead."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, single_file_per_rank=False, per_thread_copy_ahead=0)
+
+    def storage_meta(self) -> None:
+        """Nothing: torch's would have this machine's path in the checkpoint, as a class to unpickle."""
+
+
 def write(folder: Path, entries: Iterable[Entry], args: Namespace, make: Callable[[Entry], Tensor]) -> None:
     """Write a checkpoint of weights alone into `folder`.
 
@@ -91,9 +101,7 @@ def write(folder: Path, entries: Iterable[Entry], args: Namespace, make: Callabl
     release = folder / "release"
     release.mkdir(parents=True)
     planner = _LazySave(list(entries), layers, args.params_dtype, make, objects)
-    # A file for each tensor: the writer keeps a file's tensors until it is closed. Nothing is copied ahead.
-    writer = FileSystemWriter(release, single_file_per_rank=False, per_thread_copy_ahead=0)
-    save_planned({}, storage_writer=writer, planner=planner, no_dist=True)
+    save_planned({}, storage_writer=_Writer(release), planner=planner, no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
     (folder / _TRACKER).write_text("release")  # last: without it there is no checkpoint
 
