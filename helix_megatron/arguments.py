@@ -7,6 +7,7 @@ import argparse
 from helix_megatron.config import (
     COMM_TYPES,
     CORE_ATTENTIONS,
+    KV_CACHES,
     QUERY_PLACEMENTS,
     SOFTMAX_KINDS,
     HelixConfig,
@@ -66,6 +67,20 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "scaled_dot_product_attention in place of Megatron's unfused local core.",
     )
     group.add_argument(
+        "--helix-kv-cache",
+        choices=KV_CACHES,
+        default="auto",
+        help="Inference: sequence (auto) caches whole heads of 1/M of the positions on each rank; dim caches "
+        "slices of all positions and sums scores over the whole context in every step.",
+    )
+    group.add_argument(
+        "--helix-kv-interleave-size",
+        type=int,
+        default=32,
+        metavar="TOKENS",
+        help="Consecutive positions that one rank keeps in a sequence cache before the next rank's turn.",
+    )
+    group.add_argument(
         "--helix-no-verify-checkpoint",
         action="store_true",
         help="Load checkpoints without first comparing the checksums of their shards.",
@@ -92,6 +107,8 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-comm-type": args.helix_comm_type != "auto",
             "--helix-query-placement": args.helix_query_placement != "auto",
             "--helix-core-attention": args.helix_core_attention != "auto",
+            "--helix-kv-cache": args.helix_kv_cache != "auto",
+            "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
             "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
         }
         flags = [flag for flag, was_given in given.items() if was_given]
@@ -129,5 +146,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         comm_type=args.helix_comm_type,
         query_placement=args.helix_query_placement,
         core_attention=args.helix_core_attention,
+        kv_cache=args.helix_kv_cache,
+        kv_interleave_size=args.helix_kv_interleave_size,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )

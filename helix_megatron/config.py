@@ -14,6 +14,7 @@ SOFTMAX_KINDS = ("exact", "per-slice")
 COMM_TYPES = ("auto", "a2a", "all_reduce")
 QUERY_PLACEMENTS = ("auto", "dims", "heads")
 CORE_ATTENTIONS = ("auto", "spec")
+KV_CACHES = ("auto", "sequence", "dim")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,13 @@ class HelixConfig:
     """What computes attention on whole heads. "spec": the layer spec's core. "auto": likewise, but
     PyTorch's fused scaled_dot_product_attention for Megatron's unfused local core."""
 
+    kv_cache: str = "auto"
+    """What the m ranks of a dim group cache in inference. "sequence" (auto): whole heads of 1/m of the
+    positions. "dim": slices of all positions; every step sums scores over the whole context."""
+
+    kv_interleave_size: int = 32
+    """Consecutive positions that one rank keeps in a "sequence" cache, before the next rank's turn."""
+
     rotary_percent: float = 1.0
     """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
 
@@ -51,6 +59,7 @@ class HelixConfig:
             ("comm_type", COMM_TYPES),
             ("query_placement", QUERY_PLACEMENTS),
             ("core_attention", CORE_ATTENTIONS),
+            ("kv_cache", KV_CACHES),
         ):
             if getattr(self, name) not in choices:
                 raise HelixConfigError(
@@ -60,6 +69,15 @@ class HelixConfig:
             raise HelixConfigError(
                 f"comm type {self.comm_type!r} was given with per-slice softmax, which exchanges nothing; "
                 "leave the comm type at 'auto'"
+            )
+        if self.softmax == "per-slice" and self.kv_cache != "auto":
+            raise HelixConfigError(
+                f"KV cache {self.kv_cache!r} was given with per-slice softmax, whose slices are cached as "
+                "heads of their own; leave the KV cache at 'auto'"
+            )
+        if self.kv_interleave_size < 1:
+            raise HelixConfigError(
+                f"KV interleave size {self.kv_interleave_size}: a rank keeps at least 1 position in its turn"
             )
 
     def resolve(
@@ -88,7 +106,9 @@ class HelixConfig:
             whole_heads = query_heads % grid.dim_parallel_size == 0
             placement = "heads" if whole_heads and comm_type == "a2a" else "dims"
         fused = self.core_attention == "auto"
-        return HelixPlan(HelixLayout(shape, grid, placement, per_slice), comm_type, fused)
+        kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
+        layout = HelixLayout(shape, grid, placement, per_slice)
+        return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size)
 
 
 @dataclass(frozen=True)
@@ -99,11 +119,15 @@ class HelixPlan:
         layout: shape, grid and placement.
         comm_type: "a2a", "all_reduce", or "none" (per-slice softmax).
         fused_core: replace Megatron's unfused local core by PyTorch's fused attention.
+        kv_cache: "sequence", "dim", or "none" (per-slice softmax: Megatron's own).
+        kv_interleave_size: as in HelixConfig.
     """
 
     layout: HelixLayout
     comm_type: str
     fused_core: bool = True
+    kv_cache: str = "sequence"
+    kv_interleave_size: int = 32
 
     @property
     def grid(self) -> HelixGrid:

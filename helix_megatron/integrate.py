@@ -237,6 +237,7 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
         settings["helix grid"] = str(plan.grid)
         settings["helix comm type"] = plan.comm_type
         settings["helix query placement"] = plan.layout.query_placement
+        settings["helix KV cache"] = f"{plan.kv_cache}, interleave size {plan.kv_interleave_size}"
     _store, rank, world_size = next(iter(rendezvous("env://")))
     agree(settings, _store, rank, world_size)
 
@@ -261,11 +262,12 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
             )
         return
     from megatron.core import parallel_state
+    from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron import groups
+    from helix_megatron import groups, inference
     from helix_megatron.attention import HelixParallelSelfAttention
 
     class ConfiguredHelixAttention(HelixParallelSelfAttention):
@@ -308,6 +310,8 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
     _replace(_enabled, Attention, "__init__", only_helix)
     _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
+    sliced = functools.partial(inference.sliced_context, helix=helix)
+    _replace(_enabled, DynamicInferenceContext, "__init__", sliced)
     _replace(_enabled, parallel_state, "initialize_model_parallel", with_groups)
     _replace(_enabled, parallel_state, "destroy_model_parallel", without_groups)
 

@@ -1,0 +1,304 @@
+"""The sequence-sharded KV cache in Megatron's inference contexts; what depends on Megatron's version is here.
+
+Note [The dynamic engine's cache is re-read, not re-made]
+    Megatron's context is built for the derived model (H*m heads, G*m KV heads, d/m channels). It then sizes
+    its buffer, hence its number of blocks, for G/n heads of d/m channels: exactly 1/T of the KV cache. A
+    block's memory [B tokens, G/n, d/m] has as many elements as [B/m tokens, G/n, d], which is what a rank
+    keeps of the block when positions are sharded. So the buffer is viewed that way, and allocator, block
+    tables, scheduling, suspension and offloading remain Megatron's and identical on all ranks.
+    Per-slice softmax needs no more than that: its slices are heads of the derived model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer import attention as megatron_attention
+from torch import Tensor
+
+from helix_megatron.config import HelixConfig, HelixPlan
+from helix_megatron.grid import HelixConfigError
+from helix_megatron.groups import HelixGroups
+from helix_megatron.kv_cache import Attention, PagedShard, SequenceShard, attend_with_shards
+from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.sdpa import CAUSAL_TYPES
+
+_FLASH_PAGE = 256  # flash-attn 2 wants the tokens of a page to be a multiple of this
+
+
+def forward_with_shards(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    context: Any,
+    rope: Any,
+    rotary_pos_cos: Tensor | None = None,
+    rotary_pos_sin: Tensor | None = None,
+    rotary_pos_cos_sin: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+    packed_seq_params: Any = None,
+    sequence_len_offset: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A HelixParallelSelfAttention layer with an inference context and KV cache "sequence".
+
+    Args:
+        layer: the layer.
+        hidden_states: [s, b, h]; with the dynamic engine, packed tokens [s, 1, h].
+        attention_mask: a causal one, or None.
+        context: Megatron's static or dynamic inference context.
+        rope: RoPE tables of queries and keys, cut to this rank's dimensions; or None.
+        (others): None. Megatron's attention has them, this cache does not serve them.
+    Returns:
+        what Megatron's attention returns: output [s, b, h] and the bias of linear_proj.
+
+    Raises:
+        NotImplementedError: attention that is not causal, a window that looks ahead, a CUDA graph, or one of
+            the arguments that must be None.
+    """
+    del sequence_len_offset  # of CUDA graphs; the context says where the new tokens are
+    others = {
+        "rotary_pos_cos": rotary_pos_cos,
+        "rotary_pos_sin": rotary_pos_sin,
+        "rotary_pos_cos_sin": rotary_pos_cos_sin,
+        "attention_bias": attention_bias,
+        "packed_seq_params": packed_seq_params,
+    }
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise NotImplementedError(
+            f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
+            f"{', '.join(given)}, which it does not serve; leave it out, or use a grid with m = 1"
+        )
+    plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
+    attention = _attention_of(core, plan)
+    if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
+        rope = None
+    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    if context.is_static_batching():
+        _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
+        query, key = _rotated(layer, query, key, rope, context)
+        attend = _static_attend(layer, context, attention, key)
+    else:
+        if rope is not None:
+            cp, mscale = layer.pg_collection.cp, layer._yarn_concentration_factor
+            query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
+            key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
+        attend = _dynamic_attend(layer, context, attention, plan, groups)
+    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, attend)
+    return layer.linear_proj(out.flatten(-2))
+
+
+def _attention_of(core: Any, plan: HelixPlan) -> Attention:
+    if core.attn_mask_type not in CAUSAL_TYPES:
+        raise NotImplementedError(
+            f"Helix grid {plan.grid}: KV cache 'sequence' holds for causal attention, and this layer's is "
+            f"{core.attn_mask_type.name}; use --helix-kv-cache dim with the static context"
+        )
+    left, right = core.window_size or (-1, 0)
+    if right > 0:
+        raise NotImplementedError(
+            f"Helix grid {plan.grid}: sliding window {core.window_size} looks {right} positions ahead; an "
+            "inference cache holds for windows that end at the query, (left, 0)"
+        )
+    return Attention(core.softmax_scale, left if left >= 0 else None)
+
+
+# ---- static context ----
+def _check_mask(core: Any, mask: Tensor | None, start: int, new: int) -> None:
+    """Positions alone decide what is visible, so a tensor must say the same."""
+    if mask is None or not core.core_is_local:  # Transformer Engine ignores the tensor of a causal layer
+        return
+    stop = start + new
+    rows, columns = (torch.arange(a, stop, device=mask.device) for a in (start, 0))
+    if mask.shape[-2:] != (new, stop) or not (mask == (columns > rows[:, None])).all():
+        raise NotImplementedError(
+            f"Helix: the KV cache 'sequence' holds for causal attention, but the attention mask "
+            f"{list(mask.shape)} for positions {start} to {stop - 1} is not the causal one; leave the mask "
+            "out, or use --helix-kv-cache dim"
+        )
+
+
+def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) -> tuple[Tensor, Tensor]:
+    if rope is None:
+        return query, key
+    start = context.sequence_len_offset
+    rotated = []
+    for tensor, table in ((query, rope[0]), (key, rope[1])):
+        rotated.append(
+            apply_rotary_pos_emb(
+                tensor,
+                table[start : start + tensor.shape[0]],
+                config=layer.config,
+                mscale=layer._yarn_concentration_factor,
+                cp_group=layer.pg_collection.cp,
+            )
+        )
+    return rotated[0], rotated[1]
+
+
+def _static_attend(layer: Any, context: Any, attention: Attention, key: Tensor) -> Callable:
+    layout, rank = layer.helix_plan.layout, layer.helix_groups.dim_rank
+    length, start = context.max_sequence_length, context.sequence_len_offset
+    first, last = context.batch_size_offset, context.batch_size_offset + key.shape[1]
+    if start + key.shape[0] > length or last > context.max_batch_size:
+        raise ValueError(
+            f"positions {start} to {start + key.shape[0] - 1} of sequences {first} to {last - 1} do not fit "
+            f"an inference context of {context.max_batch_size} sequences of {length} positions"
+        )
+    interleave = interleave_of_sequence(
+        layout.grid.dim_parallel_size, layer.helix_plan.kv_interleave_size, length
+    )
+    caches = context.key_value_memory_dict
+    if layer.layer_number not in caches:
+        slots = interleave.count(rank, length)
+        shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
+        caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
+    keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
+    return functools.partial(SequenceShard(keys, values, interleave, rank).attend, attention, start)
+
+
+# ---- dynamic engine ----
+def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
+    """Wrap DynamicInferenceContext.__init__: with sliced heads, build it for the derived model.
+
+    Raises:
+        HelixConfigError: the inference settings cannot work with this grid.
+    """
+
+    @functools.wraps(original)
+    def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
+        from helix_megatron.attention import derived_config, plan_for
+
+        groups = inference_config.pg_collection
+        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        plan = plan_for(helix, model_config, tp)
+        if not plan.is_megatron:
+            refuse_dynamic(plan, model_config, inference_config)
+            model_config = derived_config(model_config, plan)
+        original(self, model_config, inference_config)
+
+    return __init__
+
+
+def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) -> None:
+    """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
+    exact = not plan.layout.per_slice
+    speculative = inference_config.num_speculative_tokens > 0
+    invariant = getattr(model_config, "batch_invariant_mode", False)
+    reasons = {
+        "KV cache 'dim' (--helix-kv-cache dim; use sequence)": plan.kv_cache == "dim",
+        "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
+        "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
+        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": (
+            inference_config.use_flashinfer_fused_rope is not False
+        ),
+        "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
+    }
+    for feature, used in reasons.items():
+        if used:
+            raise HelixConfigError(
+                f"Helix grid {plan.grid} does not support {feature} in the dynamic inference engine: heads "
+                "are sliced (m > 1). Turn it off, or choose a grid with m = 1"
+            )
+    if exact:
+        interleave_of_block(
+            plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
+        )
+
+
+def check_dynamic(context: Any, plan: HelixPlan) -> None:
+    """Refuse a dynamic context that was built for other heads than this plan's slices.
+
+    Raises:
+        HelixConfigError: with both shapes; or KV cache 'dim', which no dynamic context serves.
+    """
+    if plan.kv_cache == "dim":
+        raise HelixConfigError(
+            f"Helix grid {plan.grid}: KV cache 'dim' works with the static inference context only; use "
+            "--helix-kv-cache sequence with the dynamic engine"
+        )
+    expected = (plan.layout.kv_heads, plan.layout.slice_dim)
+    found = tuple(context.memory_buffer.shape[-2:])
+    if found != expected:
+        raise HelixConfigError(
+            f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
+            f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
+            "(helix_megatron.integrate.enable), with the model's own configuration"
+        )
+
+
+def _dynamic_attend(
+    layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
+) -> Callable:
+    if context.using_cuda_graph_this_step():
+        raise NotImplementedError(
+            "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
+        )
+    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
+    number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
+    pages = (-1, block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    shard = PagedShard(
+        context.memory_buffer[0, number].view(pages),
+        context.memory_buffer[1, number].view(pages),
+        interleave_of_block(m, plan.kv_interleave_size, block),
+        groups.dim_rank,
+        context.kv_block_allocator.dummy_block_idx,
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, view = context.padded_active_token_count, context.gpu_view
+        blocks = view.token_to_block_idx[:tokens]
+        places = view.token_to_local_position_within_kv_block[:tokens]
+        shard.keep(blocks, places, key[:tokens, 0], value[:tokens, 0])
+        metadata = context.active_attn_metadata["mha_metadata"].state_data
+        lengths, table = metadata["kv_seq_lengths"], metadata["block_table"]
+        if context.is_decode_only() and flash_can(shard, query, attention):
+            return flash_decode(shard, attention, query, lengths, table)
+        return shard.attend(attention, query, metadata["cu_query_seq_lengths"], lengths, table)
+
+    return attend
+
+
+def flash_can(shard: PagedShard, query: Tensor, attention: Attention) -> bool:
+    """Whether flash-attn serves these single tokens: on a GPU, half precision, no window, pages it likes."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and attention.left is None  # a rank's share of a window differs from request to request
+        and shard.keys.shape[1] % _FLASH_PAGE == 0
+        and megatron_attention.flash_attn_with_kvcache is not None
+    )
+
+
+def flash_decode(
+    shard: PagedShard, attention: Attention, query: Tensor, lengths: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One new token of each request over this rank's pages, by flash-attn's kernel.
+
+    The token is its request's last, so it sees all that the rank keeps.
+
+    Args:
+        query: [requests, 1, N, D].
+        lengths: [requests] int32 tokens of each request, the new one included; 0 for padding.
+        table: [requests, blocks] int32.
+    Returns:
+        output [requests, 1, N, D], log-sum-exp [requests, 1, N] fp32; 0 and -inf where nothing is kept.
+    """
+    kept = shard.interleave.count(shard.rank, lengths)
+    out, lse = megatron_attention.flash_attn_with_kvcache(
+        q=query[: len(kept)],
+        k_cache=shard.keys,
+        v_cache=shard.values,
+        cache_seqlens=kept.to(torch.int32),
+        block_table=table,
+        softmax_scale=attention.softmax_scale,
+        causal=False,
+        return_softmax_lse=True,
+    )
+    empty = (kept == 0)[:, None, None]
+    lse = lse.transpose(1, 2).float().masked_fill(empty, float("-inf"))  # the kernel says +inf
+    return out.masked_fill(empty.unsqueeze(-1), 0.0), lse
