@@ -1,6 +1,7 @@
 """The `helix` command: one subcommand per tool.
 
     helix compare CONFIG.yaml    the same model by several layouts, side by side
+    helix convert --from …       Hugging Face models into Megatron checkpoints, and back
     helix data PREFIX            a small real English text as byte tokens
     helix doctor                 what is installed here, what that enables, what is wrong
 
@@ -14,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+from helix_megatron.convert.cli import add_convert
 
 
 def add_compare(subparsers: Any) -> None:
@@ -95,7 +98,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.json)
 
 
-COMMANDS = (add_compare, add_data, add_doctor)
+COMMANDS = (add_compare, add_data, add_doctor, add_convert)
 
 
 def main(argv: list[str] | None = None) -> int:
