@@ -44,20 +44,12 @@ def to_megatron(
     """
     model = hf.open_source(source)
     args = families.to_megatron(model.config, divisible_by)
-    vocab_size = args.vocab_size
-    wanted = list(mapping.entries(args, vocab_size))
-    _check_names(model, [name for entry in wanted for name in entry.names], source)
-    args.params_dtype = DTYPES[dtype] if dtype else _common_dtype(model, source)
+    wanted = list(mapping.entries(args, args.vocab_size))
+    dtypes = _check_tensors(model, wanted, args, source)
+    args.params_dtype = DTYPES[dtype] if dtype else _the_only(dtypes, source)
 
     def make(entry: Entry) -> Tensor:
-        shapes = mapping.hf_shapes(entry, args, vocab_size)
-        tensors = []
-        for name, shape in zip(entry.names, shapes, strict=True):
-            tensor = model.read(name)
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{source}: {name} is {list(tensor.shape)}, config.json says {list(shape)}.")
-            tensors.append(tensor.to(args.params_dtype))
-        return mapping.merge(entry, tensors, args)
+        return mapping.merge(entry, [model.read(name).to(args.params_dtype) for name in entry.names], args)
 
     with _new_folder(out) as folder, _bar("to Megatron", len(wanted), progress) as advance:
         (folder / HF_FOLDER).mkdir()
@@ -139,24 +131,31 @@ def to_hf(
     return config
 
 
-def _check_names(model: Any, wanted: list[str], source: Path) -> None:
-    """ValueError when the model lacks a tensor of its family, or has one more."""
-    kind = model.config.model_type
-    missing = [name for name in wanted if name not in model.names]
-    if missing:
-        raise ValueError(f"{source} lacks {missing[0]}, which a {kind} model of its config.json has.")
+def _check_tensors(model: Any, wanted: list[Entry], args: Namespace, source: Path) -> set[torch.dtype]:
+    """The dtypes of a model's tensors. ValueError when they are not those of its config.json."""
+    kind, dtypes = model.config.model_type, set()
+    used: set[str] = set()
+    for entry in wanted:
+        for name, shape in zip(entry.names, mapping.hf_shapes(entry, args, args.vocab_size), strict=True):
+            if name not in model.names:
+                raise ValueError(f"{source} lacks {name}, which a {kind} model of its config.json has.")
+            found, dtype = model.describe(name)
+            if found != shape:
+                raise ValueError(f"{source}: {name} is {list(found)}, config.json says {list(shape)}.")
+            dtypes.add(dtype)
+            used.add(name)
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    extra = sorted(name for name in model.names - set(wanted) - ignored if not name.endswith("inv_freq"))
+    extra = sorted(name for name in model.names - used - ignored if not name.endswith("inv_freq"))
     if extra:
         raise ValueError(f"{source} has a tensor {extra[0]}, which a {kind} model of its config.json lacks.")
+    return dtypes
 
 
-def _common_dtype(model: Any, source: Path) -> torch.dtype:
-    found = {model.dtype(name) for name in model.names if not name.endswith("inv_freq")}
-    if len(found) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+def _the_only(dtypes: set[torch.dtype], source: Path) -> torch.dtype:
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ValueError(f"{source} holds tensors of several dtypes ({names}); choose one with --dtype.")
-    return found.pop()
+    return next(iter(dtypes))
 
 
 @contextmanager

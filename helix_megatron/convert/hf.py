@@ -87,12 +87,13 @@ class SafetensorsFolder:
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of a tensor."""
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor, without reading it."""
         from safetensors import safe_open
 
         with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_slice(name)[:0].dtype
+            stored = file.get_slice(name)
+            return tuple(stored.get_shape()), stored[:0].dtype
 
     def save_tokenizer(self, folder: Path) -> bool:
         """Copy the tokenizer's files, if there are any."""
@@ -152,9 +153,9 @@ class GgufFile:
             return pairs.transpose(1, 2).flatten(0, 2).contiguous()
         return tensor
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Always float32: what de-quantizing gives."""
-        return torch.float32
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor; GGUF lists the fastest dimension first."""
+        return tuple(int(size) for size in reversed(self._tensors[name].shape)), torch.float32
 
     def save_tokenizer(self, folder: Path) -> bool:
         """Write the tokenizer in the file as Hugging Face files."""

@@ -8,8 +8,10 @@ model in memory, so this one gives PyTorch a plan whose tensors are made when th
 from __future__ import annotations
 
 import io
+import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,14 @@ class _LazySave(DefaultSavePlanner):
         return tensor if entry.layer is None else tensor.unsqueeze(0)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that it works in a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
 class _Writer(FileSystemWriter):
     """A file for each tensor: torch's writer keeps a file's tensors until it is closed. No copying ahead."""
 
@@ -101,7 +111,8 @@ def write(folder: Path, entries: Iterable[Entry], args: Namespace, make: Callabl
     release = folder / "release"
     release.mkdir(parents=True)
     planner = _LazySave(list(entries), layers, args.params_dtype, make, objects)
-    save_planned({}, storage_writer=_Writer(release), planner=planner, no_dist=True)
+    with _quiet():
+        save_planned({}, storage_writer=_Writer(release), planner=planner, no_dist=True)
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
     (folder / _TRACKER).write_text("release")  # last: without it there is no checkpoint
 
@@ -137,7 +148,8 @@ class Checkpoint:
         from megatron.core import dist_checkpointing
 
         self.folder = self._find(folder)
-        common = dist_checkpointing.load_common_state_dict(str(self.folder))
+        with _quiet():
+            common = dist_checkpointing.load_common_state_dict(str(self.folder))
         if common.get("args") is None:
             raise ValueError(f"{self.folder} holds no Megatron arguments, so its architecture is unknown.")
         self.args: Namespace = common["args"]
@@ -181,5 +193,7 @@ class Checkpoint:
         offsets = (entry.layer if stacked else 0, *[0] * (len(sizes) - 1))
         into = torch.empty(sizes, dtype=stored.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        load_planned({}, storage_reader=self._reader, planner=_ChunkLoad(entry.key, box, into), no_dist=True)
+        with _quiet():
+            planner = _ChunkLoad(entry.key, box, into)
+            load_planned({}, storage_reader=self._reader, planner=planner, no_dist=True)
         return into.squeeze(0) if stacked else into
