@@ -1,0 +1,285 @@
+"""Inference with a KV cache spread over the dim group: exact, two collectives, 1/T of the bytes.
+
+Layers are compared with the float64 reference, Megatron's dynamic engine with itself at T = 1.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_cache_worker import context_refused, count, decode_all, generate, generate_without_cache, refused
+from reference import Case
+
+from helix_megatron import host_kernels
+from helix_megatron.config import HelixConfig
+from helix_megatron.grid import HelixConfigError
+from helix_megatron.kv_cache import Attention, PagedShard, SequenceShard
+from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.launch import run_ranks
+from helix_megatron.merge import merge_partials
+
+# ---- layers, against float64 ----
+GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2)]
+
+
+def _jobs(n: int, m: int) -> list[tuple[Case, HelixConfig, list[int]]]:
+    """Every shape and placement a grid takes, with prompts that leave shards empty, fill them, or more."""
+    jobs = []
+    for heads, groups in {(12, 12), (12, 6), (12, 3), (4, 1), (8, 2), (9, 3)}:
+        if groups % n:
+            continue
+        for placement in ("dims", "heads"):
+            if placement == "heads" and heads // n % m:
+                continue
+            options = [
+                (dict(seq=6, batch=1), 4, [1]),  # fewer positions than one block: empty shards
+                (dict(seq=13, batch=3), 2, [2]),  # a prompt of one block
+                (dict(seq=14, qk_norm="RMSNorm", window=(3, 0)), 1, [5]),
+                (dict(seq=17, rotary_percent=0.5, interleaved=True), 3, [3, 7]),  # a prompt in chunks
+            ]
+            for features, interleave, prompt in options:
+                helix = HelixConfig(
+                    n, m, query_placement=placement, kv_interleave_size=interleave,
+                    rotary_percent=features.get("rotary_percent", 1.0),
+                )  # fmt: skip
+                jobs.append((Case(heads, groups, 16, **features), helix, prompt))
+    return jobs
+
+
+@pytest.mark.parametrize("n, m", GRIDS)
+def test_prompts_and_tokens_are_exact_and_nothing_is_cached_twice(n, m):
+    jobs = _jobs(n, m)
+    assert {helix.query_placement for _, helix, _ in jobs} == {"dims", "heads"}
+    ranks = run_ranks(decode_all, n * m, n * m, jobs)
+    for index, (case, _, _) in enumerate(jobs):
+        name = ranks[0][index][0]
+        assert max(rank[index][1] for rank in ranks) < 2e-6, name
+        cached = [rank[index][2] for rank in ranks]
+        assert sum(cached) == 2 * case.seq * case.batch * case.groups * case.dim * 4, name
+
+
+def test_bytes_of_a_cache_of_whole_cycles_are_one_part_in_t():
+    jobs = [
+        (Case(8, 2, 16, seq=24), HelixConfig(n, m, kv_interleave_size=3), [4]) for n, m in [(1, 4), (2, 2)]
+    ]
+    for rank in run_ranks(decode_all, 4, 4, jobs):
+        assert [cached for _, _, cached in rank] == [2 * 24 * 2 * 2 * 16 * 4 // 4] * 2
+
+
+def test_the_cache_of_slices_is_still_there():
+    jobs = [(Case(8, 2, 16, seq=10), HelixConfig(1, 2, kv_cache="dim"), [4])]
+    for rank in run_ranks(decode_all, 2, 2, jobs):
+        assert rank[0][1] < 2e-6 and rank[0][2] == 2 * 10 * 2 * 2 * 16 * 4 // 2
+
+
+# ---- collectives ----
+@pytest.mark.parametrize("placement", ["dims", "heads"])
+def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placement):
+    n, m, hq, hk, d, batch, prompt = 2, 2, 4, 1, 16, 3, 5
+    case = Case(8, 2, d, seq=30, batch=batch)
+    helix = HelixConfig(n, m, query_placement=placement, kv_interleave_size=4)
+    steps = run_ranks(count, 4, 4, case, helix, prompt, 64)[0]
+    assert len(steps) == 1 + 25
+    for step, tokens in zip(steps, [prompt, *[1] * 25], strict=True):
+        t, d_s = tokens * batch, d // m
+        share = hq * (d_s + 1) if placement == "dims" else hq // m * (d + 1)
+        inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
+        assert {name: entry["calls"] for name, entry in inside.items()} == {
+            "all_gather x2": 1,
+            "all_to_all x2": 1,
+        }
+        assert inside["all_gather x2"]["bytes"] == (m - 1) * t * (hq + 2 * hk) * d_s * 4
+        assert inside["all_to_all x2"]["bytes"] == (m - 1) * t * share * 4
+        assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
+            "all_reduce x4": 1  # of linear_proj, as Megatron
+        }
+
+
+# ---- shards, in one process ----
+def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 0):
+    """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(-(-length // block) for length in lengths)
+    numbers = torch.randperm(total, generator=generator) + 1  # block 0 is spare
+    table = torch.full((len(lengths), 9), -1, dtype=torch.int32)
+    interleave = interleave_of_block(ranks, wanted, block)
+    memory = torch.full((ranks, 2, total + 1, block // ranks, 2, 4), torch.nan)
+    shards = [PagedShard(*memory[rank], interleave, rank, 0) for rank in range(ranks)]
+    keys = [torch.randn(length, 2, 4, generator=generator) for length in lengths]
+    used = 0
+    for request, key in enumerate(keys):
+        blocks = -(-len(key) // block)
+        table[request, :blocks] = numbers[used : used + blocks]
+        used += blocks
+        places = torch.arange(len(key))
+        for shard in shards:
+            shard.keep(table[request][places // block].long(), places % block, key, -key)
+    return shards, keys, table
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([(2, 8), (4, 8), (2, 6), (3, 12)]),
+    st.integers(1, 9), st.sampled_from([None, 0, 5]), st.integers(0, 1000),
+)  # fmt: skip
+def test_paged_shards_merge_to_attention_over_the_request(lengths, sizes, wanted, left, seed):
+    ranks, block = sizes
+    shards, keys, table = _pages(lengths, ranks, block, wanted, seed)
+    new = [1 + seed % length for length in lengths]  # the last tokens of each request are queries
+    ends = torch.tensor([0, *new]).cumsum(0)
+    query = torch.randn(int(ends[-1]) + 2, 1, 4, 4)  # two rows of padding
+    attention = Attention(0.5, left)
+    lengths_and_padding = torch.tensor([*lengths, 0])
+    padded_ends, padded_table = torch.cat([ends, ends[-1:]]), torch.cat([table, table[:1] * 0 - 1])
+    parts = [
+        shard.attend(attention, query, padded_ends, lengths_and_padding, padded_table) for shard in shards
+    ]
+    out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    assert out[-2:].abs().max() == 0 and lse[-2:].isneginf().all()
+    for request, key in enumerate(keys):
+        rows = slice(int(ends[request]), int(ends[request + 1]))
+        window = (-1 if left is None else left, 0)
+        expected, expected_lse = host_kernels.attend(query[rows, 0], key, -key, 0.5, True, window)
+        torch.testing.assert_close(out[rows, 0], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[rows, 0].T, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_decode_is_given_what_it_needs(monkeypatch):
+    """The kernel's stand-in computes what the torch path does, a rank that keeps nothing included."""
+    from megatron.core.transformer import attention as megatron_attention
+
+    from helix_megatron.inference import flash_can, flash_decode
+
+    def kernel(**arguments):  # as flash-attn: +inf where there are no keys
+        out, lse = host_kernels.flash_attn_with_kvcache(**arguments)
+        return torch.where(lse.isneginf().transpose(1, 2).unsqueeze(-1), torch.nan, out), lse.nan_to_num(
+            neginf=torch.inf
+        )
+
+    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", kernel)
+    lengths = [1, 8, 21, 3]
+    shards, _, table = _pages(lengths, 4, 8, 2)
+    query, counts = torch.randn(4, 1, 4, 4), torch.tensor(lengths, dtype=torch.int32)
+    for shard in shards:
+        assert not flash_can(shard, query, Attention(0.5))  # on the host
+        expected = shard.attend(Attention(0.5), query, torch.arange(5), counts, table)
+        found = flash_decode(shard, Attention(0.5), query, counts, table)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_sequence_shards_in_half_precision_keep_their_log_sum_exps():
+    torch.manual_seed(0)
+    query, key = torch.randn(9, 2, 4, 8).bfloat16(), torch.randn(9, 2, 2, 8).bfloat16()
+    interleave, parts = interleave_of_sequence(2, 2, 9), []
+    for rank in range(2):
+        slots = interleave.count(rank, 9)
+        cache = torch.full((2, slots, 2, 2, 8), torch.nan, dtype=torch.bfloat16)
+        parts.append(SequenceShard(*cache, interleave, rank).attend(Attention(0.3), 0, query, key, key))
+    assert parts[0][0].dtype is torch.bfloat16 and parts[0][1].dtype is torch.float32
+    out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    for b in range(2):
+        expected, expected_lse = host_kernels.attend(query[:, b].float(), key[:, b], key[:, b], 0.3, True)
+        torch.testing.assert_close(lse[:, b].T, expected_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[:, b], expected, rtol=1e-2, atol=1e-2)
+
+
+# ---- Megatron's dynamic engine ----
+def test_the_dynamic_engine_chooses_the_same_tokens():
+    """Prefill, decode and both at once; requests end and start mid-batch."""
+    vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
+    assert [len(vanilla["tokens"][r]) for r in (0, 1, 2, 3, 4, 14, 17)] == [12, 3, 9, 20, 6, 5, 8]
+    assert len({tuple(tokens) for tokens in vanilla["tokens"].values()}) == 7
+    assert vanilla["kinds of steps"] == [(False, True), (True, False), (True, True)]
+    runs = [(2, HelixConfig(1, 2)), (4, HelixConfig(2, 2, kv_interleave_size=2, query_placement="dims"))]
+    for ranks, helix in runs:
+        for found in run_ranks(generate, ranks, ranks, helix, timeout_s=150):
+            assert found["tokens"] == vanilla["tokens"], helix
+            assert found["kinds of steps"] == vanilla["kinds of steps"]
+            for name in ("block bytes", "bytes of a token"):  # hence T times the blocks in the same buffer
+                assert found[name] == vanilla[name] / ranks, name
+    inside = [  # of all decode steps, from 18 to 37 tokens of context: two layers, 12 padded requests, 2x2
+        {name: (calls, received) for name, calls, received in step if name.endswith("x2")}
+        for step in found["collectives of decode steps"]
+    ]
+    gathered, returned = 12 * (2 + 2 * 1) * 4 * 4, 12 * 2 * (4 + 1) * 4
+    assert inside[0] == {"all_gather x2": (2, 2 * gathered), "all_to_all x2": (2, 2 * returned)}
+    assert all(step == inside[0] for step in inside)
+
+
+@pytest.mark.parametrize(
+    "model, inference",
+    [
+        pytest.param(
+            dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0)), dict(), id="window, MQA"
+        ),
+        pytest.param(
+            dict(qk_layernorm=True, rotary_interleaved=True, normalization="RMSNorm"),
+            dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4),
+            id="QK norm, prompts in chunks",
+        ),
+        pytest.param(
+            dict(), dict(enable_prefix_caching=True, async_sched_mode="async"), id="shared prefixes, async"
+        ),
+    ],
+)
+def test_the_dynamic_engine_with(model, inference):
+    vanilla = run_ranks(generate, 1, 1, None, model, inference, timeout_s=100)[0]
+    helix = HelixConfig(1, 2, kv_interleave_size=3)
+    for found in run_ranks(generate, 2, 2, helix, model, inference, timeout_s=150):
+        assert found["tokens"] == vanilla["tokens"]
+        assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
+
+
+def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
+    vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
+    assert vanilla["paused"] == 0
+    few = {name: (blocks + 0.5) * 1024 / 2**30 for name, blocks in [("buffer_size_gb", 14), ("paused", 4)]}
+    few["paused_buffer_size_gb"] = few.pop("paused")
+    for found in run_ranks(generate, 2, 2, HelixConfig(1, 2), {}, few, timeout_s=100):
+        assert found["paused"] > 0 and found["tokens"] == vanilla["tokens"]
+
+
+@pytest.mark.parametrize("softmax", ["exact", "per-slice"])
+def test_the_dynamic_engine_chooses_what_the_whole_sequence_chooses(softmax):
+    for cached, whole in run_ranks(generate_without_cache, 2, 2, HelixConfig(1, 2, softmax=softmax)):
+        assert cached == whole
+
+
+# ---- refusals ----
+def test_what_the_cache_does_not_serve_is_refused():
+    ways = {
+        "causal mask": "ran",
+        "padding mask": "not the causal one",
+        "window ahead": "looks 1 positions ahead",
+        "not causal": "no_mask",
+        "too long": "do not fit an inference context of 2 sequences of 4 positions",
+        "bias": "attention_bias",
+    }
+    for messages in run_ranks(refused, 2, 2, list(ways)):
+        for message, part in zip(messages, ways.values(), strict=True):
+            assert part in message
+
+
+def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
+    ways = [
+        (dict(kv_cache="dim"), {}, {}, "--helix-kv-cache dim"),
+        ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
+        ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
+        ({}, {}, dict(use_flashinfer_fused_rope=None), "use_flashinfer_fused_rope"),
+        ({}, dict(batch_invariant_mode=True), {}, "--batch-invariant-mode"),
+        ({}, {}, dict(block_size_tokens=9), "block of 9 tokens"),
+        ({}, {}, {}, "built"),
+    ]
+    for messages in run_ranks(context_refused, 2, 2, [way[:3] for way in ways]):
+        for message, way in zip(messages, ways, strict=True):
+            assert way[3] in message, message
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(HelixConfigError, match="per-slice"):
+        HelixConfig(softmax="per-slice", kv_cache="sequence")
+    with pytest.raises(HelixConfigError, match="at least 1 position"):
+        HelixConfig(kv_interleave_size=0)
+    with pytest.raises(HelixConfigError, match="auto, sequence, dim"):
+        HelixConfig(kv_cache="paged")
