@@ -18,6 +18,7 @@ setup(
         "megatron-core>=0.19.0,<0.20",  # the wheel carries megatron.core and megatron.training
         "torch>=2.6",
         "numpy",
+        "isal",  # checksums of checkpoints at memory speed
         "einops",  # Megatron's dynamic inference path
         "psutil",  # Megatron's torch_dist checkpoints
         "pyyaml",

@@ -70,6 +70,24 @@ def standard_layout(
 
     @torch.no_grad()
     def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(pieces, dim=dim + prepended)[(0,) * prepended]
+        pieces = [piece[(0,) * prepended] for piece in pieces]
+        return _joined_in_place(pieces) if dim == 0 and _adjacent(pieces) else torch.cat(pieces, dim=dim)
 
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, sharded.replica_id)
+
+
+def _adjacent(pieces: list[torch.Tensor]) -> bool:
+    """Whether the pieces are one after another in one storage: rows loaded in place into the parameter."""
+    return all(
+        a.is_contiguous()
+        and b.is_contiguous()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and a.storage_offset() + a.numel() == b.storage_offset()
+        for a, b in pairwise(pieces)
+    )
+
+
+def _joined_in_place(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """The tensor whose consecutive rows the pieces are, without a copy."""
+    rows, first = sum(piece.shape[0] for piece in pieces), pieces[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

@@ -102,6 +102,13 @@ def install() -> None:
             saved = (loaded[0] or {}).get("args")
             if saved is not None:
                 refuse_other_softmax(saved, args)
+            standard = args.ckpt_format == "torch_dist" and loaded[3] is checkpointing.CheckpointType.GLOBAL
+            if loaded[0] and getattr(args, "helix_sliced", False) and not standard:
+                raise HelixConfigError(
+                    f"{load_dir} is not a torch_dist checkpoint; its shards are whole heads of one layout, "
+                    "which slices of heads cannot be read from. Convert it with --attention-impl megatron "
+                    "and --ckpt-convert-format torch_dist"
+                )
             return loaded
 
         return _load_base_checkpoint
@@ -191,6 +198,7 @@ def activate(args: Namespace) -> None:
         plan = _plan_from_args(helix, args)
         enable(helix, plan.grid)
         # Into the checkpoint's arguments: what the weights mean, not how they are laid out.
+        args.helix_sliced = not plan.is_megatron
         args.helix_slices_as_heads = plan.grid.dim_parallel_size if plan.layout.per_slice else 1
         if args.rank == 0:
             print(f"> Helix attention: {plan.describe()}", flush=True)
@@ -211,11 +219,23 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     if plan.is_megatron:
         return plan
     refuse_unsupported(args, plan)
-    sliced = f"Helix grid {plan.grid} slices heads (m > 1) and does not support"
-    if "adam" not in args.optimizer and args.optimizer not in ("sgd", "lion"):
-        raise HelixConfigError(
-            f"{sliced} --optimizer {args.optimizer}, which treats the QKV weight as whole heads; use adam"
-        )
+    saves = bool(args.save or args.load or args.pretrained_checkpoint)
+    graphs = args.cuda_graph_impl or "none"
+    unsafe = {
+        f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
+            saves and args.ckpt_format != "torch_dist"
+        ),
+        "--non-persistent-ckpt-type local (use global)": args.non_persistent_ckpt_type == "local",
+        f"--optimizer {args.optimizer}, which treats the QKV weight as whole heads (use adam)": (
+            args.optimizer not in ("adam", "sgd", "lion")
+        ),
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
+        f"--cuda-graph-impl {graphs}": graphs != "none",
+    }
+    for what, used in unsafe.items():
+        if used:
+            raise HelixConfigError(f"Helix grid {plan.grid} slices heads (m > 1) and does not support {what}")
     return plan
 
 

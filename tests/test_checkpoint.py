@@ -159,3 +159,12 @@ def test_asynchronous_saving(train, ten_steps, folder):
     train(ranks, f"{flags} --save {written} --save-interval 5 --exit-interval 5 --async-save")
     losses = train(1, f"--load {written}")
     assert_resumed(losses, ten_steps)
+
+
+def test_a_checkpoint_of_whole_heads_is_not_read_as_slices(train, folder):
+    """Megatron's old format: a file for each rank, whose tensors have the shapes of the slices."""
+    old = folder / "old_format"
+    saving = f"--save {old} --save-interval 5 --exit-interval 5"
+    train(2, f"--tensor-model-parallel-size 2 --ckpt-format torch {saving}")
+    with pytest.raises(RankError, match="is not a torch_dist checkpoint"):
+        train(2, f"{LAYOUTS['Helix 1x2'][1]} --load {old} --auto-detect-ckpt-format")

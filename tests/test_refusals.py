@@ -45,6 +45,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--attention-output-gate", "--attention-output-gate"),
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
         ("--optimizer muon", "does not support --optimizer muon"),
+        ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
     ],
 )
 def test_one_line_and_exit_code_2(flags, message):
