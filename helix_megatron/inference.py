@@ -67,11 +67,13 @@ def forward_with_shards(
         "attention_bias": attention_bias,
         "packed_seq_params": packed_seq_params,
     }
+    if layer.config.cuda_graph_impl == "local":
+        others["CUDA graphs (--cuda-graph-impl local)"] = True
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise NotImplementedError(
             f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
-            f"{', '.join(given)}, which it does not serve; leave it out, or use a grid with m = 1"
+            f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
     plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
     attention = _attention_of(core, plan)

@@ -87,6 +87,8 @@ def refused(tp: int, ways: list[str]) -> list[str]:
         if way in ("padding mask", "causal mask"):
             mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
             mask[..., 3:, 2] |= way == "padding mask"
+        if way == "graphs":
+            layer.config.cuda_graph_impl = "local"
         extra = {"attention_bias": torch.zeros(1)} if way == "bias" else {}
         try:
             hidden = case.tensors["hidden"].float()

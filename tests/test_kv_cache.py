@@ -255,6 +255,7 @@ def test_what_the_cache_does_not_serve_is_refused():
         "not causal": "no_mask",
         "too long": "do not fit an inference context of 2 sequences of 4 positions",
         "bias": "attention_bias",
+        "graphs": "--cuda-graph-impl local",
     }
     for messages in run_ranks(refused, 2, 2, list(ways)):
         for message, part in zip(messages, ways.values(), strict=True):
