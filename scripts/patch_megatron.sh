@@ -14,7 +14,7 @@ fail() {
 
 [ $# -eq 2 ] || fail "got $# arguments; usage: patch_megatron.sh apply|check|revert MEGATRON_DIR"
 action="$1"
-case "${action}" in apply | check | revert) ;; *) fail "no action '${action}'; there are apply, check, revert" ;; esac
+[[ "${action}" =~ ^(apply|check|revert)$ ]] || fail "no action '${action}'; there are apply, check, revert"
 tree="$(cd "$2" 2>/dev/null && pwd -P)" || fail "no folder $2; give the folder of a Megatron-LM checkout"
 info="${tree}/megatron/core/package_info.py"
 [ -f "${info}" ] || fail "${tree} is not a Megatron-LM checkout: it has no megatron/core/package_info.py"
@@ -22,7 +22,8 @@ info="${tree}/megatron/core/package_info.py"
 version="$(sed -n -E 's/^(MAJOR|MINOR|PATCH) = ([0-9]+).*/\2/p' "${info}" | paste -sd.)"
 tags="$(basename -a "${patches}"/megatron-lm-*.patch | sed -E 's/megatron-lm-(.*)\.patch/\1/' | sort -V)"
 # Nearest: the newest tag that is not newer than the tree, else the oldest.
-nearest="$(printf '%s\n' "${tags}" "core_v${version}.x" | sort -V | sed -n "/^core_v${version}.x\$/q;p" | tail -n 1)"
+ours="core_v${version}.x" # sorts right after its own tag
+nearest="$(printf '%s\n' "${tags}" "${ours}" | sort -V | sed -n "/^${ours}\$/q;p" | tail -n 1)"
 nearest="${nearest:-$(head -n 1 <<<"${tags}")}"
 way_out="the nearest tag with a patch is ${nearest}: git -C ${tree} checkout ${nearest}"
 patch="${patches}/megatron-lm-${nearest}.patch"
@@ -38,8 +39,8 @@ elif try --reverse --check; then
 elif try --check; then
     state=absent
 else
-    fail "${tree} says it is ${version}, but the lines to change in its megatron/training/arguments.py are not" \
-        "those of the release; ${way_out}"
+    fail "${tree} says it is ${version}, but its megatron/training/arguments.py is not the release's where" \
+        "it would be changed; ${way_out}"
 fi
 
 case "${action} ${state}" in

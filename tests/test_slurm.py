@@ -1,0 +1,315 @@
+"""The job scripts: on a real Slurm of two nodes on this machine, without Slurm, and their reading of logs."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+CONF = """
+ClusterName=helixtest
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=bf_interval=1,batch_sched_delay=1,sched_interval=2
+KillWait=20
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 RealMemory=4000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 RealMemory=4000
+PartitionName=main Nodes=n1,n2 Default=YES State=UP
+"""
+MODEL = (ROOT / "tests/test_pretrain.py").read_text().split('"""')[3]
+ENVIRONMENT = {"HELIX_HOST_MODE": "1", "RANKS_PER_NODE": "2", "PYTHON": sys.executable}
+
+
+def wait_until(condition, seconds, what):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.3)
+    pytest.fail(f"after {seconds} s: {what}")
+
+
+def read(path):
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+class Cluster:
+    """munge, one controller and two slurmd, everything in `folder`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "SLURM_TIME_FORMAT": "standard",
+        }
+        self.daemons = []
+        (folder / "munge").mkdir()
+        (folder / "state").mkdir()
+        (folder / "munge/key").write_bytes(os.urandom(128))
+        (folder / "munge/key").chmod(0o600)
+        ports = {}
+        for name in ("port", "port1", "port2"):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports[name] = probe.getsockname()[1]
+        host, user = socket.gethostname().split(".")[0], self._output("id", "-un").strip()
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, user=user, **ports))
+        munge = [
+            f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "log-file", "seed-file")
+        ]
+        self._start("munged", "--foreground", "--force", f"--key-file={folder}/munge/key", *munge)
+        wait_until(lambda: (folder / "munge/socket").exists(), 10, "munged made no socket")
+        self._start("slurmctld", "-D")
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-N", node)
+        wait_until(
+            lambda: self._output("sinfo", "-h", "-o", "%D %t", check=False).strip() == "2 idle",
+            20,
+            "the nodes did not come up; see slurmctld.log",
+        )
+
+    def _start(self, *command):
+        with open(self.folder / f"{command[0]}.out", "ab") as out:
+            self.daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
+            )
+
+    def _output(self, *command, check=True):
+        run = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        assert not check or run.returncode == 0, f"{command}: {run.stdout}{run.stderr}"
+        return run.stdout
+
+    def submit(self, folder, *command, **variables):
+        """Job number of sbatch with `command`; logs and checkpoints in `folder`."""
+        environment = {**self.environment, **ENVIRONMENT, "LOG_DIR": str(folder / "logs")}
+        environment |= {"SAVE_DIR": str(folder / "checkpoints"), **variables}
+        command = ["sbatch", "--parsable", f"--output={folder}/job.log", "--time=10", *map(str, command)]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def state(self, job):
+        return re.search(r"JobState=(\w+)", self._output("scontrol", "show", "job", job))[1]
+
+    def wait(self, job, *states, seconds=60):
+        wait_until(lambda: self.state(job) in states, seconds, f"job {job} is not {' or '.join(states)}")
+
+    def control(self, *command):
+        return self._output(*command)
+
+    def processes(self):
+        """Command lines of what belongs to the jobs of this cluster."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"SLURM_CONF={self.folder}".encode() in (entry / "environ").read_bytes():
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found += [line] if "pretrain_gpt" in line or "node.sh" in line else []
+            except OSError:
+                continue
+        return found
+
+    def stop(self):
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    missing = [name for name in NEEDED if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts jobs as root only")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    subprocess.run(["scancel", "-u", "root", "-s", "KILL"], env=cluster.environment)
+    cluster.stop()
+
+
+def flags(folder, iterations, *more):
+    path = folder / "model.yaml"
+    path.write_text(MODEL.replace("host: true\n", "").replace("train-iters: 4", f"train-iters: {iterations}"))
+    helix = ["--attention-impl", "helix", "--helix-dim-parallel-size", "2"]
+    return ["--helix-config", path, "--mock-data", "--tensor-model-parallel-size", "4", *helix, *more]
+
+
+def iterations(log):
+    return [int(number) for number in re.findall(r"iteration +(\d+)/", read(log))]
+
+
+def test_train_over_two_nodes_requeued_in_the_middle(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "--nodes=2", "scripts/slurm/train.sbatch", *flags(tmp_path, 30))
+    first, second = tmp_path / "logs/0", tmp_path / "logs/1"
+    wait_until(lambda: iterations(first / "node_1.log"), 60, "no iteration")
+    cluster.control("scontrol", "requeue", job)
+    wait_until(lambda: (first / "state").exists(), 30, "the first start did not end in order")
+    assert read(first / "state").strip() == "helix-train: cancelled, saved"
+    saved = int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt"))
+    assert 1 <= saved < 30
+    cluster.wait(job, "PENDING")
+    cluster.control(
+        "scontrol", "update", f"JobId={job}", "StartTime=now"
+    )  # Slurm waits two minutes otherwise
+    cluster.wait(job, "COMPLETED", "FAILED")
+    assert read(second / "state").strip() == "helix-train: completed", read(second / "node_1.log")[-2000:]
+    assert iterations(second / "node_1.log") == list(range(saved + 1, 31))
+    assert read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt") == "30"
+    assert not cluster.processes()
+
+
+def test_cancelled_while_it_starts_leaves_nothing(cluster, tmp_path):
+    job = cluster.submit(tmp_path, "--nodes=2", "scripts/slurm/train.sbatch", *flags(tmp_path, 30))
+    wait_until(lambda: any("pretrain_gpt" in line for line in cluster.processes()), 30, "no rank")
+    cluster.control("scancel", job)
+    wait_until(lambda: not cluster.processes(), 30, "processes are left")
+    cluster.wait(job, "CANCELLED")
+    wait_until(lambda: read(tmp_path / "logs/0/state"), 10, "no state")
+    assert read(tmp_path / "logs/0/state").strip() == "helix-train: cancelled"
+
+
+def test_the_warning_before_the_time_limit_saves_and_requeues(cluster, tmp_path):
+    """As Slurm sends it: USR1 to the processes of the steps."""
+    job = cluster.submit(
+        tmp_path,
+        "--nodes=1",
+        "scripts/slurm/train.sbatch",
+        *flags(tmp_path, 400, "--tensor-model-parallel-size", "2"),
+    )
+    log = tmp_path / "logs/0/node_0.log"
+    wait_until(lambda: iterations(log), 60, "no iteration")
+    cluster.control("scancel", "--signal=USR1", job)
+    wait_until(lambda: (tmp_path / "logs/0/state").exists(), 30, "the warning did not end the run")
+    assert read(tmp_path / "logs/0/state").strip() == "helix-train: time limit, saved"
+    assert "received USR1" in read(log)
+    cluster.wait(job, "PENDING")
+    cluster.control("scancel", job)
+
+
+def state_of(folder, code, stopped=False, **logs):
+    """What state.sh says of a folder with these node logs."""
+    for name, text in logs.items():
+        (folder / f"{name}.log").write_text(text)
+    if code is not None:
+        (folder / "exit_code").write_text(str(code))
+    if stopped:
+        (folder / "stopped").touch()
+    command = ["bash", ROOT / "scripts/slurm/state.sh", folder]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+ECHO = """[rank0]: [rank0]: Traceback (most recent call last):
+[rank0]: [rank0]:   File "schedules.py", line 1, in forward
+[rank0]: [rank0]: RuntimeError: [pair.cc:561] Connection closed by peer [127.0.0.1]:2996.
+"""
+CAUSE = """[rank3]: [rank3]: Traceback (most recent call last):
+[rank2]: a line of another rank
+[rank3]: [rank3]:   File "data.py", line 7, in read
+[rank3]: [rank3]: KeyError: 'tokens'
+[rank3]: [rank3]: after it
+slurmstepd-n1: error: *** STEP 3.0 ON n1 CANCELLED AT 2026-01-01T00:00:00 ***
+"""
+
+
+@pytest.mark.parametrize(
+    "code, text, expected",
+    [
+        (0, "iteration 4/4\n", "completed"),
+        (0, "exiting program after receiving SIGTERM\nhelix: node 0 received USR1; its", "time limit, saved"),
+        (143, "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 1 DUE TO TIME LIMIT ***\n", "time limit"),
+        (143, "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 1 DUE TO PREEMPTION ***\n", "preempted"),
+        (None, "iteration 2/4\n", "running or killed"),
+    ],
+)
+def test_states(tmp_path, code, text, expected):
+    assert state_of(tmp_path, code, node_0=text) == expected
+
+
+def test_the_first_traceback_is_the_cause_not_its_echo(tmp_path):
+    said = state_of(tmp_path, 1, node_0=ECHO, node_1=CAUSE)
+    assert said.startswith("failed (exit code 1), first failure, rank 3:\nTraceback")
+    assert said.endswith("KeyError: 'tokens'")
+    assert "another rank" not in said and "closed by peer" not in said
+
+
+def test_states_with_a_cause(tmp_path):
+    memory = CAUSE.replace("KeyError: 'tokens'", "torch.OutOfMemoryError: CUDA out of memory.")
+    assert state_of(tmp_path, 1, node_0=memory).startswith("out of memory, first failure, rank 3:")
+    hang = CAUSE.replace("KeyError: 'tokens'", "RuntimeError: Timed out waiting 30000ms for recv")
+    assert state_of(tmp_path, 1, node_0=hang).startswith("hang, first failure, rank 3:")
+    refused = "[rank1]: helix_megatron.pretrain_gpt: [rank 1] Megatron requires x.\n" + ECHO
+    assert state_of(tmp_path, 2, node_0=refused).endswith("[rank 1] Megatron requires x.")
+    assert state_of(tmp_path, 1, stopped=True, node_0=ECHO) == "cancelled"
+
+
+def local(tmp_path, *command, **variables):
+    environment = {**os.environ, **ENVIRONMENT, "LOG_DIR": str(tmp_path / "logs"), **variables}
+    environment["SAVE_DIR"] = str(tmp_path / "checkpoints")
+    command = ["scripts/run_local.sh", *map(str, command)]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_without_slurm_a_stop_saves(tmp_path):
+    run = local(tmp_path, "train", *flags(tmp_path, 400, "--tensor-model-parallel-size", "2"))
+    wait_until(lambda: iterations(tmp_path / "logs/0/node_0.log"), 60, "no iteration")
+    run.send_signal(signal.SIGINT)
+    assert "helix-train: cancelled, saved" in run.communicate(timeout=30)[0]
+    assert int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt")) >= 1
+
+
+@pytest.mark.parametrize(
+    "command, points, said",
+    [
+        (["tune"], "", "there are train, compare and scaling"),
+        (["scaling"], "1x1; two", "POINTS has ' two'"),
+        (["scaling"], "2x8", "needs 2 nodes, the job has 1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path, command, points, said):
+    run = local(tmp_path, *command, POINTS=points, ENTRY="-m platform")
+    assert said in run.communicate(timeout=60)[0]
+    assert run.returncode == 2
+
+
+def test_scripts_pass_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck: apt-get install shellcheck")
+    files = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*")]
+    run = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
