@@ -91,12 +91,11 @@ def test_round_trip_is_bit_identical(tmp_path, name, dtype):
 @pytest.mark.parametrize(
     ("name", "layouts"),
     [
-        ("llama", {1: [], 2: []}),
+        ("llama", {1: []}),
         ("llama 3.1", {1: []}),
         ("llama with biases", {4: []}),
-        ("mistral", {2: ["--helix-dim-parallel-size", "2"]}),
-        ("qwen2", {1: [], 4: []}),
-        ("qwen3", {1: [], 2: ["--helix-dim-parallel-size", "2"]}),
+        ("qwen2", {2: ["--helix-dim-parallel-size", "2"]}),
+        ("qwen3", {1: [], 2: []}),
     ],
 )
 def test_megatron_computes_what_transformers_computes(tmp_path, name, layouts):
@@ -241,6 +240,6 @@ def test_helix_is_used(tmp_path):
     model = make(tmp_path / "hf", "llama")
     command.to_megatron(tmp_path / "hf", tmp_path / "megatron")
     expected = check.reference(model, list(range(40)), new_tokens=2, logits_file=tmp_path / "logits.npy")
-    with pytest.raises(RankError, match="must be a multiple of tensor"):
+    with pytest.raises(RankError, match=r"num_query_groups \(3\) must be a multiple or divisor of tensor"):
         check.check(tmp_path / "megatron", 2, expected, more=["--attention-impl", "megatron"], timeout_s=200)
     assert HELIX.split() == check.HELIX_FLAGS

