@@ -10,6 +10,7 @@ Note [What is Megatron's and what is ours]
       3. QK-norm sums its squares over the dim group (qk_norm.py);
       4. the core attention exchanges slices (core_attention.py); per-slice softmax needs none, there the
          derived model IS the model.
+    Inference with a cache of positions takes a way of its own from the projections on (inference.py).
     With m = 1 the class is SelfAttention, bit for bit.
 """
 

@@ -9,8 +9,8 @@ Note [Exact attention over slices]
                 output goes back by all-to-all. With "heads" placement the queries are whole already.
     all_reduce  the partial scores of the slices are summed in fp32; softmax; times the local slice of V.
                 The two-level formula taken literally and made exact; needs S^2 memory.
-    Cached decoding (fewer queries than keys) always sums partial scores: the cache holds slices, and
-    B N L scores are less to move than the cache.
+    A cache of slices (KV cache "dim"; fewer queries than keys) always sums partial scores: B N L scores are
+    less to move than the cache. A cache of positions ("sequence") does not come here, see kv_cache.py.
 
 S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, D head, d_s = D/m.
 """

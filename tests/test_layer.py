@@ -239,7 +239,7 @@ def _decode(tp: int, jobs: list) -> list[float]:
 
 def test_decoding_with_a_cache_of_slices_is_exact():
     jobs = [
-        (Case(*shape, 16, seq=14), HelixConfig(**settings))
+        (Case(*shape, 16, seq=14), HelixConfig(kv_cache="dim", **settings))
         for shape in ((8, 2), (9, 3))
         for settings in (dict(), dict(dim_parallel_size=4), dict(comm_type="all_reduce"))
     ]
