@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
 
 setup(
     name="helix-megatron",
@@ -26,8 +27,10 @@ setup(
         "tqdm",  # Megatron's static inference engine
     ],
     extras_require={
+        "convert": CONVERT,
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
         "dev": [
+            *CONVERT,
             "hypothesis",
             "mypy",
             "pytest",

