@@ -1,5 +1,6 @@
 """The job scripts: on a real Slurm of two nodes on this machine, without Slurm, and their reading of logs."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -61,6 +62,12 @@ def read(path):
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Cluster:
     """munge, one controller and two slurmd, everything in `folder`."""
 
@@ -76,11 +83,7 @@ class Cluster:
         (folder / "state").mkdir()
         (folder / "munge/key").write_bytes(os.urandom(128))
         (folder / "munge/key").chmod(0o600)
-        ports = {}
-        for name in ("port", "port1", "port2"):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                ports[name] = probe.getsockname()[1]
+        ports = {name: free_port() for name in ("port", "port1", "port2")}
         host, user = socket.gethostname().split(".")[0], self._output("id", "-un").strip()
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, user=user, **ports))
         munge = [
@@ -111,7 +114,7 @@ class Cluster:
     def submit(self, folder, *command, **variables):
         """Job number of sbatch with `command`; logs and checkpoints in `folder`."""
         environment = {**self.environment, **ENVIRONMENT, "LOG_DIR": str(folder / "logs")}
-        environment |= {"SAVE_DIR": str(folder / "checkpoints"), **variables}
+        environment |= {"SAVE_DIR": str(folder / "checkpoints"), "MASTER_PORT": str(free_port()), **variables}
         command = ["sbatch", "--parsable", f"--output={folder}/job.log", "--time=10", *map(str, command)]
         return subprocess.run(
             command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
@@ -127,18 +130,21 @@ class Cluster:
         return self._output(*command)
 
     def processes(self):
-        """Command lines of what belongs to the jobs of this cluster."""
+        """Process numbers of what the jobs of this cluster have started."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if f"SLURM_CONF={self.folder}".encode() in (entry / "environ").read_bytes():
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found += [line] if "pretrain_gpt" in line or "node.sh" in line else []
+                    found += [int(entry.name)] if "pretrain_gpt" in line or "node.sh" in line else []
             except OSError:
                 continue
         return found
 
     def stop(self):
+        for process in self.processes():  # none, unless a test failed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
@@ -172,52 +178,37 @@ def iterations(log):
     return [int(number) for number in re.findall(r"iteration +(\d+)/", read(log))]
 
 
-def test_train_over_two_nodes_requeued_in_the_middle(cluster, tmp_path):
+def test_the_warning_before_the_time_limit_saves_and_the_requeued_job_goes_on(cluster, tmp_path):
+    """The warning as Slurm sends it: USR1 to the processes of the steps, on both nodes."""
     job = cluster.submit(tmp_path, "--nodes=2", "scripts/slurm/train.sbatch", *flags(tmp_path, 30))
     first, second = tmp_path / "logs/0", tmp_path / "logs/1"
-    wait_until(lambda: iterations(first / "node_1.log"), 60, "no iteration")
-    cluster.control("scontrol", "requeue", job)
-    wait_until(lambda: (first / "state").exists(), 30, "the first start did not end in order")
-    assert read(first / "state").strip() == "helix-train: cancelled, saved"
+    wait_until(lambda: iterations(first / "node_1.log"), 200, "no iteration")
+    cluster.control("scancel", "--signal=USR1", job)
+    wait_until(lambda: read(first / "state"), 60, "the warning did not end the run")
+    assert read(first / "state").strip() == "helix-train: time limit, saved"
     saved = int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt"))
     assert 1 <= saved < 30
     cluster.wait(job, "PENDING")
-    cluster.control(
-        "scontrol", "update", f"JobId={job}", "StartTime=now"
-    )  # Slurm waits two minutes otherwise
-    cluster.wait(job, "COMPLETED", "FAILED")
+    # Slurm would wait two minutes; within seconds the first start's credential is still revoked.
+    time.sleep(4)
+    cluster.control("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.wait(job, "COMPLETED", "FAILED", seconds=200)
     assert read(second / "state").strip() == "helix-train: completed", read(second / "node_1.log")[-2000:]
     assert iterations(second / "node_1.log") == list(range(saved + 1, 31))
     assert read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt") == "30"
     assert not cluster.processes()
 
 
-def test_cancelled_while_it_starts_leaves_nothing(cluster, tmp_path):
-    job = cluster.submit(tmp_path, "--nodes=2", "scripts/slurm/train.sbatch", *flags(tmp_path, 30))
-    wait_until(lambda: any("pretrain_gpt" in line for line in cluster.processes()), 30, "no rank")
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster, tmp_path):
+    more = ["--tensor-model-parallel-size", "2"]
+    job = cluster.submit(tmp_path, "--nodes=1", "scripts/slurm/train.sbatch", *flags(tmp_path, 400, *more))
+    wait_until(lambda: iterations(tmp_path / "logs/0/node_0.log"), 200, "no iteration")
+    assert len(cluster.processes()) >= 4  # a shell, torchrun and two ranks
     cluster.control("scancel", job)
+    wait_until(lambda: read(tmp_path / "logs/0/state"), 60, "the job did not end in order")
+    assert read(tmp_path / "logs/0/state").strip() == "helix-train: cancelled, saved"
     wait_until(lambda: not cluster.processes(), 30, "processes are left")
     cluster.wait(job, "CANCELLED")
-    wait_until(lambda: read(tmp_path / "logs/0/state"), 10, "no state")
-    assert read(tmp_path / "logs/0/state").strip() == "helix-train: cancelled"
-
-
-def test_the_warning_before_the_time_limit_saves_and_requeues(cluster, tmp_path):
-    """As Slurm sends it: USR1 to the processes of the steps."""
-    job = cluster.submit(
-        tmp_path,
-        "--nodes=1",
-        "scripts/slurm/train.sbatch",
-        *flags(tmp_path, 400, "--tensor-model-parallel-size", "2"),
-    )
-    log = tmp_path / "logs/0/node_0.log"
-    wait_until(lambda: iterations(log), 60, "no iteration")
-    cluster.control("scancel", "--signal=USR1", job)
-    wait_until(lambda: (tmp_path / "logs/0/state").exists(), 30, "the warning did not end the run")
-    assert read(tmp_path / "logs/0/state").strip() == "helix-train: time limit, saved"
-    assert "received USR1" in read(log)
-    cluster.wait(job, "PENDING")
-    cluster.control("scancel", job)
 
 
 def state_of(folder, code, stopped=False, **logs):
@@ -287,7 +278,7 @@ def local(tmp_path, *command, **variables):
 
 def test_without_slurm_a_stop_saves(tmp_path):
     run = local(tmp_path, "train", *flags(tmp_path, 400, "--tensor-model-parallel-size", "2"))
-    wait_until(lambda: iterations(tmp_path / "logs/0/node_0.log"), 60, "no iteration")
+    wait_until(lambda: iterations(tmp_path / "logs/0/node_0.log"), 200, "no iteration")
     run.send_signal(signal.SIGINT)
     assert "helix-train: cancelled, saved" in run.communicate(timeout=30)[0]
     assert int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt")) >= 1
