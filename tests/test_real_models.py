@@ -55,6 +55,7 @@ def expected(theirs, folder):
 
 
 def test_weights_are_those_transformers_reads(smollm2, theirs, folder):
+    assert torch_dist.Checkpoint(smollm2).args.layernorm_epsilon == 1e-5  # not 9.999999747378752e-06
     command.to_hf(smollm2, folder / "back")
     from safetensors import safe_open
 

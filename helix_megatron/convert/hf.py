@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +127,8 @@ class GgufFile:
         from transformers import AutoConfig
 
         self.config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        # Stored as float32: 1e-05 arrives as 9.999999747378752e-06, the same number to a float32 model.
+        self.config.rms_norm_eps = float(str(np.float32(self.config.rms_norm_eps)))
         self.names = set(self._tensors)
 
     def _name(self, name: str) -> str:
