@@ -50,7 +50,7 @@ class Row:
     time_ratio: float
     bytes_received: int
     bytes_predicted: int
-    bytes_ratio: float
+    bytes_ratio: float | None
     collectives: dict
     samples: list[float]
 
@@ -193,7 +193,7 @@ def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
                     time_ratio=statistics.median(samples[name]) / base_time,
                     bytes_received=received,
                     bytes_predicted=predicted_bytes(case, n, m, placement, grid is None, element),
-                    bytes_ratio=received / base_bytes if base_bytes else float("nan"),
+                    bytes_ratio=received / base_bytes if base_bytes else None,
                     collectives={k: v for k, v in tallies[name].items() if k not in shared},
                     samples=samples[name],
                 )
@@ -237,9 +237,10 @@ def main() -> None:
         f"{'case':9} {'layer':34} {'ms':>9} {'x time':>7} {'bytes/rank':>12} {'predicted':>12} {'x bytes':>8}"
     )
     for row in rows:
+        ratio = "-" if row["bytes_ratio"] is None else f"{row['bytes_ratio']:.4f}"
         print(
             f"{row['case']:9} {row['layer']:34} {row['seconds_median'] * 1e3:9.1f} {row['time_ratio']:7.3f} "
-            f"{row['bytes_received']:12,} {row['bytes_predicted']:12,} {row['bytes_ratio']:8.4f}"
+            f"{row['bytes_received']:12,} {row['bytes_predicted']:12,} {ratio:>8}"
         )
     document = {
         "benchmark": "attention_layer",

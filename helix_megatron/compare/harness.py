@@ -63,7 +63,7 @@ def compare(
         "title": config.name,
         "kind": "measured",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "where": "CPU cores, gloo" if config.host else "GPUs, NCCL",
         "versions": versions(),
         "hardware": hardware(),
