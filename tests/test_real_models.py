@@ -27,7 +27,7 @@ TUNE = f"""--use-checkpoint-args --norm-epsilon 1e-5 --seq-length 32 --micro-bat
     --global-batch-size 1 --train-iters {STEPS} --lr 1e-5 --min-lr 1e-5 --lr-decay-style constant
     --clip-grad 1.0 --seed 3 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
     --split 100,0,0 --eval-iters 0 --eval-interval 1000 --tokenizer-type NullTokenizer --vocab-size 49152
-    --num-workers 0 --log-interval 1 --save-interval {STEPS}""".split()
+    --num-workers 0 --log-interval 1 --save-interval {STEPS} --no-save-optim""".split()
 
 
 @pytest.fixture(scope="module")
