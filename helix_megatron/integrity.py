@@ -26,6 +26,7 @@ _ALLOWED_MODULES = (
 )
 _ALLOWED = {
     ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),  # in what plain torch.distributed.checkpoint writes
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     *(("builtins", name) for name in ("set", "frozenset", "slice", "list", "dict", "tuple")),
