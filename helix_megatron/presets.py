@@ -270,7 +270,7 @@ def from_hf_config(source: str | Path | Mapping[str, Any], name: str | None = No
     biases = kind == "llama" and bool(config.get("attention_bias"))
     if kind == "llama" and biases != bool(config.get("mlp_bias")):
         raise ValueError(
-            f"{where}: attention_bias is {config.get('attention_bias')} and mlp_bias {config.get('mlp_bias')};"
+            f"{where}: attention_bias is {config.get('attention_bias')}, mlp_bias {config.get('mlp_bias')};"
             " Megatron has biases everywhere (--add-bias-linear) or in q, k and v alone."
         )
     return ModelShape(

@@ -88,7 +88,7 @@ def test_a_config_json_gives_the_preset_and_as_many_parameters_as_transformers_b
         ({"model_type": "gemma2"}, "'gemma2' is not known here; families: llama"),
         ({"num_local_experts": 8}, "num_local_experts is 8: experts have no shape here"),
         ({"hidden_size": None}, "has no hidden_size"),
-        ({"attention_bias": True}, "attention_bias is True and mlp_bias None"),
+        ({"attention_bias": True}, "attention_bias is True, mlp_bias None"),
     ],
 )
 def test_a_config_that_is_no_plain_dense_model_is_refused(change, message):
