@@ -11,10 +11,14 @@ and s_k = 4:
     1 1 1 0
     1 1 1 1
 
-Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn: +inf).
+Causal attention over a paged cache, which is what Megatron's engine runs, is the paged attention of the sharded
+cache (paged_attention.py) with one rank that keeps everything: Megatron and Helix run on the same kernel.
+Everything else is the formula. Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn: +inf).
 """
 
 import torch
+
+from helix_megatron.paged_attention import Requests, Sight, paged_attention
 
 __all__ = ["attend", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -45,6 +49,12 @@ def _pages(cache, table, length):
     return cache[table[:used].long()].flatten(0, 1)[:length]
 
 
+def _paged(q, k, v, ends, lengths, table, scale, window_size):
+    # q [Q, H, D] to output [Q, H, D] and log-sum-exp [Q, H]
+    left = window_size[0] if window_size[0] >= 0 else None
+    return paged_attention(q, k, v, Requests(ends, lengths, table), Sight(scale, left))
+
+
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
     causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
@@ -59,6 +69,10 @@ def flash_attn_varlen_func(
     """
     _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if causal and block_table is not None:
+        lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
+        output, lse = _paged(q, k, v, cu_seqlens_q, lengths, block_table, scale, window_size)
+        return (output, lse.T, None) if return_attn_probs else output
     output = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype)
     lse = torch.full((q.shape[1], q.shape[0]), float("-inf"))
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -93,9 +107,16 @@ def flash_attn_with_kvcache(
     batch, new = q.shape[:2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     lengths = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
-    lengths = [lengths] * batch if isinstance(lengths, int) else lengths.tolist()
+    lengths = torch.full((batch,), lengths) if isinstance(lengths, int) else lengths
+    if causal and block_table is not None:
+        ends = torch.arange(0, (batch + 1) * new, new)
+        output, lse = _paged(
+            q.flatten(0, 1), k_cache, v_cache, ends, lengths, block_table, scale, window_size
+        )
+        output, lse = output.unflatten(0, (batch, new)), lse.unflatten(0, (batch, new)).transpose(1, 2)
+        return (output, lse) if return_softmax_lse else output
     outputs, lses = [], []
-    for b, length in enumerate(lengths):
+    for b, length in enumerate(lengths.tolist()):
         if block_table is not None:
             keys, values = (_pages(x, block_table[b], length) for x in (k_cache, v_cache))
         else:

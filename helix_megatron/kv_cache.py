@@ -31,7 +31,8 @@ from torch import Tensor
 from helix_megatron.exchange import all_to_all, gather_slices
 from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.layout import HelixLayout
-from helix_megatron.merge import merge_partials, partial_attention
+from helix_megatron.merge import merge_partials
+from helix_megatron.paged_attention import Requests, Sight, paged_attention
 from helix_megatron.slices import merge_key_slices, merge_value_slices
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -106,11 +107,9 @@ class Attention:
     softmax_scale: float
     left: int | None = None
 
-    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """[S] and [L] int64 to [S, L] bool: True where the query sees the key."""
-        query, key = query_positions[:, None], key_positions[None, :]
-        seen = key <= query
-        return seen if self.left is None else seen & (key >= query - self.left)
+    def over(self, interleave: KvInterleave, rank: int) -> Sight:
+        """What a token sees of the positions that `rank` keeps."""
+        return Sight(self.softmax_scale, self.left, interleave, rank)
 
 
 @dataclass(frozen=True)
@@ -135,17 +134,25 @@ class SequenceShard:
 
         Args, returns: as `attend` of attend_with_shards.
         """
-        stop = start + query.shape[0]
+        new, batch = query.shape[:2]
+        stop = start + new
         first, last = self.interleave.count(self.rank, start), self.interleave.count(self.rank, stop)
-        positions = self.interleave.position(self.rank, torch.arange(last, device=query.device))
-        new = positions[first:] - start
-        self.keys[first:last] = key[new]
-        self.values[first:last] = value[new]
-        queries = torch.arange(start, stop, device=query.device)
-        visible = attention.visible(queries, positions)
-        return partial_attention(
-            query, self.keys[:last], self.values[:last], visible, attention.softmax_scale
+        own = self.interleave.position(self.rank, torch.arange(first, last, device=query.device)) - start
+        self.keys[first:last] = key[own]
+        self.values[first:last] = value[own]
+        requests = Requests(  # one page each
+            torch.arange(0, (batch + 1) * new, new, device=query.device),
+            torch.full((batch,), stop, device=query.device),
+            torch.arange(batch, device=query.device)[:, None],
         )
+        out, lse = paged_attention(
+            query.transpose(0, 1).flatten(0, 1),
+            self.keys.transpose(0, 1),
+            self.values.transpose(0, 1),
+            requests,
+            attention.over(self.interleave, self.rank),
+        )
+        return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -189,19 +196,7 @@ class PagedShard:
             lengths: [requests] tokens of each request, the new ones included; these are its last.
             table: [requests, blocks] logical blocks of each request.
         """
-        out = torch.zeros_like(query)
-        lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
-        ends = query_ends.tolist()
-        for request, length in enumerate(lengths.tolist()):
-            begin, end = ends[request : request + 2]
-            kept = self.interleave.count(self.rank, length)
-            if begin == end or not kept:
-                continue
-            pages = table[request, : -(-kept // self.keys.shape[1])].long()
-            keys, values = (cache[pages].flatten(0, 1)[:kept, None] for cache in (self.keys, self.values))
-            positions = self.interleave.position(self.rank, torch.arange(kept, device=query.device))
-            queries = torch.arange(length - (end - begin), length, device=query.device)
-            out[begin:end], lse[begin:end] = partial_attention(
-                query[begin:end], keys, values, attention.visible(queries, positions), attention.softmax_scale
-            )
-        return out, lse
+        requests = Requests(query_ends, lengths, table)
+        sight = attention.over(self.interleave, self.rank)
+        out, lse = paged_attention(query[:, 0], self.keys, self.values, requests, sight)
+        return out[:, None], lse[:, None]

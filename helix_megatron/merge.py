@@ -36,28 +36,69 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def partial_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, softmax_scale: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the keys given, with what merge_partials needs. Computed in fp32.
+    """Attention over the keys given, with what merge_partials needs. Sums are in fp32.
+
+    On the CPU it is PyTorch's fused attention, which reads keys and values once, where they are. On another
+    device it is the formula, in fp32; there a kernel is used where one can be (attention_backend.py).
 
     Args:
         query: [S, B, N, D].
-        key, value: [L, B, K, D]; L may be 0.
-        visible: [S, L] bool, True where a query sees a key; a row may be all False.
+        key, value: [L, B, K, D], of any strides; L may be 0.
+        visible: [S, L] or [B, S, L] bool, True where a query sees a key; a row may be all False.
+            None: every query sees every key.
     Returns:
         output [S, B, N, D] in the query's dtype and log-sum-exp [S, B, N] fp32.
     """
     s, b, heads, _ = query.shape
-    length, kv_heads = key.shape[0], key.shape[2]
-    if not length or not s:
+    if not key.shape[0] or not s:
         return torch.zeros_like(query), query.new_full((s, b, heads), float("-inf"), dtype=torch.float32)
+    if visible is not None and visible.dim() == 2:
+        visible = visible.expand(b, -1, -1)
+    if query.device.type == "cpu":
+        return _fused_on_cpu(query, key, value, visible, softmax_scale)
+    return formula(query, key, value, visible, softmax_scale)
+
+
+def _fused_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    s, b, heads, _ = query.shape
+    length, kv_heads = key.shape[0], key.shape[2]
+    # One new token: the query heads of a KV head are the rows of one product, its keys are read once.
+    rows = query.unflatten(2, (kv_heads, -1))[0] if s == 1 else query.permute(1, 2, 0, 3)
+    bias = None
+    if visible is not None:
+        bias = torch.zeros(b, s, length, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+        bias = bias.unsqueeze(1).expand(-1, -1, rows.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=bias, scale=softmax_scale
+    )  # [B, N, S, D] and [B, N, S], or [B, K, N/K, D] and [B, K, N/K]
+    if s == 1:
+        out, lse = out.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+    out, lse = out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()
+    if visible is not None:
+        nothing = ~visible.any(dim=-1).T  # the kernel says 0
+        lse = lse.masked_fill(nothing.unsqueeze(-1), float("-inf"))
+    return out, lse
+
+
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """partial_attention in plain torch and fp32, on any device; `visible` is [B, S, L] or None."""
+    b, heads, length, kv_heads = *query.shape[1:3], key.shape[0], key.shape[2]
     rows = max(1, _SCORE_BYTES // (4 * b * heads * length))
     key, value = key.float(), value.float()
     outs, lses = [], []
-    for part, seen in zip(query.split(rows), visible.split(rows), strict=True):
+    for start in range(0, query.shape[0], rows):
+        part = query[start : start + rows]
         scaled = (part.float() * softmax_scale).unflatten(2, (kv_heads, -1))
         scores = torch.einsum("sbkrd,lbkd->sbkrl", scaled, key)
-        scores = scores.masked_fill(~seen[:, None, None, None, :], float("-inf"))
+        if visible is not None:
+            seen = visible[:, start : start + rows].transpose(0, 1)
+            scores = scores.masked_fill(~seen[:, :, None, None, :], float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)
         probs = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
         outs.append(torch.einsum("sbkrl,lbkd->sbkrd", probs, value).flatten(2, 3).to(query.dtype))
