@@ -261,6 +261,32 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
                 f"Helix grid {plan.grid} does not support {feature}: heads are sliced (m > 1). "
                 "Turn it off, or choose a grid with m = 1"
             )
+    _refuse_fp8_shapes(value, plan)
+
+
+def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
+    """FP8 GEMMs want multiples of 16 (32 with MXFP8): say so before the first step."""
+    if not (value("fp8") or value("fp4")):
+        return
+    # The configuration's names, and those of Megatron's arguments.
+    flags = ("fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather")
+    if any(value(flag) for flag in flags):
+        raise HelixConfigError(
+            f"Helix grid {plan.grid} slices heads (m > 1), which weights kept in FP8 or FP4 "
+            "(--fp8-param-gather, --fp4-param-gather) were never run with; leave the weights in half precision"
+        )
+    shape, size = plan.layout.shape, plan.grid.size
+    parts = {
+        "rows of linear_qkv": (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels,
+        "columns of linear_proj": shape.num_attention_heads * shape.kv_channels,
+    }
+    multiple = 32 if value("fp8_recipe", "") == "mxfp8" else 16
+    for name, whole in parts.items():
+        if whole // size % multiple:
+            raise HelixConfigError(
+                f"FP8 and FP4 need multiples of {multiple}, but a rank of Helix grid {plan.grid} holds "
+                f"{whole // size} {name} of {shape}; use a smaller tensor-parallel size, or no FP8"
+            )
 
 
 def _slice_submodules(

@@ -13,6 +13,6 @@ FOLDER = Path(f"{sys.prefix}-te")  # scripts/env.sh fills it
 def environment() -> dict[str, str]:
     """os.environ with the stand-in, and behind it the wheels, on PYTHONPATH; skips the test without them."""
     if not (FOLDER / "transformer_engine").exists():
-        pytest.skip(f"no Transformer Engine in {FOLDER}; scripts/env.sh installs scripts/te_requirements.txt there")
+        pytest.skip(f"no Transformer Engine in {FOLDER}: scripts/env.sh installs te_requirements.txt there")
     path = [TESTS / "te_standin", FOLDER, TESTS, TESTS.parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}

@@ -1,13 +1,14 @@
 """Runs training cases with Transformer Engine stood in for, in a process of its own (test_te.py starts it).
 
-Reads {name: [ranks, flags]} from stdin and prints {name: {"losses": [...], "modules": [...]}} as its last line.
-The fork server of the test process has imported Megatron without Transformer Engine; this one imports it with.
+Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...]}}. The fork
+server of the test process has imported Megatron without Transformer Engine, that of this one with it.
 """
 
 import json
 import re
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import torch
@@ -22,9 +23,27 @@ def rank_modules(arguments):
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, inputs, output: seen.update(cls.__name__ for cls in type(module).__mro__)
     )
+    if "--fp8-format" in arguments:
+        _claim_hopper(seen)
     rank_train(arguments)
     hook.remove()
     return sorted(seen)
+
+
+def _claim_hopper(seen):
+    """FP8 is refused below compute capability 8.9, and host mode is 8.0; note what is quantised."""
+    import transformer_engine_torch
+
+    properties, quantize = torch.cuda.get_device_properties(0), transformer_engine_torch.quantize
+    hopper = types.SimpleNamespace(**{**vars(properties), "major": 9, "minor": 0})
+    torch.cuda.get_device_properties = lambda *args: hopper
+    torch.cuda.get_device_capability = lambda *args: (9, 0)
+
+    def noted(tensor, quantizer, *args):
+        seen.add(f"quantised to {quantizer.dtype.name}")
+        return quantize(tensor, quantizer, *args)
+
+    transformer_engine_torch.quantize = noted
 
 
 def train(ranks: int, flags: str, folder: Path) -> dict:
@@ -38,7 +57,5 @@ def train(ranks: int, flags: str, folder: Path) -> dict:
 if __name__ == "__main__":
     cases = json.load(sys.stdin)
     with tempfile.TemporaryDirectory() as folder:
-        results = {
-            name: train(ranks, flags, Path(folder) / name) for name, (ranks, flags) in cases.items()
-        }
+        results = {name: train(ranks, flags, Path(folder) / name) for name, (ranks, flags) in cases.items()}
     print(json.dumps(results))

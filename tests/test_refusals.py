@@ -44,6 +44,11 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
         ("--attention-output-gate", "--attention-output-gate"),
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
+        (
+            "--fp8-format hybrid --bf16 --transformer-impl transformer_engine --kv-channels 8",
+            "multiples of 16, but a rank of Helix grid 1x2 holds 60 rows of linear_qkv",
+        ),
+        ("--fp8-format hybrid --bf16 --fp8-param-gather", "--fp8-param-gather"),
         ("--optimizer muon", "does not support --optimizer muon"),
         ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
     ],

@@ -13,6 +13,8 @@ OTHER = (  # a model of whole query heads on every rank, with LayerNorm and bias
     "--train-iters 8 --num-attention-heads 8 --num-query-groups 2 --hidden-size 64 --ffn-hidden-size 128 "
     "--normalization LayerNorm --add-qkv-bias"
 )
+HALF = "--train-iters 8 --num-attention-heads 4 --num-query-groups 1 --hidden-size 64 --ffn-hidden-size 128 --bf16"
+FP8 = f"{HALF} --fp8-format hybrid --fp8-recipe tensorwise"
 CASES = {
     "local": (1, f"{COMMON} --transformer-impl local"),
     "vanilla": (1, COMMON),
@@ -21,6 +23,9 @@ CASES = {
     "1x8": (8, f"{COMMON} {HELIX} 8"),
     "other": (1, OTHER),
     "other 2x2 heads, sequence parallel": (4, f"{OTHER} {HELIX} 4 --sequence-parallel"),
+    "bf16": (1, HALF),
+    "fp8": (1, FP8),
+    "fp8 in slices": (2, f"{FP8} {HELIX} 2"),
 }
 
 
@@ -56,3 +61,13 @@ def test_losses_of_one_vanilla_rank(results, name):
     helix |= set() if name.startswith("other") else {"SliceNorm"}
     assert te <= set(reference["modules"]) and not helix & set(reference["modules"])
     assert te | helix <= set(results[name]["modules"])
+
+
+def test_fp8(results):
+    """Scales are per tensor, and a slice is another tensor: equal to FP8's own error, not to rounding."""
+    plain, whole, sliced = (results[name] for name in ("bf16", "fp8", "fp8 in slices"))
+    assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(sliced["modules"])
+    assert "HelixCoreAttention" in sliced["modules"] and len(sliced["losses"]) == 8
+    assert whole["losses"] != plain["losses"]
+    error = max(abs(a - b) for a, b in zip(whole["losses"], plain["losses"], strict=True))
+    assert sliced["losses"] == pytest.approx(whole["losses"], abs=max(3 * error, 5e-3))

@@ -1,9 +1,9 @@
-"""torch versions of Transformer Engine's native kernels for the non-FP8 path: a stand-in for tests.
+"""torch versions of the native kernels of Transformer Engine that its layers call: a stand-in for tests.
 
-What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused softmaxes,
-FusedAdam and the gradient norm. Any other name exists, so that `import` works, and raises NotImplementedError
-when it is called: nothing is computed approximately. Written from how the Python code calls the kernels and
-what its documentation says of them; sums are in fp32 as theirs are.
+What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused
+softmaxes, FusedAdam, the gradient norm, and FP8 with one current scale per tensor (no other recipe). Any other
+name exists, so that `import` works, and raises NotImplementedError when it is called. Written from how the
+Python code calls the kernels and what its documentation says of them; sums are in fp32 as theirs are.
 """
 
 import enum
@@ -88,7 +88,70 @@ def get_num_cublas_streams() -> int:
 def _refuse(**given) -> None:
     used = [name for name, value in given.items() if value is not None and value is not False]
     if used:
-        raise NotImplementedError(f"the stand-in for transformer_engine_torch does not compute {', '.join(used)}")
+        raise NotImplementedError(
+            f"the stand-in for transformer_engine_torch does not compute {', '.join(used)}"
+        )
+
+
+# ---- FP8, current scaling per tensor ----
+_FP8 = {DType.kFloat8E4M3: torch.float8_e4m3fn, DType.kFloat8E5M2: torch.float8_e5m2}
+
+
+def quantize(tensor, quantizer, output=None, noop=None):
+    """tensor as FP8 with scale = largest FP8 number / largest magnitude (over the quantizer's group, if any).
+
+    Rows and, when the quantizer wants them, columns (the transposed bytes), as GPUs before Blackwell need.
+    """
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
+
+    if not isinstance(quantizer, Float8CurrentScalingQuantizer):
+        raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}: only tensorwise FP8")
+    amax = tensor.detach().float().abs().amax()
+    if quantizer.with_amax_reduction:
+        torch.distributed.all_reduce(
+            amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group
+        )
+    amax = amax.clamp_min(quantizer.amax_epsilon)
+    kind = _FP8[DType(int(quantizer.dtype))]
+    top = torch.finfo(kind).max
+    scale = torch.where(amax > 0, top / amax, torch.ones_like(amax))
+    if quantizer.force_pow_2_scales:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    data = (tensor.detach().float() * scale).clamp(-top, top).to(kind).view(torch.uint8)
+    if output is None:
+        output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype)
+    if output._data is not None:
+        output._data.copy_(data)
+    if quantizer.columnwise_usage:
+        output._transpose = data.reshape(-1, data.shape[-1]).t().contiguous()
+        output._transpose_invalid = False
+    output._scale_inv.copy_((1 / scale).reshape(1))
+    return output
+
+
+def create_empty_quantized_tensor(quantizer, shape, dtype, device, *_):
+    """An FP8 tensor of the given logical shape, bytes not set."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    parts = dict(
+        data=torch.empty(shape, dtype=torch.uint8),
+        fp8_scale_inv=torch.empty(1),
+        fp8_dtype=quantizer.dtype,
+        quantizer=quantizer,
+    )
+    if quantizer.internal:
+        return Float8TensorStorage(fake_dtype=dtype, **parts)
+    return Float8Tensor(shape=shape, dtype=dtype, device=torch.device("cpu"), **parts)
+
+
+def bgrad_quantize(grad, quantizer):
+    """Sum over tokens, and the quantised gradient."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0), quantize(grad, quantizer)
+
+
+def _plain(tensor):
+    return tensor.dequantize(dtype=torch.float32) if hasattr(tensor, "_fp8_dtype") else tensor
 
 
 # ---- GEMM ----
@@ -97,12 +160,13 @@ def generic_gemm(
     workspace_size, accumulate, use_split_accumulator, comm_overlap=None, comm_type=None, extra_output=None,
     bulk_overlap=False, alpha=1.0, beta=None,
 ):  # fmt: skip
-    """out = alpha op(B) op(A) (+ beta out) (+ bias), in row-major terms; with `grad`, bias gradient = sum of B.
+    """out = alpha op(B) op(A) (+ beta out) (+ bias), in row-major terms; with `grad` also the sum of B.
 
-    A [a, b] and B [..., c] are taken as matrices over all leading dimensions; `transa`/`transb` transpose them.
+    A [a, b] and B [..., c] are matrices over all leading dimensions; `transa` and `transb` transpose them.
     Returns (out, bias gradient or None, None, None).
     """
     _refuse(output_quantizer=quantizer, gelu=gelu, comm_overlap=comm_overlap, extra_output=extra_output)
+    A, B = _plain(A), _plain(B)
     left, right = B.reshape(-1, B.shape[-1]), A.reshape(-1, A.shape[-1])
     product = (left.t() if transb else left) @ (right.t() if transa else right)
     if alpha != 1.0:
@@ -126,16 +190,21 @@ def _gain(weight, zero_centered):
     return weight.float() + 1 if zero_centered else weight.float()
 
 
-def _written(result, out, dtype):
-    result = result.to(_TORCH[dtype] if dtype in _TORCH else dtype)
+def _written(result, out, dtype, quantizer):
+    result = result.to(_TORCH.get(dtype, dtype))
+    if quantizer is not None:
+        return quantize(result, quantizer, out)
     return result if out is None else out.copy_(result)
 
 
 def rmsnorm_fwd(x, weight, eps, out, quantizer, dtype, sm_margin, zero_centered):
     """x [n, h] -> (normalised, None, reciprocal RMS [n] fp32)."""
-    _refuse(quantizer=quantizer)
     rsigma = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
-    return _written(x.float() * rsigma.unsqueeze(-1) * _gain(weight, zero_centered), out, dtype), None, rsigma
+    return (
+        _written(x.float() * rsigma.unsqueeze(-1) * _gain(weight, zero_centered), out, dtype, quantizer),
+        None,
+        rsigma,
+    )
 
 
 def rmsnorm_bwd(dz, x, rsigma, weight, sm_margin, zero_centered):
@@ -148,12 +217,11 @@ def rmsnorm_bwd(dz, x, rsigma, weight, sm_margin, zero_centered):
 
 def layernorm_fwd(x, weight, bias, eps, out, quantizer, dtype, sm_margin, zero_centered):
     """x [n, h] -> (normalised, mean [n] fp32, reciprocal deviation [n] fp32)."""
-    _refuse(quantizer=quantizer)
     mu = x.float().mean(-1)
     centred = x.float() - mu.unsqueeze(-1)
     rsigma = torch.rsqrt(centred.pow(2).mean(-1) + eps)
     result = centred * rsigma.unsqueeze(-1) * _gain(weight, zero_centered) + bias.float()
-    return _written(result, out, dtype), mu, rsigma
+    return _written(result, out, dtype, quantizer), mu, rsigma
 
 
 def layernorm_bwd(dz, x, mu, rsigma, weight, sm_margin, zero_centered):
@@ -189,7 +257,7 @@ def scaled_softmax_forward(x, scale):
 
 
 def scaled_masked_softmax_forward(x, mask, scale):
-    """x [b, heads, sq, sk]; mask [b or 1, 1, sq, sk], true where hidden; a row that sees nothing gives zeros."""
+    """x [b, heads, sq, sk]; mask [b or 1, 1, sq, sk], true: hidden; a row that sees nothing gives zeros."""
     hidden = mask.bool()
     return _softmax(x, scale, hidden).masked_fill(hidden.all(-1, keepdim=True), 0)
 

@@ -1,4 +1,4 @@
-"""Transformer Engine's own Python code, found behind this folder, with `transformer_engine_torch` stood in for.
+"""Transformer Engine's own Python code, with its native module `transformer_engine_torch` stood in for.
 
 Test equipment. Put on PYTHONPATH before the folder that holds the pure Python wheel `transformer-engine`
 (`pip install --no-deps --target`), this package takes the wheel's place, tells it not to look for its native
@@ -20,8 +20,8 @@ _wheel = next(
 )
 if _wheel is None:
     raise ImportError(
-        "the stand-in needs the wheel's Python code: pip install --no-deps --target FOLDER transformer-engine, "
-        "and FOLDER on PYTHONPATH behind the stand-in"
+        "the stand-in needs the wheel's Python code: pip install --no-deps --target FOLDER transformer-engine "
+        "and put FOLDER on PYTHONPATH behind the stand-in"
     )
 os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the wheel's way to be imported without its native libraries
 __path__ = [str(_wheel)]
