@@ -273,7 +273,7 @@ def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
     if any(value(flag) for flag in flags):
         raise HelixConfigError(
             f"Helix grid {plan.grid} slices heads (m > 1), which weights kept in FP8 or FP4 "
-            "(--fp8-param-gather, --fp4-param-gather) were never run with; leave the weights in half precision"
+            "(--fp8-param-gather, --fp4-param-gather) were never run with; leave them in half precision"
         )
     shape, size = plan.layout.shape, plan.grid.size
     parts = {

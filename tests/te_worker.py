@@ -1,7 +1,7 @@
 """Runs training cases with Transformer Engine stood in for, in a process of its own (test_te.py starts it).
 
-Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...]}}. The fork
-server of the test process has imported Megatron without Transformer Engine, that of this one with it.
+Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...]}}. The
+fork server of the test process has imported Megatron without Transformer Engine, that of this one with it.
 """
 
 import json

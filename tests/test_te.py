@@ -13,7 +13,10 @@ OTHER = (  # a model of whole query heads on every rank, with LayerNorm and bias
     "--train-iters 8 --num-attention-heads 8 --num-query-groups 2 --hidden-size 64 --ffn-hidden-size 128 "
     "--normalization LayerNorm --add-qkv-bias"
 )
-HALF = "--train-iters 8 --num-attention-heads 4 --num-query-groups 1 --hidden-size 64 --ffn-hidden-size 128 --bf16"
+HALF = (
+    "--train-iters 8 --num-attention-heads 4 --num-query-groups 1 --hidden-size 64 --ffn-hidden-size 128 "
+    "--bf16"
+)
 FP8 = f"{HALF} --fp8-format hybrid --fp8-recipe tensorwise"
 CASES = {
     "local": (1, f"{COMMON} --transformer-impl local"),

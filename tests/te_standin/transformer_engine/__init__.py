@@ -20,7 +20,7 @@ _wheel = next(
 )
 if _wheel is None:
     raise ImportError(
-        "the stand-in needs the wheel's Python code: pip install --no-deps --target FOLDER transformer-engine "
+        "the stand-in needs the wheel's own code: pip install --no-deps --target FOLDER transformer-engine "
         "and put FOLDER on PYTHONPATH behind the stand-in"
     )
 os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the wheel's way to be imported without its native libraries
