@@ -1,0 +1,16 @@
+"""`helix plan`: which layout a model should run in on given hardware, predicted and explained.
+
+layout.py     a layout (tp, pp, dp, n x m, ...) and the work to be done   }
+memory.py     bytes that a rank holds                                     }
+traffic.py    collectives of a step, and the bytes a rank receives        } pure arithmetic
+compute.py    matrix products, attention and passing over memory          }
+hardware.py   what a cluster can do: constants of devices and links       }
+timing.py     seconds of a step, from the four above                      }
+search.py     every layout that fits, ranked                              }
+rule.py       the grid without a search, for `--attention-impl helix`     }
+inputs.py     models and clusters from presets, files and flags
+report.py     table, JSON, explanation
+probe.py      measures a machine's constants
+trial.py      builds a layout with Megatron and measures it: what predictions are checked against
+command.py    the command line
+"""

@@ -1,0 +1,221 @@
+"""What is planned: the work to be done, and one way to lay it out over the ranks.
+
+Pure arithmetic. Ranks are numbered as Megatron numbers them: tensor-parallel neighbours first, then data,
+then pipeline; inside a tensor-parallel group r = i m + j (see helix_megatron.grid).
+
+    group       ranks   distance between neighbours
+    dim         m       1
+    head        n       m
+    tensor      tp      1
+    data        dp      tp
+    pipeline    pp      tp dp
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from helix_megatron.config import HelixConfig
+from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.layout import HelixLayout
+from helix_megatron.presets import ModelShape
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+KINDS = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step has to do."""
+
+    kind: str
+    """"train": forward, backward and optimizer. "prefill": prompts of `length`. "decode": one token for every
+    sequence, each with `length` positions cached."""
+    batch: int
+    """Sequences in a step, over all replicas."""
+    length: int
+    """Positions of a sequence."""
+    dtype: str = "bf16"
+    """Of parameters and activations."""
+    distributed_optimizer: bool = False
+    """Optimizer state spread over data-parallel ranks."""
+    fused: bool = True
+    """Transformer Engine's layers and flash attention. False: Megatron's unfused local layers (host)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"workload {self.kind!r} is unknown; choose from {', '.join(KINDS)}.")
+        if self.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(ELEMENT_BYTES)}.")
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+    @property
+    def element(self) -> int:
+        """Bytes of a parameter or an activation."""
+        return ELEMENT_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay a model out. `helix` False is Megatron's own attention, whatever tp is."""
+
+    tp: int
+    pp: int = 1
+    dp: int = 1
+    helix: bool = False
+    grid: HelixGrid | None = None
+    """n x m with Helix."""
+    comm_type: str = "none"
+    """"a2a" or "all_reduce" when heads are sliced."""
+    placement: str = "none"
+    """"dims" or "heads" when heads are sliced."""
+    kv_cache: str = "none"
+    """"sequence" or "dim" when heads are sliced."""
+    micro_batch: int = 1
+    """Sequences of a micro-batch of one replica. In decode: all of the replica's."""
+    sequence_parallel: bool = False
+    recompute: bool = False
+    """Full recompute: only the inputs of layers are kept for the backward pass."""
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def m(self) -> int:
+        return self.grid.dim_parallel_size if self.grid else 1
+
+    @property
+    def n(self) -> int:
+        """Head groups; Megatron's own attention splits by heads alone."""
+        return self.grid.head_parallel_size if self.grid else self.tp
+
+    @property
+    def sliced(self) -> bool:
+        return self.m > 1
+
+    def helix_layout(self, shape: ModelShape) -> HelixLayout:
+        """Heads and slices of a rank; only when sliced."""
+        assert self.grid is not None
+        return HelixLayout(shape.attention, self.grid, self.placement)
+
+    def helix_config(self, shape: ModelShape) -> HelixConfig | None:
+        """The settings that give this layout; None for Megatron's own attention."""
+        if not self.helix or self.grid is None:
+            return None
+        choices: dict[str, Any] = (
+            {"comm_type": self.comm_type, "query_placement": self.placement, "kv_cache": self.kv_cache}
+            if self.sliced
+            else {}
+        )
+        rotary = shape.rotary_percent if shape.position_embedding_type == "rope" else 0.0
+        return HelixConfig(self.n, self.m, rotary_percent=rotary, **choices)
+
+    def describe(self) -> str:
+        """One short line."""
+        text = f"tp={self.tp} pp={self.pp} dp={self.dp}"
+        if self.helix:
+            text += f", Helix {self.grid}"
+            if self.sliced:
+                text += f" {self.comm_type} {self.placement}"
+        return text
+
+    def flags(self, workload: Workload) -> dict[str, Any]:
+        """Megatron's flags of the layout, `--name` to value."""
+        flags: dict[str, Any] = {
+            "--tensor-model-parallel-size": self.tp,
+            "--pipeline-model-parallel-size": self.pp,
+            "--attention-impl": "helix" if self.helix else "megatron",
+        }
+        if self.helix:
+            flags |= {"--helix-head-parallel-size": self.n, "--helix-dim-parallel-size": self.m}
+        if self.sliced:
+            flags |= {"--helix-comm-type": self.comm_type, "--helix-query-placement": self.placement}
+            if workload.kind != "train":
+                flags["--helix-kv-cache"] = self.kv_cache
+        if workload.kind == "train":
+            flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch}
+            flags |= {"--seq-length": workload.length}
+        switches = {
+            "--sequence-parallel": self.sequence_parallel,
+            "--use-distributed-optimizer": workload.kind == "train" and workload.distributed_optimizer,
+            f"--{workload.dtype}": workload.dtype != "fp32",
+        }
+        flags |= {name: True for name, on in switches.items() if on}
+        if self.recompute:
+            flags |= {"--recompute-granularity": "full", "--recompute-method": "uniform"}
+            flags |= {"--recompute-num-layers": 1}
+        return flags
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layout of one model doing one kind of work: what every prediction is about."""
+
+    shape: ModelShape
+    layout: Layout
+    workload: Workload
+
+    def __post_init__(self) -> None:
+        reason = illegal(self.shape, self.layout, self.workload)
+        if reason:
+            raise HelixConfigError(f"{self.layout.describe()} cannot run {self.shape.name}: {reason}")
+
+    @property
+    def replica_batch(self) -> int:
+        """Sequences of one data-parallel replica."""
+        return -(-self.workload.batch // self.layout.dp)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one replica in a step."""
+        return -(-self.replica_batch // self.layout.micro_batch)
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers of a pipeline stage."""
+        return self.shape.num_layers // self.layout.pp
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of a micro-batch in one forward pass."""
+        return self.layout.micro_batch * (1 if self.workload.kind == "decode" else self.workload.length)
+
+    @cached_property
+    def heads(self) -> HelixLayout:
+        """Heads and slices of a rank when sliced."""
+        return self.layout.helix_layout(self.shape)
+
+    @property
+    def gathers_qkv(self) -> bool:
+        """Megatron with more ranks than KV heads: it gathers the mixed QKV and duplicates KV heads."""
+        return not self.layout.sliced and self.layout.tp > self.shape.num_query_groups
+
+
+def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
+    """Why this layout cannot do this work, from arithmetic alone (memory apart); None when it can."""
+    tp, heads, groups = layout.tp, shape.num_attention_heads, shape.num_query_groups
+    if shape.num_layers % layout.pp:
+        return f"{layout.pp} pipeline stages do not divide {shape.num_layers} layers"
+    if shape.ffn_hidden_size % tp:
+        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
+        return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"
+    if workload.batch % layout.dp:
+        return f"{layout.dp} replicas do not divide a batch of {workload.batch}"
+    if (workload.batch // layout.dp) % layout.micro_batch:
+        replica = workload.batch // layout.dp
+        return f"micro-batches of {layout.micro_batch} do not divide a replica's {replica}"
+    if layout.grid is not None and layout.grid.size != tp:
+        return f"grid {layout.grid} has not {tp} ranks"
+    if not layout.sliced:
+        if heads % tp:
+            return f"tensor-parallel size {tp} does not divide {heads} heads"
+        if max(tp, groups) % min(tp, groups):
+            return f"tensor-parallel size {tp} and {groups} KV heads do not divide one another"
+        return None
+    return None
