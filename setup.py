@@ -19,7 +19,9 @@ setup(
         "megatron-core>=0.19.0,<0.20",  # the wheel carries megatron.core and megatron.training
         "torch>=2.6",
         "numpy",
+        "scipy",  # the statistics of `helix compare`
         "isal",  # checksums of checkpoints at memory speed
+        "nvidia-ml-py",  # GPU measures of `helix compare`; imported where there is one
         "einops",  # Megatron's dynamic inference path
         "psutil",  # Megatron's torch_dist checkpoints
         "pyyaml",

@@ -1,9 +1,10 @@
-"""helix compare: what it counts, what it refuses, what becomes a row, and a comparison from end to end."""
+"""helix compare: what it counts, what it refuses, what becomes a row, and a comparison from end to end.
 
-import copy
+Its statistics, its harness without ranks, and its reports have files of their own.
+"""
+
 import io
 import json
-import math
 import os
 import signal
 import subprocess
@@ -12,54 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from compare_fakes import DOCUMENT, document, samples, variant
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import findings, harness, launching, report
+from helix_megatron.compare import harness, launching
 from helix_megatron.launch import run_ranks
-
-DOCUMENT = {
-    "name": "tiny",
-    "host": True,
-    "world_size": 2,
-    "steps": 2,
-    "warmup_steps": 1,
-    "forward_iterations": 2,
-    "prompt_length": 4,
-    "decode_tokens": 2,
-    "variant_timeout_s": 60,
-    "MODEL_ARGS": {
-        "num-layers": 2,
-        "hidden-size": 32,
-        "num-attention-heads": 4,
-        "seq-length": 16,
-        "max-position-embeddings": 16,
-        "micro-batch-size": 1,
-        "global-batch-size": 2,
-        "lr": 1e-3,
-        "min-lr": 1e-3,
-        "lr-decay-style": "constant",
-        "padded-vocab-size": 272,
-        "transformer-impl": "local",
-        "position-embedding-type": "rope",
-        "no-gradient-accumulation-fusion": True,
-        "no-masked-softmax-fusion": True,
-        "no-rope-fusion": True,
-        "no-bias-dropout-fusion": True,
-        "no-bias-gelu-fusion": True,
-        "no-persist-layer-norm": True,
-        "no-create-attention-mask-in-dataloader": True,
-        "attention-dropout": 0.0,
-        "hidden-dropout": 0.0,
-        "num-workers": 0,
-    },
-    "variants": [{"name": "one"}],
-}
-
-
-def document(**changes):
-    return {**copy.deepcopy(DOCUMENT), **changes}
-
 
 # ---- what is counted
 
@@ -137,27 +96,31 @@ def test_activations_are_counted_once_and_without_parameters():
 
 
 def decoded_with_and_without_cache(argv):
-    """Greedy tokens [b, 1 + new] of decode.decode, and of running all tokens anew for each next one."""
+    """Greedy tokens [b, 1 + new] of a decode session, and of running all tokens anew for each next one."""
     import torch
     from megatron.core.utils import unwrap_model
 
     from helix_megatron import entry, pretrain_gpt
-    from helix_megatron.compare import decode, measure
+    from helix_megatron.compare import comm, decode, measure, workloads
 
-    recorder = measure.Recorder()
-    task = measure.Task(argv, "", True, 1, 0, 1, 0, 0, 0)
+    recorder = measure.Recorder(workloads.Samples(1, True))
     argv = entry.prepare(argv)
-    with measure.recorded_training(recorder, measure.CommMeter(), task, lambda stage: None):
+    with measure.recorded_training(recorder, comm.CommMeter(), lambda stage: None):
         pretrain_gpt.train(argv)
-    prompt = measure.random_tokens(2, 5)
-    cached = decode.decode(recorder.model, prompt, 6, None)["tokens"]
+    prompt = workloads.random_tokens(2, 5)
+    session = decode.Session(recorder.model, prompt, 7)
+    cached = torch.cat([session.step() for _ in range(7)], dim=1).tolist()
+    args = session.args
+    positions = 5 + 7  # the context's size
+    kv = 2 * 2 * positions * args.num_query_groups // 2 * args.kv_channels * args.num_layers * 4
+    right_size = session.cache_bytes() == kv
     model, tokens = unwrap_model(recorder.model)[0].eval(), prompt
     for _ in range(7):
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
             logits = model(tokens, positions, None, runtime_gather_output=True)  # [b, s, V]
         tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=-1)], dim=1)
-    return cached, tokens[:, 5:].tolist()
+    return cached, tokens[:, 5:].tolist(), right_size
 
 
 @pytest.mark.parametrize("layout", ["rope", "learned_absolute", "helix"])
@@ -172,8 +135,9 @@ def test_decode_chooses_what_the_whole_sequence_chooses(layout):
     if layout == "helix":
         flags |= {"helix-head-parallel-size": 1, "helix-dim-parallel-size": 2}
     argv = [word for k, v in flags.items() for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    for cached, whole in run_ranks(decoded_with_and_without_cache, 2, argv, timeout_s=100):
+    for cached, whole, right_size in run_ranks(decoded_with_and_without_cache, 2, argv, timeout_s=100):
         assert cached == whole
+        assert right_size
         assert len({token for line in whole for token in line}) > 3  # the model says more than one thing
 
 
@@ -183,16 +147,23 @@ def test_decode_chooses_what_the_whole_sequence_chooses(layout):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"step": 3}, ["unknown key 'step'", "did you mean steps?"]),
-        ({"steps": 0}, ["steps is 0", "at least 1"]),
-        ({"steps": 1.5}, ["steps is 1.5", "whole number"]),
+        ({"iteration": 3}, ["unknown key 'iteration'", "did you mean iterations?"]),
+        ({"iterations": 0}, ["iterations is 0", "at least 1"]),
+        ({"runs": 1.5}, ["runs is 1.5", "whole number"]),
+        ({"workloads": {}}, ["workloads is {}", "train, prefill, decode, mixed"]),
+        ({"workloads": {"decod": {}}}, ["unknown key 'decod'", "did you mean decode?"]),
+        ({"workloads": {"decode": {"iterations": 0}}}, ["workloads: decode", "iterations is 0"]),
+        ({"workloads": {"decode": 3}}, ["decode is 3"]),
+        ({"preset": "llama-3-9b"}, ["'llama-3-9b'", "did you mean llama-3-8b?"]),
+        ({"scale": 0.5}, ["no preset to scale"]),
         ({"loss_tolerance": "1e-4"}, ["loss_tolerance", "1.0e-4 in YAML"]),
         ({"variants": []}, ["variants is []"]),
         ({"variants": [{"attention_impl": "helix"}]}, ["variant 1", "with a name"]),
         ({"variants": [{"name": "a", "arg": {}}]}, ["variant 1 (a)", "did you mean args?"]),
         ({"variants": [{"name": "a", "attention_impl": "other"}]}, ["'other'", "megatron or helix"]),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, ["variant 2 (a)", "names must differ"]),
-        ({"variants": [{"name": "a", "args": {"train-iters": 2}}]}, ["--train-iters", "steps"]),
+        ({"variants": [{"name": "a", "ranks": 0}]}, ["variant 1 (a)", "ranks is 0"]),
+        ({"variants": [{"name": "a", "args": {"train-iters": 2}}]}, ["--train-iters", "iterations"]),
         ({"world_size": 3, "nnodes": 2}, ["world_size 3", "nnodes=2"]),
         ({"host": "yes"}, ["host is 'yes'"]),
     ],
@@ -227,6 +198,29 @@ def test_which_variants_are_the_same_model():
     assert len(set(keys)) == 4
 
 
+def test_the_default_variants():
+    config = configuration.parse(
+        {**document(world_size=8), "preset": "smollm2-135m", "scale": 0.25, "MODEL_ARGS": {"seq-length": 16}},
+        "file.yaml",
+    )
+    del config.model_args["--seq-length"]
+    assert config.model_args["--num-attention-heads"] == 9
+    assert config.model_args["--kv-channels"] == 16  # 64 / 4
+    assert config.model_args["--padded-vocab-size"] % 8 == 0
+    assert [v.name for v in config.variants] == ["one"]
+    config = configuration.parse({"world_size": 8, "preset": "smollm2-135m", "scale": 0.25}, "file.yaml")
+    names = ["Megatron TP=4 PP=2", "Megatron TP=8", "Megatron TP=4 DP=2", "Helix 1x8"]
+    assert [v.name for v in config.variants] == names
+    assert all(v.may_fail for v in config.variants[:3])  # nine heads: Megatron refuses
+    assert not config.variants[3].may_fail
+    wide = configuration.parse({"world_size": 16, "preset": "llama-3-8b", "scale": 0.1}, "file.yaml")
+    assert [v.name for v in wide.variants][3:] == ["Helix 8x2", "Helix 4x4", "Helix 2x8"]
+    assert wide.variants[0].args == {
+        "--tensor-model-parallel-size": 8,
+        "--pipeline-model-parallel-size": 2,
+    }
+
+
 def test_the_shipped_configurations_are_valid():
     for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")):
         if "variants:" in path.read_text():
@@ -251,46 +245,23 @@ def stand_in(task):
         os.kill(os.getpid(), signal.SIGKILL)
     if seed == "3":
         time.sleep(60)
-    Path(task.folder, f"rank-{rank}.json").write_text(json.dumps(samples(rank, shift=1e-3 * (seed == "4"))))
+    Path(task.folder, f"rank-{rank}.json").write_text(json.dumps(samples(rank)))
 
 
-def samples(rank, shift=0.0):
-    tally = {"all_reduce x2": {"calls": 4, "bytes": 100.0 + rank, "seconds": 0.5}}
-    return {
-        "layers": 2,
-        "args": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1},
-        "helix": None,
-        "losses": [5.0, 4.0 + shift, 3.0] if rank == 1 else [],
-        "train_step_seconds": [9.0, 1.0 + rank, 2.0 + rank],
-        "train_step_comm": [{}, tally, tally],
-        "tokens_per_step": 30,
-        "memory_bytes": {"parameters": 1e6 * (rank + 1), "saved_for_backward": 1e6},
-        "forward_seconds": [1.0, 1.0],
-        "forward_comm": {},
-    }
-
-
-def compare(tmp_path, monkeypatch, variants):
+def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, monkeypatch):
+    """With real processes that raise, are killed, and hang."""
     monkeypatch.setattr(launching, "run", stand_in)
     monkeypatch.setattr(harness, "megatron_flags", lambda: None)
     monkeypatch.setattr(
         harness, "argv_of", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]
     )
-    config = configuration.parse(document(variant_timeout_s=8.0, variants=variants), "file.yaml")
-    console = Console(file=io.StringIO(), width=250)
-    code = harness.compare(config, tmp_path, console, [])
-    results = json.loads((tmp_path / "results.json").read_text())
-    return code, results, (tmp_path / "report.md").read_text(), console.file.getvalue()
-
-
-def variant(name, seed, **more):
-    return {"name": name, "args": {"seed": seed}, **more}
-
-
-def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, monkeypatch):
     names = ["good", "refused", "dies", "hangs", "good too"]
     variants = [variant(name, seed) for name, seed in zip(names, "01230")]
-    code, results, text, shown = compare(tmp_path, monkeypatch, variants)
+    config = configuration.parse(document(run_timeout_s=8.0, variants=variants), "file.yaml")
+    console = Console(file=io.StringIO(), width=250)
+    code = harness.compare(config, tmp_path, console, harness.Options())
+    results = json.loads((tmp_path / "results.json").read_text())
+    text, shown = (tmp_path / "report.md").read_text(), console.file.getvalue()
     assert code == 3
     assert [v["status"] for v in results["variants"]] == ["ok", "failed", "failed", "timeout", "ok"]
     causes = [v.get("cause", "") for v in results["variants"]]
@@ -301,70 +272,6 @@ def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, mo
         for name, cause in zip(names, causes):
             assert name in output
             assert cause in output
-    assert "hangs" in text.split("## How to read it")[0]
-
-
-def test_a_failure_that_is_expected_is_no_error(tmp_path, monkeypatch):
-    variants = [variant("good", "0"), variant("refused", "1", may_fail=True)]
-    assert compare(tmp_path, monkeypatch, variants)[0] == 0
-
-
-def test_losses_that_disagree_are_said_and_are_an_error(tmp_path, monkeypatch):
-    # the stand-in's seeds differ, but "--seed" makes another model: so let both have the same key
-    monkeypatch.setattr(configuration.CompareConfig, "model_key", lambda self, variant: "one")
-    code, results, text, shown = compare(tmp_path, monkeypatch, [variant("good", "0"), variant("off", "4")])
-    assert code == 1
-    assert results["variants"][1]["loss_check"]["max_abs_difference"] == pytest.approx(1e-3)
-    for output in (text, shown):
-        assert "LOSSES DISAGREE: off is up to 0.001 away from good; at most 0.0001 is allowed." in output
-
-
-def test_the_statistics(tmp_path, monkeypatch):
-    code, results, _, shown = compare(tmp_path, monkeypatch, [variant("good", "0")])
-    measured, row = results["variants"][0]["measured"], results["variants"][0]["row"]
-    assert code == 0
-    assert measured["train_step_seconds"] == [2.0, 3.0]  # the slowest rank, without the warm-up
-    assert row["train_tokens_per_s"] == 30 / 2.5
-    assert row["comm_mb_per_layer"] == pytest.approx((100 + 101) / 4 / 1e6)
-    assert row["comm_ms_per_layer"] == pytest.approx(1e3 * 2 * 0.5 / 4)
-    assert row["parameters_mb"] == 2.0
-    assert row["loss_last"] == 3.0
-    assert "not compared" in shown
-    assert results["kind"] == "measured"
-    assert results["versions"]["megatron-core"].startswith("0.19")
-
-
-def test_a_missing_or_nan_loss_never_agrees():
-    assert report.loss_difference([1.0, 2.0], [1.0, 2.5]) == 0.5
-    assert report.loss_difference([], []) == math.inf
-    assert report.loss_difference([1.0], [1.0, 2.0]) == math.inf
-    assert report.loss_difference([math.nan], [1.0]) == math.inf
-
-
-def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
-    def entry(name, impl, seconds, m=None):
-        row = {"tp": 2, "pp": 1, "m": m}
-        return {
-            "name": name,
-            "model": "one",
-            "attention_impl": impl,
-            "row": row,
-            "measured": {"train_step_seconds": seconds},
-        }
-
-    slow, near, unsure = [2.0, 2.2], [1.2, 1.3], [0.9, 2.1]
-    megatron = entry("Megatron", "megatron", [1.0, 1.1])
-    helix = [entry("A", "helix", slow, 2), entry("B", "helix", near, 2), entry("C", "helix", unsure, 2)]
-    said = findings.speeds([megatron, *helix])
-    assert said == [
-        "A against Megatron, measured: training 0.50x (SLOWER).",
-        "B against Megatron, measured: training 0.84x (SLOWER).",
-        "C against Megatron, measured: training 0.70x (no difference shown: the samples overlap).",
-    ]
-    said = findings.speeds([megatron, *helix, entry("2x1", "helix", [1.25, 1.35], 1)])
-    assert "2x1 computes what Megatron computes, and its training ran at 0.81x" in said[0]
-    assert said[1].endswith("training 0.50x (SLOWER).")
-    assert said[2].endswith("training 0.84x (no difference shown: within the noise).")
 
 
 # ---- from end to end
@@ -382,6 +289,7 @@ def test_comparison_of_real_training(tmp_path):
     variants = [
         {"name": "PP=2", "args": {"pipeline-model-parallel-size": 2}},
         {"name": "TP=2", "args": {"tensor-model-parallel-size": 2}},
+        {"name": "DP=2"},
         {
             "name": "Helix 1x2",
             "attention_impl": "helix",
@@ -393,26 +301,56 @@ def test_comparison_of_real_training(tmp_path):
             "may_fail": True,
         },
     ]
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document(variants=variants)))
+    workloads = {"train": {}, "prefill": {}, "decode": {}, "mixed": {"iterations": 1}}
+    changes = {"variants": variants, "batch_size": 2, "reference": True, "workloads": workloads}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document(**changes)))
     run = run_cli(tmp_path, "compare", "tiny.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
     results = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
-    pipeline, vanilla, helix, refused = results["variants"]
+    pipeline, vanilla, replicas, helix, refused = results["variants"]
     assert refused["status"] == "failed"
     assert "num_attention_heads (3) must be a multiple of tensor_model_parallel_size (2)" in refused["cause"]
-    for finished in (pipeline, vanilla, helix):
-        assert len(finished["measured"]["losses"]) == 3
-        assert len(finished["measured"]["forward_seconds"]) == 2
-        assert len(finished["measured"]["decode_token_seconds"]) == 2
+    for finished in (pipeline, vanilla, replicas, helix):
+        measured = finished["measured"]
+        assert len(measured["losses"]) == 3
+        counts = {name: len(w["samples_seconds"][0]) for name, w in measured["workloads"].items()}
+        assert counts == {"train": 2, "prefill": 2, "first_token": 2, "decode": 2, "mixed": 1}
         assert finished["loss_check"] == finished["loss_check"] | {"reference": "PP=2", "agrees": True}
-        assert finished["measured"]["decoded_tokens"] == pipeline["measured"]["decoded_tokens"]
-    assert (helix["row"]["n"], helix["row"]["m"]) == (1, 2)
-    assert (helix["row"]["comm"], helix["row"]["placement"]) == ("a2a", "dims")
+        assert measured["decoded_tokens"] == pipeline["measured"]["decoded_tokens"]
+        assert 0 <= measured["error"]["relative"] < 1e-6
+        for workload in measured["workloads"].values():
+            whole = workload["iteration_seconds"]["mean"]
+            assert sum(workload["split_seconds"].values()) == pytest.approx(whole)
+            assert workload["paper_tpot_ms"]["mean"] >= 0
+        check_work(measured["workloads"])
+    assert [r["status"] for r in results["references"]] == ["ok", "ok"]  # three heads: another model
+    assert helix["measured"]["grid"] == {"n": 1, "m": 2, "comm": "a2a", "placement": "dims"}
     check_bytes(vanilla, helix)
     memory = vanilla["measured"]["memory_bytes_of_fullest_rank"]
     assert memory["gradients"] == memory["parameters"]  # fp32 both
     assert memory["optimizer"] >= 2 * memory["parameters"]  # two moments of Adam
-    assert helix["measured"]["memory_bytes_of_fullest_rank"]["parameters"] == memory["parameters"]
+    helix_memory = helix["measured"]["memory_bytes_of_fullest_rank"]
+    assert helix_memory["parameters"] == memory["parameters"]
+    # two layers, K and V, two sequences of 4 + 4 positions, two of four heads of 8, fp32
+    assert helix_memory["kv_cache"] == memory["kv_cache"] == 2 * 2 * 2 * 8 * 2 * 8 * 4
+    assert memory["communication"] >= 16 * 32 * 4  # a hidden state [s, b, h], all-reduced in place
+
+
+def check_work(workloads):
+    """Floating-point operations by hand: a forward pass of the tiny model, three times for training."""
+    layers, hidden, mlp, vocabulary = 2, 32, 128, 272
+    per_token = 2 * (layers * (4 * hidden**2 + 2 * hidden * mlp) + vocabulary * hidden)
+    attention = layers * 2 * 16 * hidden * 16 * 2  # two sequences of 16, causal: half of 4 s^2 h
+    forward = 32 * per_token + attention
+    assert workloads["prefill"]["flops_per_iteration"] == pytest.approx(forward)
+    assert workloads["train"]["flops_per_iteration"] == pytest.approx(3 * forward)
+    assert (workloads["train"]["tokens_per_iteration"], workloads["decode"]["tokens_per_iteration"]) == (
+        32,
+        2,
+    )
+    decode = 2 * (per_token + layers * 4 * (4 + 1 + 1.5) * hidden)  # the middle of three iterations
+    assert workloads["decode"]["flops_per_iteration"] == pytest.approx(decode)
+    assert workloads["mixed"]["tokens_per_iteration"] == 2 * 4 + 4 * 2
 
 
 def check_bytes(vanilla, helix):
@@ -434,10 +372,10 @@ def check_bytes(vanilla, helix):
 
 
 def test_exit_codes_of_refusals(tmp_path):
-    (tmp_path / "bad.yaml").write_text("name: x\nstep: 3\n")
+    (tmp_path / "bad.yaml").write_text("name: x\niteration: 3\n")
     run = run_cli(tmp_path, "compare", "bad.yaml")
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("helix: bad.yaml: unknown key 'step'; did you mean steps?")
+    assert run.stderr.startswith("helix: bad.yaml: unknown key 'iteration'; did you mean iterations?")
     assert run.stderr.count("\n") == 1
 
 

@@ -1,13 +1,27 @@
 """`helix compare CONFIG.yaml`: the same model trained and decoded by several layouts, next to each other.
 
-config.py    what a comparison is (YAML → dataclass)
-comm.py      counts every collective of a rank: calls, bytes, seconds
-start.py     one start for every layout: the same weights at any TP, PP and Helix grid
-measure.py   what one rank of one variant does: train, forward, decode, memory
-memory.py    bytes that a rank holds
-decode.py    greedy decode with a KV cache
-launching.py starts the ranks of one variant, on CPU cores or GPUs
-harness.py   runs the variants, one after the other, and keeps what each gave
-report.py    rows, losses compared, the table, report.md
-findings.py  what the numbers say, in sentences
+command.py      its flags
+config.py       what a comparison is (YAML → dataclass)
+variants.py     ways to run one model
+harness.py      runs the variants in turn, in fresh processes, and keeps what each run gave
+records.py        one file for each run, and what may be put together
+machine.py        what ran where
+launching.py      starts the ranks of one run
+nodes.py          several machines in step
+progress.py       what is shown meanwhile
+measure.py      what one rank of one run does: train, then
+workloads.py      prefill, first token, decode, mixed, iteration by iteration
+decode.py         a batch of sequences and its KV cache
+start.py          one start for every layout: the same weights at any TP, PP and Helix grid
+accuracy.py       logits against the same weights on one rank in fp32
+comm.py           counts every collective: calls, bytes, seconds
+memory.py         bytes that a rank holds
+nvml.py           what the GPU says of itself
+stats.py        the statistics, pure
+summary.py      from samples to numbers
+comparisons.py  who is faster, and whether that is more than noise
+findings.py     what the numbers say, in sentences
+tables.py       the tables as text
+markdown.py     report.md
+reporting.py    everything that is written and shown
 """

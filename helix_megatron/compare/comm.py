@@ -29,7 +29,25 @@ class Tally:
 
     calls: int = 0
     bytes: float = 0.0
+    """Received by this rank, as above."""
+    payload: float = 0.0
+    """The size that nccl-tests divides by the time for its algbw: see `bus_factor`."""
     seconds: float = 0.0
+    largest: float = 0.0
+    """Bytes of the tensors that the largest single call was given: its communication buffers."""
+
+
+def bus_factor(kind: str, ranks: int) -> float:
+    """busbw / algbw as nccl-tests has it; algbw is payload / seconds.
+
+    payload: all_reduce, broadcast, reduce, send, recv the tensor; all_gather the whole output; reduce_scatter
+    the whole input; all_to_all the buffer of one rank.
+    """
+    if kind == "all_reduce":
+        return 2 * (ranks - 1) / ranks
+    if kind in ("all_gather", "reduce_scatter", "all_to_all"):
+        return (ranks - 1) / ranks
+    return 1.0
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -37,73 +55,78 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _sum(tensors: Any) -> int:
-    return _size(tensors) if isinstance(tensors, torch.Tensor) else sum(_sum(item) for item in tensors)
+    """Bytes of a tensor or of all tensors in nested lists; other things have none."""
+    if isinstance(tensors, torch.Tensor):
+        return _size(tensors)
+    return sum(map(_sum, tensors)) if isinstance(tensors, list | tuple) else 0
 
 
-def _share(group: Any) -> float:
-    return (group.size() - 1) / group.size()
+def _first(tensors: Any, *_: Any) -> int:
+    return _sum(tensors)
 
 
-def _broadcast(group: Any, tensors: Any, options: Any, *_: Any) -> float:
+def _second(_output: Any, source: Any, *_: Any) -> int:
+    return _sum(source)
+
+
+def _nothing(*_: Any) -> int:
+    return 0
+
+
+def _even(group: Any, kind: str, payload: int, *_: Any) -> float:
+    return payload * bus_factor(kind, group.size())
+
+
+def _broadcast(group: Any, _kind: str, payload: int, _tensors: Any, options: Any, *_: Any) -> float:
     root = getattr(options, "rootRank", options)
-    return 0.0 if group.rank() == root else _sum(tensors)
+    return 0.0 if group.rank() == root else payload
 
 
-def _to_root(group: Any, tensors: Any, options: Any, *_: Any) -> float:
+def _to_root(group: Any, _kind: str, payload: int, _tensors: Any, options: Any, *_: Any) -> float:
     root = getattr(options, "rootRank", options)
-    return _sum(tensors) * (group.size() - 1) if group.rank() == root else 0.0
+    return payload * (group.size() - 1) if group.rank() == root else 0.0
 
 
-def _all_to_all(group: Any, output: torch.Tensor, _input: Any, output_splits: Any = (), *_: Any) -> float:
-    if not list(output_splits):
-        return _size(output) * _share(group)
+def _split(
+    group: Any, kind: str, payload: int, _output: Any, _input: Any, output_splits: Any = (), *_: Any
+) -> float:
     splits = list(output_splits)
-    return _size(output) * (1 - splits[group.rank()] / max(1, sum(splits)))
+    if not splits:
+        return _even(group, kind, payload)
+    return payload * (1 - splits[group.rank()] / max(1, sum(splits)))
 
 
-def _gathered(group: Any, output: Any, *_: Any) -> float:
-    return _sum(output) * _share(group)
-
-
-def _scattered(group: Any, _output: Any, source: Any, *_: Any) -> float:
-    return _sum(source) * _share(group)
-
-
-def _reduced(group: Any, tensors: Any, *_: Any) -> float:
-    return 2 * _sum(tensors) * _share(group)
-
-
-def _nothing(*_: Any) -> float:
+def _sent(*_: Any) -> float:
     return 0.0
 
 
-def _received(_group: Any, tensors: Any, *_: Any) -> float:
-    return float(_sum(tensors))
-
-
-# ProcessGroup method → (name in the report, bytes received by this rank). torch renamed some over time.
-_METHODS: dict[str, tuple[str, Callable[..., float]]] = {
-    "allreduce": ("all_reduce", _reduced),
-    "allreduce_coalesced": ("all_reduce", _reduced),
-    "allgather": ("all_gather", _gathered),
-    "_allgather_base": ("all_gather", _gathered),
-    "all_gather_single": ("all_gather", _gathered),
-    "allgather_coalesced": ("all_gather", _gathered),
-    "allgather_into_tensor_coalesced": ("all_gather", _gathered),
-    "all_gather_single_coalesced": ("all_gather", _gathered),
-    "reduce_scatter": ("reduce_scatter", _scattered),
-    "_reduce_scatter_base": ("reduce_scatter", _scattered),
-    "reduce_scatter_single": ("reduce_scatter", _scattered),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", _scattered),
-    "reduce_scatter_single_coalesced": ("reduce_scatter", _scattered),
-    "alltoall": ("all_to_all", _gathered),
-    "alltoall_base": ("all_to_all", _all_to_all),
-    "all_to_all_single": ("all_to_all", _all_to_all),
-    "broadcast": ("broadcast", _broadcast),
-    "reduce": ("reduce", _to_root),
-    "send": ("send", _nothing),
-    "recv": ("recv", _received),
-    "barrier": ("barrier", _nothing),
+_ALL_REDUCE = ("all_reduce", _first, _even)
+_ALL_GATHER = ("all_gather", _first, _even)
+_REDUCE_SCATTER = ("reduce_scatter", _second, _even)
+# ProcessGroup method → (name in the report, payload of the arguments, bytes received by this rank). torch
+# renamed some over time.
+_METHODS: dict[str, tuple[str, Callable[..., int], Callable[..., float]]] = {
+    "allreduce": _ALL_REDUCE,
+    "allreduce_coalesced": _ALL_REDUCE,
+    "allgather": _ALL_GATHER,
+    "_allgather_base": _ALL_GATHER,
+    "all_gather_single": _ALL_GATHER,
+    "allgather_coalesced": _ALL_GATHER,
+    "allgather_into_tensor_coalesced": _ALL_GATHER,
+    "all_gather_single_coalesced": _ALL_GATHER,
+    "reduce_scatter": _REDUCE_SCATTER,
+    "_reduce_scatter_base": _REDUCE_SCATTER,
+    "reduce_scatter_single": _REDUCE_SCATTER,
+    "reduce_scatter_tensor_coalesced": _REDUCE_SCATTER,
+    "reduce_scatter_single_coalesced": _REDUCE_SCATTER,
+    "alltoall": ("all_to_all", _first, _even),
+    "alltoall_base": ("all_to_all", _first, _split),
+    "all_to_all_single": ("all_to_all", _first, _split),
+    "broadcast": ("broadcast", _first, _broadcast),
+    "reduce": ("reduce", _first, _to_root),
+    "send": ("send", _first, _sent),
+    "recv": ("recv", _first, _even),
+    "barrier": ("barrier", _nothing, _sent),
 }
 _POINT_TO_POINT = ("send", "recv")
 
@@ -137,7 +160,7 @@ class CommMeter:
             self._pending = {}
 
     def _counted(self, method: str, original: Callable[..., Any], blocking: bool) -> Callable[..., Any]:
-        kind, received = _METHODS[method]
+        kind, payload_of, received = _METHODS[method]
         blocking = blocking and method not in _POINT_TO_POINT
 
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +169,11 @@ class CommMeter:
                 return original(group, *args, **kwargs)
             tally = self.tallies.setdefault(f"{kind} x{group.size()}", Tally())
             tally.calls += 1
-            tally.bytes += received(group, *args, *kwargs.values())
+            given = (*args, *kwargs.values())
+            payload = payload_of(*given)
+            tally.payload += payload
+            tally.bytes += received(group, kind, payload, *given)
+            tally.largest = max(tally.largest, _sum(args))
             if blocking:
                 torch.cuda.synchronize()
             self._depth += 1
@@ -177,6 +204,11 @@ class CommMeter:
 
         return wait
 
+    @property
+    def seconds(self) -> float:
+        """In all collectives together."""
+        return sum(tally.seconds for tally in self.tallies.values())
+
     def as_json(self) -> dict[str, dict[str, float]]:
-        """{"all_reduce x16": {"calls": …, "bytes": …, "seconds": …}, …}"""
+        """{"all_reduce x16": {"calls": …, "bytes": …, "payload": …, "seconds": …, "largest": …}, …}"""
         return {name: dict(vars(tally)) for name, tally in sorted(self.tallies.items())}

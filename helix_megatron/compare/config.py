@@ -3,10 +3,15 @@
 name: paper shape on the host
 host: true
 world_size: 16
-steps: 4
+runs: 5                      # independent launches of every variant, interleaved A B A B
+warmup_iterations: 100       # of every workload in every run, measured by nobody
+iterations: 1000             # measured ones
+workloads: {train: {}, prefill: {iterations: 200}, decode: {}}
+preset: llama-3-8b           # a shape of helix_megatron.presets; MODEL_ARGS goes on top
+scale: 0.0625
 MODEL_ARGS: {num-layers: 16, …}      # as in helix_megatron.yaml_config
 ENV_VARS: {}
-variants:
+variants:                    # without any: TP=W/2 PP=2, TP=W, TP=W/2 DP=2 and the Helix grids of W ranks
   - {name: Megatron TP=16, attention_impl: megatron, args: {tensor-model-parallel-size: 16}}
   - {name: Helix 4x4, attention_impl: helix, args: {tensor-model-parallel-size: 16, …}}
 """
@@ -14,48 +19,40 @@ variants:
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from helix_megatron import yaml_config
+from helix_megatron.compare import variants as layouts
+from helix_megatron.compare.variants import Variant
 
-# What a variant may change without becoming another model: its losses must stay those of its peers.
-_LAYOUT_FLAGS = (
-    "--tensor-model-parallel-size",
-    "--pipeline-model-parallel-size",
-    "--context-parallel-size",
-    "--num-layers-per-virtual-pipeline-stage",
-    "--micro-batch-size",
-    "--sequence-parallel",
-    "--use-distributed-optimizer",
-    "--overlap-grad-reduce",
-    "--overlap-param-gather",
-    "--recompute-granularity",
-    "--recompute-method",
-    "--recompute-num-layers",
-)
+WORKLOADS = ("train", "prefill", "decode", "mixed")
 _FIXED = {
     "--log-interval": 1,
     "--eval-iters": 0,
-    "--eval-interval": 1000,
+    "--eval-interval": 1000000,
     "--use-cpu-initialization": True,
 }  # the harness needs these
-_OWN = ("--train-iters", "--attention-impl", yaml_config.HOST_FLAG)  # said by other keys of the file
+_OWN = {  # flag → the key of the file that says it
+    "--train-iters": "iterations and warmup_iterations",
+    "--attention-impl": "attention_impl",
+    yaml_config.HOST_FLAG: "host",
+}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to run the model."""
+class Workload:
+    """How often one thing is done in one run."""
 
     name: str
-    """Shown in the table; unique."""
-    attention_impl: str = "megatron"
-    """`megatron` or `helix`."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Flags on top of MODEL_ARGS, same form."""
-    may_fail: bool = False
-    """Its failure is a finding (Megatron refuses this shape, say) and not an error of the comparison."""
+    """One of WORKLOADS: a training step; a prompt through the model, by Megatron's pipeline schedule and to
+    its first token; one more token for a batch with a filled KV cache; one prompt among decode steps."""
+    iterations: int
+    """Measured ones."""
+    warmup_iterations: int
+    """Before them, not measured."""
 
 
 @dataclass(frozen=True)
@@ -68,93 +65,111 @@ class CompareConfig:
     """In the order they run; the first finished one of each model is the reference of its losses."""
     model_args: dict[str, Any]
     """Megatron's flags common to all variants."""
+    workloads: tuple[Workload, ...]
+    """What every run does, in the order of WORKLOADS."""
     env_vars: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank."""
     host: bool = False
     """Run on CPU cores over gloo; otherwise on GPUs, through torch.distributed.run."""
     world_size: int = 1
-    """Ranks of every variant."""
+    """Ranks of every variant that does not say its own number."""
     nnodes: int = 1
     """GPU runs: machines that share the ranks; `helix compare` is started on each of them."""
-    steps: int = 3
-    """Measured training steps."""
-    warmup_steps: int = 1
-    """Training steps before them, in the losses but not in the times."""
-    forward_iterations: int = 2
-    """Measured forward passes of a global batch."""
+    runs: int = 3
+    """Independent runs of every variant, each in fresh processes."""
     prompt_length: int = 16
-    """Tokens of the prompt that decode starts from."""
-    decode_tokens: int = 4
-    """Measured tokens of greedy decode; 0 leaves decode out."""
-    decode_batch_size: int = 1
-    """Sequences decoded together."""
-    variant_timeout_s: float = 300.0
-    """A variant that is not done by then is killed and becomes a row that says so."""
+    """Tokens of a prompt, and so of the KV cache that decode starts from."""
+    batch_size: int = 1
+    """Sequences prefilled or decoded together, in all data-parallel replicas."""
+    mixed_decode_steps: int = 4
+    """Decode steps of the mixed workload for each prompt that it prefills."""
+    run_timeout_s: float = 300.0
+    """A run that is not done by then is killed; its variant becomes a row that says so."""
     loss_tolerance: float = 1e-4
     """Largest absolute difference of losses between variants of the same model."""
+    reference: bool = True
+    """Also run each model on one rank in fp32, and give every variant's error against its logits."""
+    peak_tflops: float | None = None
+    """Peak of one rank, for MFU; by default the GPU's dense bf16 peak, and no MFU where it is not known."""
+    preset: str | None = None
+    """The shape that MODEL_ARGS started from."""
+    scale: float | None = None
+    """What the preset's widths were multiplied with."""
+
+    def workload(self, name: str) -> Workload | None:
+        """The named workload, or None when the comparison leaves it out."""
+        return next((w for w in self.workloads if w.name == name), None)
+
+    def ranks(self, variant: Variant) -> int:
+        """How many ranks a variant runs on."""
+        return variant.ranks or self.world_size
 
     def flags(self, variant: Variant) -> dict[str, Any]:
         """All flags of one variant, `--name` → value: MODEL_ARGS, its own, and what the harness fixes."""
         flags = {**self.model_args, **variant.args, **_FIXED}
-        flags["--train-iters"] = self.warmup_steps + self.steps
+        train = self.workload("train")
+        # Megatron has to train a step to build its model; without the workload that step is not measured.
+        flags["--train-iters"] = train.warmup_iterations + train.iterations if train else 1
         flags["--attention-impl"] = variant.attention_impl
         if self.host:
             flags[yaml_config.HOST_FLAG] = True
         return flags
 
     def model_key(self, variant: Variant) -> str:
-        """Variants with equal keys are the same model and must have the same losses.
-
-        The per-slice softmax is a model of its own for every number of slices.
-        """
-        flags = {**self.model_args, **variant.args}
-        kept = {k: v for k, v in flags.items() if k not in _LAYOUT_FLAGS and not k.startswith("--helix-")}
-        if variant.attention_impl == "helix" and flags.get("--helix-softmax") == "per-slice":
-            kept["per-slice"] = flags.get("--helix-dim-parallel-size")
-        return json.dumps(kept, sort_keys=True, default=str)
+        """Variants with equal keys are the same model and must have the same losses."""
+        return layouts.model_key({**self.model_args, **variant.args}, variant.attention_impl)
 
 
 _NAMES = {"model_args": "MODEL_ARGS", "env_vars": "ENV_VARS"}  # field → key in the file
+_ITERATIONS = {"iterations": 5, "warmup_iterations": 1}  # defaults of every workload, keys of the file
 
 
-def load(path: str | Path) -> CompareConfig:
-    """Read and check a comparison. ValueError, in one line, for what cannot be one."""
-    return parse(yaml_config.read_yaml(path), str(path))
+def load(path: str | Path, changes: dict[str, Any] | None = None) -> CompareConfig:
+    """Read and check a comparison, with some keys replaced. ValueError, in one line, for what is none."""
+    return parse(yaml_config.read_yaml(path) | (changes or {}), str(path))
 
 
 def parse(document: dict[str, Any], where: str) -> CompareConfig:
     """A YAML document → CompareConfig. ValueError naming `where`, the key, and what would do."""
-    keys = {_NAMES.get(f.name, f.name): f for f in fields(CompareConfig)}
+    keys = {_NAMES.get(f.name, f.name): f.name for f in fields(CompareConfig)} | dict.fromkeys(_ITERATIONS)
     yaml_config.check_keys(document, keys, where)
-    values: dict[str, Any] = {"name": Path(where).stem}
-    for key, value in document.items():
-        values[keys[key].name] = value
-    values["model_args"] = _model_flags(document.get("MODEL_ARGS"), f"{where}: MODEL_ARGS")
-    values["env_vars"] = yaml_config.env_vars(document.get("ENV_VARS"), f"{where}: ENV_VARS")
-    values["variants"] = _variants(document.get("variants"), where)
     for name, least in _NUMBERS.items():
-        if name in values:
-            _check_number(name, values[name], least, where)
-    if not isinstance(values.get("host", False), bool):
-        raise ValueError(f"{where}: host is {values['host']!r}; it is true (CPU) or false (GPUs).")
-    config = CompareConfig(**values)
+        if name in document:
+            _check_number(name, document[name], least, where)
+    for name in ("host", "reference"):
+        if not isinstance(document.get(name, False), bool):
+            yes, no = ("CPU", "GPUs") if name == "host" else ("run it", "leave it out")
+            raise ValueError(f"{where}: {name} is {document[name]!r}; it is true ({yes}) or false ({no}).")
+    plain = {keys[k]: v for k, v in document.items() if keys[k] and k not in _PARSED}
+    config = CompareConfig(
+        **{"name": Path(where).stem, **plain},
+        model_args=_preset_flags(document, where) | _model_flags(document, where),
+        env_vars=yaml_config.env_vars(document.get("ENV_VARS"), f"{where}: ENV_VARS"),
+        workloads=_workloads(document, where),
+        variants=(),
+    )
     if config.world_size % config.nnodes:
         given = f"world_size {config.world_size}"
         raise ValueError(f"{where}: {given} is not a multiple of nnodes={config.nnodes}.")
-    return config
+    if "variants" in document:
+        return replace(config, variants=_variants(document["variants"], where))
+    return replace(config, variants=layouts.defaults(config.world_size, config.model_args))
 
 
-_NUMBERS = {  # key → the least it may be
+_PARSED = ("MODEL_ARGS", "ENV_VARS", "workloads", "variants")
+_NUMBERS: dict[str, int | float] = {  # key → the least it may be
     "world_size": 1,
     "nnodes": 1,
-    "steps": 1,
-    "warmup_steps": 0,
-    "forward_iterations": 1,
+    "runs": 1,
+    "iterations": 1,
+    "warmup_iterations": 0,
     "prompt_length": 1,
-    "decode_tokens": 0,
-    "decode_batch_size": 1,
-    "variant_timeout_s": 0.0,
+    "batch_size": 1,
+    "mixed_decode_steps": 1,
+    "run_timeout_s": 0.0,
     "loss_tolerance": 0.0,
+    "peak_tflops": 0.0,
+    "scale": 0.0,
 }
 
 
@@ -166,12 +181,56 @@ def _check_number(key: str, value: Any, least: float, where: str) -> None:
         raise ValueError(f"{where}: {key} is {value!r}; it is {kind} of at least {least}.")
 
 
-def _model_flags(mapping: Any, where: str) -> dict[str, Any]:
+def _workloads(document: dict[str, Any], where: str) -> tuple[Workload, ...]:
+    given = document.get("workloads", dict.fromkeys(("train", "prefill", "decode")))
+    if not isinstance(given, dict) or not given:
+        raise ValueError(
+            f"{where}: workloads is {given!r}; it maps some of {', '.join(WORKLOADS)} to {{}} or to their "
+            "own iterations and warmup_iterations."
+        )
+    yaml_config.check_keys(given, WORKLOADS, f"{where}: workloads")
+    common = {key: document.get(key, default) for key, default in _ITERATIONS.items()}
+    found = []
+    for name in (name for name in WORKLOADS if name in given):
+        own, here = given[name] or {}, f"{where}: workloads: {name}"
+        if not isinstance(own, dict):
+            raise ValueError(f"{here} is {own!r}; it is {{}} or a mapping of {', '.join(_ITERATIONS)}.")
+        yaml_config.check_keys(own, _ITERATIONS, here)
+        for key, value in own.items():
+            _check_number(key, value, _NUMBERS[key], here)
+        found.append(Workload(name, **(common | own)))
+    return tuple(found)
+
+
+def _preset_flags(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """Flags of the preset's shape, its vocabulary padded alike for every layout of world_size ranks."""
+    name, scale = document.get("preset"), document.get("scale")
+    if name is None:
+        if scale is not None:
+            raise ValueError(f"{where}: scale is {scale!r}, but there is no preset to scale.")
+        return {}
+    from helix_megatron import presets
+
+    try:
+        shape = presets.find(str(name))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if scale is not None:
+        shape = shape.scaled(float(scale))
+    multiple = 16 * document.get("world_size", 1)
+    vocabulary = -(-max(shape.vocab_size, 257) // multiple) * multiple  # 257: the byte tokens of our text
+    return shape.model_args(vocabulary)
+
+
+def _model_flags(document: dict[str, Any], where: str) -> dict[str, Any]:
+    return _own_refused(document.get("MODEL_ARGS"), f"{where}: MODEL_ARGS")
+
+
+def _own_refused(mapping: Any, where: str) -> dict[str, Any]:
     flags = yaml_config.model_args(mapping, where)
-    for flag in _OWN:
+    for flag, key in _OWN.items():
         if flag in flags:
-            instead = {"--train-iters": "steps and warmup_steps", "--attention-impl": "attention_impl"}
-            raise ValueError(f"{where}: {flag} belongs to the key {instead.get(flag, 'host')} of the file.")
+            raise ValueError(f"{where}: {flag} belongs to the key {key} of the file.")
     return flags
 
 
@@ -185,7 +244,10 @@ def _variants(items: Any, where: str) -> tuple[Variant, ...]:
             raise ValueError(f"{here} is {item!r}; it is a mapping with a name.")
         here = f"{here} ({item['name']})"
         yaml_config.check_keys(item, [f.name for f in fields(Variant)], here)
-        variant = Variant(**{**item, "name": str(item["name"]), "args": _model_flags(item.get("args"), here)})
+        for key, least in (("ranks", 1), ("slow_down", 0.0)):
+            if item.get(key) is not None:
+                _check_number(key, item[key], least, here)
+        variant = Variant(**{**item, "name": str(item["name"]), "args": _own_refused(item.get("args"), here)})
         if variant.attention_impl not in ("megatron", "helix"):
             raise ValueError(f"{here}: attention_impl is {variant.attention_impl!r}; not megatron or helix.")
         if any(variant.name == other.name for other in variants):
@@ -194,6 +256,11 @@ def _variants(items: Any, where: str) -> tuple[Variant, ...]:
     return tuple(variants)
 
 
+def map_variants(config: CompareConfig, change: Callable[[Variant], Variant]) -> CompareConfig:
+    """The same comparison with every variant changed."""
+    return replace(config, variants=tuple(change(variant) for variant in config.variants))
+
+
 def as_json(config: CompareConfig) -> dict[str, Any]:
     """The configuration as plain JSON types, every default spelled out."""
-    return asdict(config)
+    return json.loads(json.dumps(asdict(config)))

@@ -1,82 +1,106 @@
-"""Time per output token: greedy decode through Megatron's static inference context.
+"""Inference of a plain GPT through Megatron's static context: prompts, then one token after the other.
 
-Shape legend: b sequences, s new positions (the prompt, then 1), h hidden.
+Shape legend: b sequences on this data-parallel replica, s new positions (the prompt, then 1), h hidden.
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from helix_megatron.compare.comm import CommMeter
 
+class Session:
+    """A batch of sequences with its KV cache, on every rank of the replica."""
 
-def decode(
-    models: list[torch.nn.Module], prompt: torch.Tensor, new_tokens: int, meter: CommMeter | None
-) -> dict[str, Any]:
-    """Decode greedily from prompt [b, s] with a KV cache; the first token comes with the prompt.
+    def __init__(self, models: list[torch.nn.Module], prompt: torch.Tensor, new_tokens: int) -> None:
+        """prompt: [b, s] (int64), not yet run; the cache has room for it and `new_tokens` - 1 more.
 
-    Returns seconds of the prompt, seconds of each of `new_tokens` later tokens, the tokens [b, 1 + new] and,
-    with a meter, the collectives of the last token. ValueError with virtual pipeline stages.
-    """
-    from megatron.core import parallel_state
-    from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.transformer.utils import set_model_to_sequence_parallel
-    from megatron.core.utils import unwrap_model
-    from megatron.training import get_args
+        ValueError with virtual pipeline stages or context parallelism.
+        """
+        from megatron.core import parallel_state
+        from megatron.core.inference.contexts import StaticInferenceContext
+        from megatron.core.transformer.utils import set_model_to_sequence_parallel
+        from megatron.core.utils import unwrap_model
+        from megatron.training import get_args
 
-    args = get_args()
-    if len(models) > 1:
-        raise ValueError("decode is not measured with virtual pipeline stages; set decode_tokens: 0.")
-    model = unwrap_model(models)[0]
-    model.eval()
-    if args.sequence_parallel:  # one token cannot be split over the ranks
-        set_model_to_sequence_parallel(model, False)
-    context = StaticInferenceContext(prompt.shape[0], prompt.shape[1] + new_tokens)
-    pp = parallel_state.get_pipeline_model_parallel_group()
-    tokens, made, seconds = prompt, [], []
-    for _ in range(1 + new_tokens):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.no_grad(), meter.counting() if meter else nullcontext():
-            tokens = decode_step(model, tokens, context, pp, args)  # [b, 1]
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        made.append(tokens)
-        context.enable_decode_mode()
-    return {
-        "prompt_seconds": seconds[0],
-        "token_seconds": seconds[1:],
-        "tokens": torch.cat(made, dim=1).tolist(),
-        "token_comm": meter.as_json() if meter else {},
-    }
+        self.args = get_args()
+        if len(models) > 1:
+            raise ValueError("inference is not measured with virtual pipeline stages.")
+        if self.args.context_parallel_size > 1:
+            raise ValueError("inference is not measured with context parallelism.")
+        self.model = unwrap_model(models)[0]
+        self.model.eval()
+        if self.args.sequence_parallel:  # one token cannot be split over the ranks
+            set_model_to_sequence_parallel(self.model, False)
+        self.context = StaticInferenceContext(prompt.shape[0], prompt.shape[1] + new_tokens)
+        self.pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self.tokens = prompt
+        """What the next step runs: [b, s], then [b, 1]."""
+
+    def step(self) -> torch.Tensor:
+        """Run `tokens`; the next token of each sequence [b, 1] (int64), on every rank, greedily chosen."""
+        with torch.no_grad():
+            self.tokens = decode_step(self.model, self.tokens, self.context, self.pipeline, self.args)
+        self.context.enable_decode_mode()
+        return self.tokens
+
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache on this rank: the storages that the context holds for it, each once."""
+        from helix_megatron.compare.memory import storage_bytes
+
+        held: list[Any] = [self.context.key_value_memory_dict]
+        tensors = []
+        while held:
+            item = held.pop()
+            if isinstance(item, torch.Tensor):
+                tensors.append(item)
+            elif isinstance(item, dict):
+                held += item.values()
+            elif isinstance(item, list | tuple):
+                held += item
+            elif hasattr(item, "__dict__"):
+                held += vars(item).values()
+        return storage_bytes(tensors, set())
 
 
 def decode_step(model: Any, tokens: torch.Tensor, context: Any, pp: Any, args: Any) -> torch.Tensor:
     """tokens [b, s] (the prompt, then s = 1) → the next token of each sequence [b, 1], on every rank.
 
-    Point to point along `pp`: hidden states [s, b, h]; at its end the tokens [b, 1] (int64) are broadcast.
+    At the end of the pipeline `pp` the tokens [b, 1] (int64) are broadcast to its other stages.
     """
-    b, s = tokens.shape
-    done = context.sequence_len_offset
-    positions = torch.arange(done, done + s, device=tokens.device)
-    ranks = torch.distributed.get_process_group_ranks(pp)
+    output = through_pipeline(model, tokens, context, context.sequence_len_offset, pp, args)
     stage, last = pp.rank(), pp.size() - 1
-    if stage:
-        hidden = torch.empty((s, b, args.hidden_size), dtype=args.params_dtype, device=tokens.device)
-        torch.distributed.recv(hidden, ranks[stage - 1], group=pp)
-        model.set_input_tensor(hidden)
-    positions = positions.expand(b, s)
-    output = model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
     if stage < last:
-        torch.distributed.send(output.contiguous(), ranks[stage + 1], group=pp)
-        chosen = torch.empty((b, 1), dtype=torch.int64, device=tokens.device)
+        chosen = torch.empty((tokens.shape[0], 1), dtype=torch.int64, device=tokens.device)
     else:
         chosen = output[:, -1, :].argmax(dim=-1, keepdim=True)
     if last:
+        ranks = torch.distributed.get_process_group_ranks(pp)
         torch.distributed.broadcast(chosen, ranks[last], group=pp)
-    context.sequence_len_offset += s
+    context.sequence_len_offset += tokens.shape[1]
     return chosen
+
+
+def through_pipeline(
+    model: Any, tokens: torch.Tensor, context: Any, done: int, pp: Any, args: Any
+) -> torch.Tensor:
+    """Forward of tokens [b, s] at positions done … done + s - 1; the last stage returns logits [b, s, V].
+
+    Point to point along `pp`: hidden states [s, b, h] of the parameters' dtype, s / TP of them with sequence
+    parallelism and no context. Other stages return what they have sent.
+    """
+    b, s = tokens.shape
+    positions = torch.arange(done, done + s, device=tokens.device).expand(b, s)
+    ranks = torch.distributed.get_process_group_ranks(pp)
+    stage, last = pp.rank(), pp.size() - 1
+    if stage:
+        split = args.tensor_model_parallel_size if args.sequence_parallel and context is None else 1
+        shape = (s // split, b, args.hidden_size)
+        hidden = torch.empty(shape, dtype=args.params_dtype, device=tokens.device)
+        torch.distributed.recv(hidden, ranks[stage - 1], group=pp)
+        model.set_input_tensor(hidden)
+    output = model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+    if stage < last:
+        torch.distributed.send(output.contiguous(), ranks[stage + 1], group=pp)
+    return output

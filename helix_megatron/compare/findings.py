@@ -1,48 +1,73 @@
-"""What the measured numbers say, in sentences: losses, failures, tokens, and who was slower than whom.
-
-A difference of speed is said only where the samples do not overlap and the noise between launches is smaller.
-"""
+"""What the measured numbers say, in sentences: failures, losses, errors, tokens, who was slower than whom."""
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
+
+from helix_megatron.compare.comparisons import WORKLOADS, finished
 
 
 def findings(results: dict[str, Any]) -> list[str]:
-    """What the numbers say, one sentence each: losses, failures, and who was slower than whom."""
-    said: list[str] = []
-    tolerance = results["config"]["loss_tolerance"]
-    finished = [v for v in results["variants"] if v["status"] == "ok"]
-    compared = [v for v in finished if v["loss_check"]["reference"] != v["name"]]
-    for variant in compared:
-        check = variant["loss_check"]
-        if not check["agrees"]:
-            said.append(
-                f"LOSSES DISAGREE: {variant['name']} is up to {check['max_abs_difference']:.3g} away from "
-                f"{check['reference']}; at most {tolerance:g} is allowed."
-            )
-    if compared and all(v["loss_check"]["agrees"] for v in compared):
-        worst = max(v["loss_check"]["max_abs_difference"] for v in compared)
-        said.append(
-            f"Losses agree: within {worst:.1e} for every pair of the same model (allowed: {tolerance:g})."
-        )
-    if not compared and finished:
-        said.append("Losses were not compared: no two finished variants are the same model.")
+    """One sentence each, the worst news first."""
+    said = [f"MIXED RUNS, put together because you asked for it: {line}." for line in results["mixed"]]
     for variant in results["variants"]:
         if variant["status"] != "ok":
-            said.append(f"{variant['name']}: {variant['status']}: {variant['cause']}")
-        elif "decode_cause" in variant["measured"]:
-            said.append(f"{variant['name']}: no decode: {variant['measured']['decode_cause']}")
-    return said + decoded(finished) + speeds(finished)
+            said.append(f"{variant['name']}: {variant['status']}: {variant.get('cause', 'not yet')}")
+        for name, cause in variant.get("measured", {}).get("causes", {}).items():
+            said.append(f"{variant['name']}: no {WORKLOADS[name]}: {cause}")
+    return said + losses(results) + errors(results) + decoded(finished(results)) + speeds(results)
 
 
-def decoded(finished: list[dict[str, Any]]) -> list[str]:
+def losses(results: dict[str, Any]) -> list[str]:
+    """Whether variants of the same model, and runs of the same variant, have the same losses."""
+    said, tolerance = [], results["config"]["loss_tolerance"]
+    checked = [v for v in results["variants"] if "loss_check" in v]
+    compared = [v for v in checked if v["loss_check"]["reference"] != v["name"] or len(v["runs"]) > 1]
+    for variant in (v for v in checked if not v["loss_check"]["agrees"]):
+        check = variant["loss_check"]
+        far = check["max_abs_difference"]
+        far = "missing or not a number, or not as many" if far is None else f"up to {far:.3g} away"
+        said.append(
+            f"LOSSES DISAGREE: {variant['name']} is {far} from {check['reference']}; at most {tolerance:g} "
+            "is allowed."
+        )
+    if compared and all(v["loss_check"]["agrees"] for v in checked):
+        worst = max(v["loss_check"]["max_abs_difference"] for v in compared)
+        said.append(
+            f"Losses agree: within {worst:.1e} between all variants and runs of the same model (allowed: "
+            f"{tolerance:g})."
+        )
+    if checked and not compared:
+        said.append("Losses were not compared: no two finished runs are of the same model.")
+    return said
+
+
+def errors(results: dict[str, Any]) -> list[str]:
+    """How far the logits are from the fp32 reference."""
+    said = [
+        f"{reference['name']}: {reference['status']}: {reference.get('cause', 'not yet')}"
+        for reference in results["references"]
+        if reference["status"] not in ("ok", "not run")
+    ]
+    measured = {v["name"]: v.get("measured", {}) for v in results["variants"]}
+    found = {name: m["error"] for name, m in measured.items() if "error" in m}
+    said += [f"{name}: no numerical error: {e['cause']}" for name, e in found.items() if "cause" in e]
+    relative = {name: e["relative"] for name, e in found.items() if "relative" in e}
+    if relative:
+        worst = max(relative, key=relative.__getitem__)
+        said.append(
+            f"Logits against the same weights on one rank in fp32: relative error at most "
+            f"{relative[worst]:.1e} ({worst})."
+        )
+    return said
+
+
+def decoded(variants: list[dict[str, Any]]) -> list[str]:
     """Whether variants of the same model chose the same tokens; no error, as a near tie may flip one."""
     said: list[str] = []
     references: dict[str, dict[str, Any]] = {}
     same = 0
-    for variant in (v for v in finished if "decoded_tokens" in v["measured"]):
+    for variant in (v for v in variants if "decoded_tokens" in v["measured"]):
         reference = references.setdefault(variant["model"], variant)
         if reference is variant:
             continue
@@ -53,53 +78,33 @@ def decoded(finished: list[dict[str, Any]]) -> list[str]:
     return said + ([f"Greedy decode: {same} variants chose the tokens of their reference."] if same else [])
 
 
-_SPEEDS = (  # samples in `measured`, what they are seconds of
-    ("train_step_seconds", "training"),
-    ("forward_seconds", "forward"),
-    ("decode_token_seconds", "decode"),
-)
-
-
-def speeds(finished: list[dict[str, Any]]) -> list[str]:
-    """Each Helix variant next to each Megatron variant of the same model, gains and losses alike.
-
-    A grid of m = 1 is Megatron's own attention: what separates it from Megatron at the same TP and PP is
-    the noise from one launch to the next, and differences up to that size are not differences.
-    """
-    noise = dict.fromkeys((samples for samples, _ in _SPEEDS), 1.0)
-    said = []
-    pairs = [
-        (helix, peer)
-        for helix in finished
-        for peer in finished
-        if helix["model"] == peer["model"]
-        and (helix["attention_impl"], peer["attention_impl"]) == ("helix", "megatron")
-    ]
-    for helix, peer in pairs:
-        if helix["row"].get("m") == 1 and all(helix["row"][k] == peer["row"][k] for k in ("tp", "pp")):
-            for samples, what in _SPEEDS:
-                if samples in helix["measured"] and samples in peer["measured"]:
-                    ratio = median(peer["measured"][samples]) / median(helix["measured"][samples])
-                    noise[samples] = max(noise[samples], ratio, 1 / ratio)
-                    said.append(
-                        f"Noise, measured: {helix['name']} computes what {peer['name']} computes, and its "
-                        f"{what} ran at {ratio:.2f}x the speed. Smaller differences are not shown as such."
-                    )
-    for helix, peer in pairs:
-        parts = [
-            f"{what} {_versus(helix['measured'][samples], peer['measured'][samples], noise[samples])}"
-            for samples, what in _SPEEDS
-            if samples in helix["measured"] and samples in peer["measured"]
-        ]
-        said.append(f"{helix['name']} against {peer['name']}, measured: {'; '.join(parts)}.")
+def speeds(results: dict[str, Any]) -> list[str]:
+    """Each variant next to its baselines, gains and losses alike, in one sentence for each pair."""
+    said, lines = [], {}
+    for entry in results["comparisons"]:
+        lines.setdefault((entry["variant"], entry["baseline"], entry["same_program"]), []).append(entry)
+    for (variant, baseline, same), entries in lines.items():
+        parts = "; ".join(f"{WORKLOADS[e['workload']]} {versus(e)}" for e in entries)
+        if same:
+            said.insert(
+                0,
+                f"{variant} computes what {baseline} computes. Their ratio is noise, and differences that "
+                f"are smaller are not shown as such: {parts}.",
+            )
+        else:
+            said.append(f"{variant} against {baseline}, measured: {parts}.")
     return said
 
 
-def _versus(own: list[float], other: list[float], noise: float) -> str:
-    """Compare two series of seconds by their medians; overlap, or a ratio within `noise`, decides nothing."""
-    ratio = median(other) / median(own)
-    if min(own) <= max(other) and min(other) <= max(own):
-        return f"{ratio:.2f}x (no difference shown: the samples overlap)"
-    if max(ratio, 1 / ratio) <= noise:
-        return f"{ratio:.2f}x (no difference shown: within the noise)"
-    return f"{ratio:.2f}x ({'faster' if ratio > 1 else 'SLOWER'})"
+def versus(entry: dict[str, Any]) -> str:
+    """'1.13x [1.05, 1.21] (faster, p = 0.004)'"""
+    said = f"{entry['ratio']:.2f}x"
+    if entry["ci95"] is not None:
+        said += " [{}, {}]".format(*map(bound, entry["ci95"]))
+    shown = entry["verdict"].upper() if entry["verdict"] == "slower" else entry["verdict"]
+    return f"{said} ({shown}{f', p = {entry["p_value"]:.2g}' if entry['p_value'] is not None else ''})"
+
+
+def bound(value: float) -> str:
+    """One end of a ratio's interval; few runs can make it absurd, and no digits of that mean anything."""
+    return "below 0.01" if value < 0.01 else "above 100" if value > 100 else f"{value:.2f}"

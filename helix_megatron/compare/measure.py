@@ -1,19 +1,18 @@
-"""What one rank of one variant does: train with Megatron's `pretrain`, then forward, decode, memory.
+"""What one rank of one run does: train with Megatron's `pretrain`, then the other workloads, and memory.
 
-Every number here is measured on this rank; the harness takes the slowest rank for times and the mean for
-bytes. Shape legend: s sequence, b micro-batch.
+Every number here is measured on this rank; the summary takes the slowest rank for times and the mean for
+bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,52 @@ from typing import Any
 import torch
 
 from helix_megatron import entry, pretrain_gpt
-from helix_megatron.compare import decode, memory
+from helix_megatron.compare import accuracy, memory, nvml, workloads
 from helix_megatron.compare.comm import CommMeter
 from helix_megatron.compare.start import same_weights_at_any_layout
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the harness asks of every rank of a variant; plain JSON types only."""
+    """What the harness asks of every rank of a run; plain JSON types only."""
 
     argv: list[str]
     """Flags for helix_megatron.pretrain_gpt."""
     folder: str
     """Where rank r writes rank-<r>.json, or error-<r>.json, and rank 0 its progress."""
     host: bool
-    steps: int
-    warmup_steps: int
-    forward_iterations: int
-    prompt_length: int
-    decode_tokens: int
-    decode_batch_size: int
+    workloads: dict[str, list[int]]
+    """Name → [warm-up iterations, measured iterations]."""
+    prompt_length: int = 16
+    batch_size: int = 1
+    mixed_decode_steps: int = 4
+    slow_down: float = 0.0
+    reference: str | None = None
+    """Path of the fp32 reference's logits, to write or to compare with; None for neither."""
+    reference_of: str | None = None
+    """This run is the reference, of a model whose weights have this torch dtype."""
+
+    def count(self, name: str) -> int:
+        """Iterations of a workload, warm-up included."""
+        return sum(self.workloads[name])
+
+    def samples(self, name: str) -> workloads.Samples:
+        """An empty record of a workload's iterations."""
+        return workloads.Samples(self.workloads[name][0], self.host, self.slow_down)
 
 
 @dataclass
 class Recorder:
-    """Filled by the wrapped `train_step`: losses, seconds and collectives of each step, and the objects."""
+    """Filled by the wrapped `train_step`: losses, samples of each step, and the objects."""
 
+    samples: workloads.Samples
     losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    step_comm: list[dict[str, Any]] = field(default_factory=list)
     model: list[torch.nn.Module] = field(default_factory=list)
     optimizer: Any = None
-    config: Any = None
 
 
 def run(task: Task) -> None:
-    """Measure this rank's part of a variant and write it to the task's folder; raises what went wrong."""
+    """Measure this rank's part of a run and write it to the task's folder; raises what went wrong."""
     rank = int(os.environ["RANK"])
     if task.host:
         pin(rank)
@@ -91,42 +100,72 @@ def measure(task: Task, progress: Path | None) -> dict[str, Any]:
 
     say("starting")
     argv = entry.prepare(task.argv)
-    recorder, meter = Recorder(), CommMeter()
+    meter = CommMeter()
+    recorder = Recorder(workloads.Samples(task.workloads.get("train", [1, 0])[0], task.host, task.slow_down))
+    seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else 1234
+    result: dict[str, Any] = {}
+    with (
+        same_weights_at_any_layout(seed),
+        accuracy.compared_at_start(task, result, workloads.random_tokens),
+        recorded_training(recorder, meter, say),
+        nvml.watched(result, task.host),
+    ):
+        try:
+            pretrain_gpt.train(argv)
+        except accuracy.ReferenceDone:
+            return {"reference": task.reference}
+        measured = after_training(task, recorder, meter, say)
+    return result | measured
+
+
+def after_training(
+    task: Task, recorder: Recorder, meter: CommMeter, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything measured once the model is there and trained."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
     from megatron.training import get_args
 
-    seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else 1234
-    with same_weights_at_any_layout(seed), recorded_training(recorder, meter, task, say):
-        pretrain_gpt.train(argv)
     get_rerun_state_machine().set_mode(RerunMode.DISABLED)  # it watches training steps only
-    args = get_args()
-    result: dict[str, Any] = {
-        "layers": len(layer_numbers(recorder.model)),
-        "args": chosen_args(args),
-        "helix": helix_plan(recorder.model),
-        "losses": recorder.losses,
-        "train_step_seconds": recorder.step_seconds,
-        "train_step_comm": recorder.step_comm,
-        "tokens_per_step": args.global_batch_size * args.seq_length,
-        "memory_bytes": memory.held(recorder.model, recorder.optimizer),
-    }
-    say("forward")
-    result["memory_bytes"]["saved_for_backward"] = memory.saved_for_backward(
-        recorder.model, lambda: one_pass(recorder, microbatches=1)
+    args, model = get_args(), recorder.model
+    held = memory.held(model, recorder.optimizer)
+    say("activations")
+    held["saved_for_backward"] = memory.saved_for_backward(
+        model, lambda: workloads.one_pass(model, microbatches=1)
     )
-    result["forward_seconds"], result["forward_comm"] = forward(recorder, meter, task)
-    if task.decode_tokens:
-        say("decode")
-        try:
-            prompt = random_tokens(task.decode_batch_size, task.prompt_length).cuda()
-            counter = meter if task.host else None
-            result["decode"] = decode.decode(recorder.model, prompt, task.decode_tokens, counter)
-        except (NotImplementedError, ValueError, AssertionError) as error:  # training still counts
-            result["decode"] = {"cause": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    measured: dict[str, Any] = {}
+    if "train" in task.workloads:
+        tokens = args.global_batch_size * args.seq_length
+        work = 3 * workloads.flops(tokens, tokens * args.seq_length)
+        measured["train"] = recorder.samples.as_json(tokens, work)
+        measured["train"]["losses"] = recorder.losses
+    steps: list[tuple[str, str, Callable[..., dict[str, Any]]]] = [
+        ("prefill", "prefill", workloads.prefill),
+        ("prefill", "first_token", workloads.first_token),
+        ("decode", "decode", workloads.decode),
+        ("mixed", "mixed", workloads.mixed),
+    ]
+    for asked, name, body in steps:
+        if asked in task.workloads:
+            say(name.replace("_", " "))
+            try:
+                measured[name] = body(model, task, meter)
+            except (NotImplementedError, ValueError, AssertionError) as error:  # the rest still counts
+                measured[name] = {"cause": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    if "kv_cache_bytes" in measured.get("decode", {}):
+        held["kv_cache"] = measured["decode"]["kv_cache_bytes"]
+    kinds = [kind for one in measured.values() for kind in one.get("comm", {}).values()]
+    held["communication"] = max((kind["largest"] for kind in kinds), default=0)
     if torch.cuda.max_memory_allocated():
-        result["memory_bytes"]["device_peak"] = torch.cuda.max_memory_allocated()
+        held["device_peak"] = torch.cuda.max_memory_allocated()
     say("done")
-    return result
+    return {
+        "layers": len(layer_numbers(model)),
+        "args": chosen_args(args),
+        "helix": helix_plan(model),
+        "workloads": measured,
+        "memory_bytes": held,
+        "megatron_estimate_bytes": memory.megatron_estimate(),
+    }
 
 
 def chosen_args(args: Any) -> dict[str, Any]:
@@ -135,6 +174,7 @@ def chosen_args(args: Any) -> dict[str, Any]:
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "data_parallel_size",
+        "context_parallel_size",
         "num_layers",
         "hidden_size",
         "ffn_hidden_size",
@@ -145,6 +185,7 @@ def chosen_args(args: Any) -> dict[str, Any]:
         "micro_batch_size",
         "global_batch_size",
         "padded_vocab_size",
+        "world_size",
         *sorted(name for name in vars(args) if name.startswith("helix_")),
     ]
     plain = (str, int, float, bool, type(None))
@@ -173,32 +214,16 @@ def layer_numbers(model: list[torch.nn.Module]) -> list[int]:
 
 
 @contextmanager
-def recorded_training(recorder: Recorder, meter: CommMeter, task: Task, say: Any) -> Iterator[None]:
-    """Wrap Megatron's `train_step` while entered.
-
-    On the host every step is both timed and counted (counting costs microseconds). On GPUs the measured
-    steps run untouched, and the last warm-up step is the counted one, with each collective on its own.
-    """
+def recorded_training(recorder: Recorder, meter: CommMeter, say: Callable[[str], None]) -> Iterator[None]:
+    """Wrap Megatron's `train_step` while entered: each call is one iteration of the recorder's samples."""
     from megatron.training import training
 
     original = training.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        number = len(recorder.step_seconds)
-        say(f"training step {number + 1}/{task.warmup_steps + task.steps}")
-        recorder.model, recorder.optimizer, recorder.config = args[2], args[3], args[5]
-        counted = task.host or number == max(0, task.warmup_steps - 1)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        if counted:
-            with meter.counting(blocking=not task.host):
-                result = original(*args, **kwargs)
-            recorder.step_comm.append(meter.as_json())
-        else:
-            result = original(*args, **kwargs)
-            recorder.step_comm.append({})
-        torch.cuda.synchronize()
-        recorder.step_seconds.append(time.perf_counter() - start)
+        say(f"training step {len(recorder.samples.all_seconds) + 1}")
+        recorder.model, recorder.optimizer = args[2], args[3]
+        result = recorder.samples.iteration(lambda: original(*args, **kwargs), meter)
         if "lm loss" in result[0]:
             recorder.losses.append(result[0]["lm loss"].item())
         return result
@@ -210,74 +235,11 @@ def recorded_training(recorder: Recorder, meter: CommMeter, task: Task, say: Any
         training.train_step = original
 
 
-def batches() -> Iterator[dict[str, torch.Tensor]]:
-    """The same micro-batch of random tokens for ever, in the form that a data loader yields."""
-    from megatron.training import get_args
-
-    args = get_args()
-    shape = (args.micro_batch_size, args.seq_length)  # [b, s]
-    tokens = random_tokens(*shape)
-    batch = {
-        "tokens": tokens,
-        "labels": tokens.roll(-1, dims=1),
-        "loss_mask": torch.ones(shape),
-        "position_ids": torch.arange(args.seq_length).repeat(args.micro_batch_size, 1),
-    }
-    if args.create_attention_mask_in_dataloader:
-        mask = torch.tril(torch.ones(1, 1, args.seq_length, args.seq_length)) < 0.5
-        batch["attention_mask"] = mask.repeat(args.micro_batch_size, 1, 1, 1)
-    return itertools.repeat(batch)
-
-
-def random_tokens(rows: int, columns: int) -> torch.Tensor:
-    """The same random tokens [rows, columns] (int64) on every rank and in every variant."""
-    from megatron.training import get_args
-
-    args = get_args()
-    generator = torch.Generator().manual_seed(1234)
-    return torch.randint(0, args.vocab_size or args.padded_vocab_size, (rows, columns), generator=generator)
-
-
-def one_pass(recorder: Recorder, microbatches: int) -> None:
-    """Forward `microbatches` through the whole pipeline with Megatron's own schedule."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.training import get_args
-
-    args = get_args()
-    chunks = len(recorder.model)
-    get_forward_backward_func()(
-        forward_step_func=pretrain_gpt.forward_step,
-        data_iterator=[batches() for _ in range(chunks)] if chunks > 1 else batches(),
-        model=recorder.model,
-        num_microbatches=microbatches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        decoder_seq_length=args.decoder_seq_length,
-        forward_only=True,
-    )
-
-
-def forward(recorder: Recorder, meter: CommMeter, task: Task) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each measured forward pass of a global batch, and the collectives of the last one."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    for chunk in recorder.model:
-        chunk.eval()
-    seconds: list[float] = []
-    with torch.no_grad():
-        for _ in range(task.forward_iterations):
-            torch.cuda.synchronize()
-            torch.distributed.barrier()
-            start = time.perf_counter()
-            with meter.counting() if task.host else nullcontext():
-                one_pass(recorder, get_num_microbatches())
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return seconds, meter.as_json() if task.host else {}
-
-
 def main() -> None:
     """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.measure TASK`, as JSON."""
+    from helix_megatron.launch import die_with_parent
+
+    die_with_parent()  # a harness that is killed leaves no ranks on the GPUs
     run(Task(**json.loads(sys.argv[1])))
 
 

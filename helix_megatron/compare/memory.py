@@ -19,16 +19,36 @@ def held(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
     """
     parameters = [p for chunk in model for p in chunk.parameters()]
     seen: set[int] = set()
-    sizes = {"parameters": _unseen(parameters, seen)}
+    sizes = {"parameters": storage_bytes(parameters, seen)}
     gradients = [getattr(p, "main_grad", None) for p in parameters] + [p.grad for p in parameters]
-    sizes["gradients"] = _unseen([g for g in gradients if g is not None], seen)
+    sizes["gradients"] = storage_bytes([g for g in gradients if g is not None], seen)
     state: list[torch.Tensor] = []
     for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(wrapper, "optimizer", wrapper)
         state += [p for group in inner.param_groups for p in group["params"]]
         state += [v for values in inner.state.values() for v in values.values() if torch.is_tensor(v)]
-    sizes["optimizer"] = _unseen(state, seen)
+    sizes["optimizer"] = storage_bytes(state, seen)
     return sizes
+
+
+def megatron_estimate() -> dict[str, float]:
+    """Megatron's own theoretical bytes of the fullest rank, of one micro-batch in flight.
+
+    Its formula is for bf16 training (18 bytes a parameter with its gradient and Adam's state), whatever runs.
+    """
+    from megatron.training import get_args, theoretical_memory_usage
+
+    args = get_args()
+    with_sequence_parallel = args.sequence_parallel and args.recompute_granularity == "selective"
+    activations = (
+        theoretical_memory_usage.compute_activation_memory
+        if with_sequence_parallel
+        else theoretical_memory_usage.compute_activation_memory_without_sp
+    )
+    return {
+        "weights_and_optimizer": theoretical_memory_usage.compute_weight_and_optimizer_memory(args),
+        "activations": activations(args, num_microbatches=1),
+    }
 
 
 def saved_for_backward(model: list[torch.nn.Module], one_pass: Callable[[], None]) -> int:
@@ -48,10 +68,11 @@ def saved_for_backward(model: list[torch.nn.Module], one_pass: Callable[[], None
         chunk.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         one_pass()
-    return _unseen(kept, seen)
+    return storage_bytes(kept, seen)
 
 
-def _unseen(tensors: list[torch.Tensor], seen: set[int]) -> int:
+def storage_bytes(tensors: list[torch.Tensor], seen: set[int]) -> int:
+    """Bytes of the storages of `tensors` that are not in `seen`, each once; adds their addresses to it."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()

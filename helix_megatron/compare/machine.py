@@ -1,0 +1,74 @@
+"""What ran where: hardware, versions and source. Runs that differ in it are not compared unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("helix-megatron", "megatron-core", "torch", "numpy", "scipy", "transformer-engine")
+
+
+def identity() -> dict[str, Any]:
+    """What must be equal for two runs to be comparable, all of it shown in the report."""
+    return {
+        "machine": platform.node(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "revision": git_revision(),
+        "source": source_digest(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine, and its GPUs."""
+    import psutil
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
+
+
+def git_revision() -> str:
+    """Commit of the source, marked when the tree has changes; 'unknown' outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        revision, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + (" with local changes" if changed else "")
+
+
+def source_digest() -> str:
+    """SHA-256 (its first 16 digits) over this package's Python files: local changes have no revision."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

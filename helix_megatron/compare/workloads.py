@@ -1,0 +1,239 @@
+"""What one rank does after training, iteration by iteration: prefill, first token, decode, mixed.
+
+Shape legend: b sequences, s sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from helix_megatron import pretrain_gpt
+from helix_megatron.compare.comm import CommMeter
+from helix_megatron.compare.decode import Session
+
+
+class Samples:
+    """One workload on this rank: seconds of each iteration, and the collectives of the counted ones."""
+
+    def __init__(self, warmup_iterations: int, host: bool, slow_down: float = 0.0) -> None:
+        self.warmup, self.host, self.slow_down = warmup_iterations, host, slow_down
+        self.all_seconds: list[float] = []
+        self.comm_seconds: list[float] = []
+        self.comm: dict[str, dict[str, float]] = {}
+        self.counted = 0
+
+    def iteration(self, body: Callable[[], Any], meter: CommMeter) -> Any:
+        """Run `body` once, timed; returns what it returns.
+
+        On the host every iteration is both timed and counted (counting costs microseconds). On GPUs the
+        measured ones run untouched, and the last warm-up iteration is the counted one, each collective on
+        its own.
+        """
+        number = len(self.all_seconds)
+        counts = self.host or number == self.warmup - 1
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if counts:
+            with meter.counting(blocking=not self.host):
+                result = body()
+        else:
+            result = body()
+        torch.cuda.synchronize()
+        if self.slow_down:
+            time.sleep(self.slow_down * (time.perf_counter() - start))
+        self.all_seconds.append(time.perf_counter() - start)
+        if counts and (number >= self.warmup or not self.host):
+            self._add(meter)
+        return result
+
+    def _add(self, meter: CommMeter) -> None:
+        self.counted += 1
+        self.comm_seconds.append(meter.seconds)
+        for kind, tally in meter.as_json().items():
+            sums = self.comm.setdefault(kind, dict.fromkeys(tally, 0.0))
+            for unit, value in tally.items():
+                sums[unit] = max(sums[unit], value) if unit == "largest" else sums[unit] + value
+
+    def as_json(self, tokens: float, flops: float) -> dict[str, Any]:
+        """tokens, flops: of one iteration, on all ranks together.
+
+        comm holds sums over comm_iterations iterations; comm_seconds the total of each of them.
+        """
+        return {
+            "warmup_seconds": self.all_seconds[: self.warmup],
+            "seconds": self.all_seconds[self.warmup :],
+            "comm": self.comm,
+            "comm_iterations": self.counted,
+            "comm_seconds": self.comm_seconds,
+            "tokens": tokens,
+            "flops": flops,
+        }
+
+
+def flops(tokens: float, squares: float) -> float:
+    """Floating-point operations of a forward pass, by Megatron's own count (a third of a training step's).
+
+    Args:
+        tokens: positions that pass through the model.
+        squares: sum of squared lengths of causal sequences; a token that sees L others counts 2 L.
+    """
+    from megatron.training import get_args
+    from megatron.training.training import num_floating_point_operations
+
+    return num_floating_point_operations(get_args(), 1, squares, tokens) / 3
+
+
+def batches() -> Iterator[dict[str, torch.Tensor]]:
+    """The same micro-batch of random tokens for ever, in the form that a data loader yields."""
+    from megatron.training import get_args
+
+    args = get_args()
+    shape = (args.micro_batch_size, args.seq_length)  # [b, s]
+    tokens = random_tokens(*shape)
+    batch = {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, dims=1),
+        "loss_mask": torch.ones(shape),
+        "position_ids": torch.arange(args.seq_length).repeat(args.micro_batch_size, 1),
+    }
+    if args.create_attention_mask_in_dataloader:
+        mask = torch.tril(torch.ones(1, 1, args.seq_length, args.seq_length)) < 0.5
+        batch["attention_mask"] = mask.repeat(args.micro_batch_size, 1, 1, 1)
+    return itertools.repeat(batch)
+
+
+def random_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+    """The same random tokens [rows, columns] (int64) on every rank and in every variant."""
+    from megatron.training import get_args
+
+    args = get_args()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, args.vocab_size or args.padded_vocab_size, (rows, columns), generator=generator)
+
+
+def replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+    """This data-parallel replica's share [rows / DP, columns] of random tokens. ValueError when uneven."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank()
+    replicas = parallel_state.get_data_parallel_world_size()
+    if rows % replicas:
+        raise ValueError(f"batch_size {rows} cannot be split over {replicas} data-parallel replicas.")
+    share = rows // replicas
+    return random_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
+
+
+def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
+    """Forward `microbatches` through the whole pipeline with Megatron's own schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.training import get_args
+
+    args = get_args()
+    chunks = len(model)
+    get_forward_backward_func()(
+        forward_step_func=pretrain_gpt.forward_step,
+        data_iterator=[batches() for _ in range(chunks)] if chunks > 1 else batches(),
+        model=model,
+        num_microbatches=microbatches,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=args.decoder_seq_length,
+        forward_only=True,
+    )
+
+
+def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
+    """Forward passes of a global batch by the pipeline's schedule: prompts at the highest throughput."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import get_args
+
+    args = get_args()
+    for chunk in model:
+        chunk.eval()
+    samples = task.samples("prefill")
+    with torch.no_grad():
+        for _ in range(task.count("prefill")):
+            torch.distributed.barrier()
+            samples.iteration(lambda: one_pass(model, get_num_microbatches()), meter)
+    sequences = args.global_batch_size
+    tokens = sequences * args.seq_length
+    return samples.as_json(tokens, flops(tokens, sequences * args.seq_length**2))
+
+
+def first_token(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
+    """From a batch of prompts to the first token of each: the time to first token."""
+    prompt = replica_tokens(task.batch_size, task.prompt_length)
+    samples = task.samples("prefill")
+    for _ in range(task.count("prefill")):
+        session = Session(model, prompt, 1)
+        torch.distributed.barrier()
+        samples.iteration(session.step, meter)
+    return samples.as_json(*_prompt_work(task))
+
+
+def _prompt_work(task: Any) -> tuple[float, float]:
+    """Tokens and operations of prefilling the batch once."""
+    tokens = task.batch_size * task.prompt_length
+    return tokens, flops(tokens, tokens * task.prompt_length)
+
+
+def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
+    """One token after the other for a batch whose cache holds the prompts; the tokens are kept as well."""
+    from megatron.core import parallel_state
+
+    count = task.count("decode")
+    session = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count)
+    made, samples = [session.step()], task.samples("decode")
+    torch.distributed.barrier()
+    for _ in range(count):
+        made.append(samples.iteration(session.step, meter))
+    context = task.prompt_length + 1 + count / 2  # in the middle of it
+    work = flops(task.batch_size, task.batch_size * 2 * context)
+    return samples.as_json(task.batch_size, work) | {
+        "kv_cache_bytes": session.cache_bytes(),
+        "tokens_chosen": torch.cat(made, dim=1).tolist(),
+        "replica": parallel_state.get_data_parallel_rank(),
+    }
+
+
+def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
+    """As in a server: a batch of new prompts is prefilled, then another batch decodes some tokens.
+
+    Beside the iterations, the seconds of each first token and of each decode step are kept.
+    """
+    count, steps = task.count("mixed"), task.mixed_decode_steps
+    running = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count * steps)
+    running.step()
+    samples = task.samples("mixed")
+    first_seconds: list[float] = []
+    token_seconds: list[float] = []
+
+    def timed(session: Session, seconds: list[float]) -> None:
+        start = time.perf_counter()
+        session.step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+
+    for number in range(count):
+        arrived = Session(model, replica_tokens(task.batch_size, task.prompt_length, 4321 + number), 1)
+
+        def body(arrived: Session = arrived) -> None:
+            timed(arrived, first_seconds)
+            for _ in range(steps):
+                timed(running, token_seconds)
+
+        torch.distributed.barrier()
+        samples.iteration(body, meter)
+    tokens, work = _prompt_work(task)
+    decoded = steps * task.batch_size
+    context = task.prompt_length + 1 + count * steps / 2
+    measured = samples.as_json(tokens + decoded, work + flops(decoded, decoded * 2 * context))
+    return measured | {
+        "first_token_seconds": first_seconds[samples.warmup :],
+        "token_seconds": token_seconds[samples.warmup * steps :],
+    }
