@@ -4,6 +4,7 @@
     helix convert --from …       Hugging Face models into Megatron checkpoints, and back
     helix data PREFIX            a small real English text as byte tokens
     helix doctor                 what is installed here, what that enables, what is wrong
+    helix generate --model …     text from a model on any number of ranks
 
 A subcommand is a function that takes the subparsers, adds its own, and sets `run`, a function from the
 parsed arguments to the exit code. Refusals (ValueError) are one line and exit code 2.
@@ -16,6 +17,7 @@ import sys
 from typing import Any
 
 from helix_megatron.convert.cli import add_convert
+from helix_megatron.generate.cli import add_generate
 
 
 def add_compare(subparsers: Any) -> None:
@@ -55,7 +57,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.json)
 
 
-COMMANDS = (add_compare, add_data, add_doctor, add_convert)
+COMMANDS = (add_compare, add_data, add_doctor, add_convert, add_generate)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,106 @@
+"""The command line of `helix generate`; torch is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What both commands ask of a model and its ranks."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="PATH",
+        help="Hugging Face folder, .gguf file, or Megatron torch_dist checkpoint")  # fmt: skip
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="T", help="number of ranks (default 1)")
+    add("--attention-impl", choices=["helix", "megatron"], default="helix",
+        help="megatron: vanilla, for comparison")  # fmt: skip
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of weights and cache (auto: float32 on the host, bfloat16 on GPUs)")  # fmt: skip
+    add("--tokenizer", metavar="FOLDER", help="Hugging Face tokenizer, of a checkpoint that brings none")
+    add("--cache-dir", type=Path, metavar="FOLDER",
+        help="where converted models are kept (default: the user's cache folder)")  # fmt: skip
+    add("--kv-block-size", type=int, metavar="TOKENS",
+        help="tokens of a block of the paged cache; a multiple of the slices m")  # fmt: skip
+    add("--megatron-args", default="", metavar="'FLAGS'",
+        help="further flags of Megatron and Helix, in one string")  # fmt: skip
+
+
+def _layout(options: argparse.Namespace) -> Any:
+    from helix_megatron.generate import ranks
+    from helix_megatron.generate.model import Layout
+
+    size = options.tensor_model_parallel_size
+    if size < 1:
+        raise ValueError(f"--tensor-model-parallel-size {size}: at least one rank is needed.")
+    if options.kv_block_size is not None and options.kv_block_size < 1:
+        raise ValueError(f"--kv-block-size {options.kv_block_size}: a block holds at least one token.")
+    host = ranks.on_host()
+    dtype = ("float32" if host else "bfloat16") if options.dtype == "auto" else options.dtype
+    return Layout(size, options.attention_impl, dtype, host, tuple(shlex.split(options.megatron_args)))
+
+
+def add_generate(subparsers: Any) -> None:
+    """`helix generate`."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="text from a model on any number of ranks, with times and KV bytes",
+        description="Generates with Megatron's dynamic inference engine. Without a GPU it starts the ranks "
+        "itself, as processes of this machine; with GPUs start it with torchrun: torchrun --nproc-per-node 8 "
+        "-m helix_megatron.cli generate …",
+        epilog='helix generate --model SmolLM2.gguf --tensor-model-parallel-size 8 "Once upon a time"',
+    )
+    _add_model(parser)
+    add = parser.add_argument
+    add("prompt", nargs="*", metavar="PROMPT", help="text to go on from, in quotes")
+    add(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help='one prompt a line; .jsonl: strings or {"prompt": …}',
+    )
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="of each answer (default 64)")
+    add("--max-batch-size", type=int, default=64, metavar="N", help="prompts at once (default 64)")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="choose among the K most likely tokens")
+    add("--top-p", type=float, default=0.0, metavar="P", help="choose among those that have probability P")
+    add("--seed", type=int, default=42, help="of the draws (default 42)")
+    add("--ignore-eos", action="store_true", help="go on after an end of text")
+    add("--json", action="store_true", help="print one JSON document, and no text as it comes")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from helix_megatron.generate import ranks
+
+    ranks.quiet()
+    from helix_megatron.generate.generate import Job, Sampling, rank_generate, refuse_too_long
+    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepared
+    from helix_megatron.generate.prompts import read_prompts
+
+    for name in ("max_new_tokens", "max_batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    prompts = read_prompts(options.prompt, options.prompts_file)
+    layout = _layout(options)
+    checkpoint = prepared(options.model, layout.dtype, options.cache_dir or default_cache())
+    tokenizer = open_tokenizer(checkpoint, options.tokenizer)
+    tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
+    refuse_too_long(tokens, options.max_new_tokens, Checkpoint(checkpoint).args.max_position_embeddings)
+    job = Job(
+        model=str(options.model),
+        checkpoint=checkpoint,
+        layout=layout,
+        prompts=prompts,
+        tokens=tokens,
+        new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        tokenizer=options.tokenizer,
+        ignore_eos=options.ignore_eos,
+        at_once=options.max_batch_size,
+        block_tokens=options.kv_block_size,
+        as_json=options.json,
+    )
+    return ranks.run(rank_generate, layout.tensor_parallel, layout.on_host, job)

@@ -1,0 +1,153 @@
+"""Megatron's dynamic inference engine around a loaded model: its size, its requests, its end.
+
+Every rank of a tensor-parallel group makes the same calls in the same order; the engine's steps are
+collective, its bookkeeping is the same on every rank without asking one another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.generate.kv_bytes import KvBytes
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What the engine is built for.
+
+    Args:
+        block_tokens: B, tokens of a block of the paged cache.
+        blocks: that requests can use.
+        requests: generated for at once.
+        sequence: tokens of the longest request, prompt and answer.
+        step_tokens: of a step, hence of the longest prompt.
+    """
+
+    block_tokens: int
+    blocks: int
+    requests: int
+    sequence: int
+    step_tokens: int
+
+
+def kv_bytes(config: Any) -> KvBytes:
+    """Of a model's TransformerConfig."""
+    heads = config.num_query_groups or config.num_attention_heads
+    return KvBytes(config.num_layers, heads, config.kv_channels, config.params_dtype.itemsize)
+
+
+def block_bytes(config: Any, helix: bool, block_tokens: int) -> int:
+    """Of a block on one rank."""
+    kv, ranks = kv_bytes(config), config.tensor_model_parallel_size
+    return kv.whole(block_tokens) // ranks if helix else kv.replicated(ranks, block_tokens)
+
+
+def slices(config: Any) -> int:
+    """m of a loaded model's grid; 1 without Helix."""
+    from helix_megatron import integrate
+    from helix_megatron.attention import plan_for
+
+    if integrate._active is None:
+        return 1
+    plan = plan_for(integrate._active, config, config.tensor_model_parallel_size)
+    return plan.grid.dim_parallel_size
+
+
+def default_block_tokens(config: Any, on_host: bool) -> int:
+    """Tokens of a block: a multiple of m, so that its ranks share a block evenly; flash-attn wants pages of
+    256 on each rank."""
+    m = slices(config)
+    return -(-64 // m) * m if on_host else 256 * m
+
+
+def size_for(lengths: list[int], new_tokens: int, at_once: int, block_tokens: int) -> CacheSize:
+    """A cache in which `at_once` of these prompts always fit.
+
+    Args:
+        lengths: tokens of the prompts.
+        new_tokens: of each answer.
+        at_once: requests generated for at the same time.
+        block_tokens: B.
+    """
+    each = sorted((-(-(length + new_tokens) // block_tokens) for length in lengths), reverse=True)
+    requests = min(at_once, len(lengths))
+    longest = max(lengths)
+    return CacheSize(
+        block_tokens, sum(each[:requests]), requests, longest + new_tokens, max(2048, longest, requests)
+    )
+
+
+def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
+    """Megatron's InferenceConfig of that size for a model with this TransformerConfig."""
+    from megatron.core.inference.config import InferenceConfig
+
+    from helix_megatron import integrate
+
+    ranks = config.tensor_model_parallel_size
+    multiple = math.lcm(4, ranks)  # Megatron deals requests to its ranks, and pads them to fours
+    requests = -(-size.requests // multiple) * multiple
+    one = block_bytes(config, integrate._active is not None, size.block_tokens)
+    settings = {
+        "block_size_tokens": size.block_tokens,
+        "buffer_size_gb": (size.blocks + 1.5) * one / 2**30,  # one block is Megatron's own
+        "max_requests": requests,
+        "max_sequence_length": size.sequence,
+        "max_tokens": max(size.step_tokens, requests),
+        "unified_memory_level": 0,
+        "use_flashinfer_fused_rope": False,
+    }
+    return InferenceConfig(**{**settings, **more})
+
+
+def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more: Any) -> Any:
+    """The engine; its cache is `engine.context`.
+
+    Args:
+        model: in eval mode, with its weights.
+        tokenizer: Megatron's.
+        size: of the cache.
+        watch: called with (request ids, logits [requests, V]) of every step, when given.
+        more: further fields of InferenceConfig.
+    """
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.engines import DynamicInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    class Watched(GPTInferenceWrapper):
+        """Shows the logits of every step."""
+
+        def run_one_forward_step(self, *args: Any, **kwargs: Any) -> Any:
+            logits = super().run_one_forward_step(*args, **kwargs)
+            context = self.inference_context
+            ids = context.request_ids[context.paused_request_count : context.total_request_count].tolist()
+            watch(ids, logits[0, : len(ids)])
+            return logits
+
+    context = DynamicInferenceContext(model.config, inference_config(model.config, size, **more))
+    wrapper = (GPTInferenceWrapper if watch is None else Watched)(model, context)
+    return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
+
+
+def tokens_of(record: Any) -> list[int]:
+    """The tokens generated so far; a request that was evicted goes on as a new one in its record."""
+    return [int(token) for request in record.requests for token in request.generated_tokens]
+
+
+def cancel(engine: Any, request_id: int) -> None:
+    """End a request: what it holds is free after the next step; it comes back with the tokens it has.
+
+    All ranks call it between the same two steps. One that is unknown, or has ended, is left alone.
+    """
+    if request_id not in engine.requests or request_id in engine.failed_request_ids:
+        return
+    if request_id in engine.waiting_request_ids and engine.context.chunked_prefill_request_id != request_id:
+        engine.waiting_request_ids.remove(request_id)
+        entry = engine.requests.pop(request_id)
+        entry.future.cancel()
+    else:  # as if it had produced a stop word: Megatron's own way out of the batch
+        engine.stop_word_finished_request_ids.add(request_id)

@@ -1,0 +1,188 @@
+"""A model on disk, as the checkpoint and the flags with which Megatron loads it on any number of ranks.
+
+A Hugging Face folder or GGUF file is converted once, into a folder of the cache that is named after the
+source's files; a Megatron checkpoint (torch_dist) is used where it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.convert import command, families
+from helix_megatron.convert.check import HOST_FLAGS
+from helix_megatron.convert.torch_dist import Checkpoint
+
+_WEIGHTS = ("*.safetensors", "*.gguf", "config.json", "tokenizer*", "*.index.json")
+# Of a Megatron model that is no Llama: what --use-checkpoint-args restores.
+_RESTORED = (
+    "normalization", "position_embedding_type", "swiglu", "rotary_percent", "rotary_interleaved",
+    "apply_layernorm_1p", "helix_slices_as_heads",
+)  # fmt: skip
+
+
+def default_cache() -> Path:
+    """Where converted models are kept: $HELIX_CACHE, or helix_megatron in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HELIX_CACHE") or Path(base, "helix_megatron"))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("latest_checkpointed_iteration.txt", "metadata.json"))
+
+
+def _fingerprint(source: Path, dtype: str) -> str:
+    """Of the source's files by name, size and time, and of what they are converted into."""
+    folder = source if source.is_dir() else source.parent
+    files = (
+        sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+        if source.is_dir()
+        else [source]
+    )
+    digest = hashlib.sha256(f"1 {source.resolve()} {dtype}".encode())
+    for path in files:
+        found = path.stat()
+        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def prepared(source: Path, dtype: str, cache: Path) -> Path:
+    """The Megatron checkpoint of a model; several processes may ask at once.
+
+    Args:
+        source: a Hugging Face folder, a .gguf file, or a Megatron checkpoint.
+        dtype: of the converted weights: float32, bfloat16 or float16.
+        cache: folder of converted models.
+
+    Raises:
+        ValueError: there is no model, or it cannot be converted exactly.
+    """
+    if not source.exists():
+        raise ValueError(f"--model {source} does not exist; give a Hugging Face folder, a .gguf file, or a "
+                         "Megatron checkpoint.")  # fmt: skip
+    if source.is_dir() and _is_checkpoint(source):
+        return source
+    out = cache / f"{source.stem}-{_fingerprint(source, dtype)}"
+    if _is_checkpoint(out):
+        return out
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / f".{out.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first one converts, the others wait for it
+        if not _is_checkpoint(out):
+            command.to_megatron(source, out, dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread, as the user asks for it.
+
+    Args:
+        tensor_parallel: T.
+        attention: `helix` or `megatron`.
+        dtype: float32, bfloat16 or float16.
+        on_host: no GPU.
+        more: further flags of Megatron and Helix, which override those given here.
+    """
+
+    tensor_parallel: int
+    attention: str
+    dtype: str
+    on_host: bool
+    more: tuple[str, ...] = ()
+
+
+def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
+    """The command line that builds and loads the model for sequences of up to `sequence` tokens.
+
+    Raises:
+        ValueError: the checkpoint has a feature that Megatron would not restore from it.
+    """
+    args = Checkpoint(checkpoint).args
+    for name, fine in families._PLAIN.items():
+        value = getattr(args, name, fine[-1])
+        if name not in _RESTORED and value not in fine:
+            raise ValueError(
+                f"{checkpoint} has {name} {value!r}, which --use-checkpoint-args does not restore; this "
+                "command runs dense models with full causal attention."
+            )
+    own = families.words(families.not_restored(families.flags(args, command.DTYPES[layout.dtype])))
+    half = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(layout.dtype, [])
+    local = layout.on_host or find_spec("transformer_engine") is None
+    return [
+        *(HOST_FLAGS if local else []),
+        *([] if layout.on_host or not local else ["--attention-backend", "auto"]),
+        *f"--load {checkpoint} --use-checkpoint-args --exit-on-missing-checkpoint --no-load-optim".split(),
+        *f"--no-load-rng --finetune --micro-batch-size 1 --seq-length {sequence}".split(),
+        *f"--tensor-model-parallel-size {layout.tensor_parallel}".split(),
+        *f"--tokenizer-type NullTokenizer --vocab-size {args.padded_vocab_size}".split(),
+        *["--attention-impl", layout.attention],
+        *own,
+        *half,
+        *layout.more,
+    ]
+
+
+def load(
+    checkpoint: Path, layout: Layout, tokenizer: str | None, sequence: int, more: list[str] = ()
+) -> tuple[Any, Any]:
+    """In a rank: (model, tokenizer), for sequences of up to `sequence` tokens; the model in eval mode.
+
+    Args:
+        tokenizer: folder of one that is not the checkpoint's, or None.
+        more: flags.
+    """
+    from helix_megatron.convert.check import build_and_load
+
+    opened = open_tokenizer(checkpoint, tokenizer)
+    (model,) = build_and_load([*flags(checkpoint, layout, sequence), *more])
+    mask_padding(model, getattr(Checkpoint(checkpoint).args, "vocab_size", None) or opened.vocab_size)
+    return model, opened
+
+
+def mask_padding(model: Any, vocabulary: int) -> None:
+    """Let no token be chosen whose row of the embedding is padding: its logit is 0, which can be the largest.
+
+    Args:
+        model: returns logits [..., V], gathered over the ranks.
+        vocabulary: rows that mean a token.
+    """
+
+    def mask(module: Any, inputs: Any, logits: Any) -> Any:
+        logits[..., vocabulary:] = float("-inf")
+        return logits
+
+    if model.vocab_size > vocabulary:
+        model.register_forward_hook(mask)
+
+
+def open_tokenizer(checkpoint: Path, given: str | None) -> Any:
+    """Megatron's Hugging Face tokenizer of a model.
+
+    Args:
+        checkpoint: a converted model brings its own.
+        given: folder of another one, or None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    folder = Path(given) if given else checkpoint / command.HF_FOLDER
+    if not given and not any(folder.glob("tokenizer*")):
+        args = Checkpoint(checkpoint).args
+        kind, model = (getattr(args, name, None) for name in ("tokenizer_type", "tokenizer_model"))
+        if kind != "HuggingFaceTokenizer" or not model:
+            raise ValueError(
+                f"{checkpoint} names no Hugging Face tokenizer (it was trained with {kind}); give the folder "
+                "of one with --tokenizer."
+            )
+        folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"there is no tokenizer at {folder}; give the folder of one with --tokenizer.")
+    return MegatronTokenizer.from_pretrained(str(folder), {"library": "huggingface"})

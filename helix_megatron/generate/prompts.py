@@ -1,0 +1,82 @@
+"""Prompts of a command line or a file, and text that streams as tokens come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file.
+
+    Args:
+        given: from the command line.
+        file: one prompt a line, empty lines aside; in a .jsonl file a line is a JSON string or an object with
+            `prompt`.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or the file cannot be read.
+    """
+    prompts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read --prompts-file {file}: {error}.") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompts.append(_json_prompt(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
+    if not prompts:
+        raise ValueError(
+            'there is no prompt; give one in quotes ("Once upon a time") or --prompts-file FILE.'
+        )
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; a model needs at least one token to go on from.")
+    return prompts
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+    found = found.get("prompt") if isinstance(found, dict) else found
+    if not isinstance(found, str):
+        raise ValueError(f"{where} is neither a JSON string nor an object with a string `prompt`.")
+    return found
+
+
+class TextStream:
+    """The text of tokens as they come: what is printed is never taken back.
+
+    A character may take several tokens, and a tokenizer may write a token with or without a space before it
+    depending on its neighbours. So text is decoded from the last place where it was complete, with the tokens
+    before as context, and held back while it ends in half a character.
+
+    Args:
+        decode: the text of a list of tokens.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._context = self._shown = 0  # tokens[context:shown] have been printed, and are decoded along
+
+    def push(self, token: int) -> str:
+        """The text that is complete with this token, often ''."""
+        self._tokens.append(token)
+        return self._rest(final=False)
+
+    def close(self) -> str:
+        """What was held back."""
+        return self._rest(final=True)
+
+    def _rest(self, final: bool) -> str:
+        before = self._decode(self._tokens[self._context : self._shown])
+        after = self._decode(self._tokens[self._context :])
+        if len(after) <= len(before) or (after.endswith("\N{REPLACEMENT CHARACTER}") and not final):
+            return ""
+        self._context, self._shown = self._shown, len(self._tokens)
+        return after[len(before) :]
