@@ -11,13 +11,16 @@ and s_k = 4:
     1 1 1 0
     1 1 1 1
 
-Causal attention over a paged cache, which is what Megatron's engine runs, is the paged attention of the sharded
-cache (paged_attention.py) with one rank that keeps everything: Megatron and Helix run on the same kernel.
-Everything else is the formula. Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn: +inf).
+Causal attention over a paged cache, which is what Megatron's engine runs, is the paged attention of the
+sharded cache (paged_attention.py) with one rank that keeps everything, so that Megatron and Helix run on the
+same kernel. Everything else is the formula.
+
+Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum-exp -inf (flash-attn: +inf).
 """
 
 import torch
 
+from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.paged_attention import Requests, Sight, paged_attention
 
 __all__ = ["attend", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -52,7 +55,7 @@ def _pages(cache, table, length):
 def _paged(q, k, v, ends, lengths, table, scale, window_size):
     # q [Q, H, D] to output [Q, H, D] and log-sum-exp [Q, H]
     left = window_size[0] if window_size[0] >= 0 else None
-    return paged_attention(q, k, v, Requests(ends, lengths, table), Sight(scale, left))
+    return paged_attention(q, k, v, Requests(ends, lengths, table), Sight(scale, left, KvInterleave(1, 1), 0))
 
 
 def flash_attn_varlen_func(

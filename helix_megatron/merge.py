@@ -64,7 +64,7 @@ def partial_attention(
 def _fused_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    s, b, heads, _ = query.shape
+    s, b = query.shape[:2]
     length, kv_heads = key.shape[0], key.shape[2]
     # One new token: the query heads of a KV head are the rows of one product, its keys are read once.
     rows = query.unflatten(2, (kv_heads, -1))[0] if s == 1 else query.permute(1, 2, 0, 3)

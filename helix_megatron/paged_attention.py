@@ -42,9 +42,9 @@ class Sight:
     """
 
     softmax_scale: float
-    left: int | None = None
-    interleave: KvInterleave = KvInterleave(1, 1)
-    rank: int = 0
+    left: int | None
+    interleave: KvInterleave
+    rank: int
 
     def first(self, position):
         """First slot that a token at `position` (integers of any shape) sees."""
