@@ -8,6 +8,7 @@ m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per ra
     all-to-all (Q)        slice of all heads -> whole some heads     (m-1)/m S B N d_s   all-to-all, reversed
     all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
+    gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none
 
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
@@ -119,4 +120,28 @@ def all_to_all(
     return [
         part.reshape(tuple(shape))
         for part, shape in zip(received.split(receive), receive_shapes, strict=True)
+    ]
+
+
+def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """gather_slices for the few new tokens of an inference step; has no backward.
+
+    Over gloo the ONE collective is an all-to-all of equal pieces. Bytes received are those of an all-gather, but
+    ranks send to each other directly, where gloo's all-gather passes pieces around a ring in m-1 rounds.
+
+    Args:
+        tensors: local tensors of any shapes, equally typed.
+    Returns:
+        for each, [m, *shape]: the tensor of every rank of the group.
+    """
+    m, sizes = group.size(), [tensor.numel() for tensor in tensors]
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    gathered = packed.new_empty(m * packed.numel())
+    if dist.get_backend(group) == "gloo":
+        dist.all_to_all_single(gathered, packed.repeat(m), group=group)
+    else:
+        dist.all_gather_into_tensor(gathered, packed, group=group)
+    return [
+        part.reshape(m, *tensor.shape)
+        for part, tensor in zip(gathered.view(m, -1).split(sizes, dim=1), tensors, strict=True)
     ]

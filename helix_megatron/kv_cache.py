@@ -1,7 +1,7 @@
 """Inference with a KV cache whose positions are spread over the dim group (no knowledge of Megatron).
 
 Note [A step with a cache sharded by sequence]
-    1. ONE all-gather hands every rank the new tokens' queries, keys and values, as whole heads.
+    1. ONE all-gather (over gloo, as an all-to-all) hands every rank the new tokens' queries, keys and values, as whole heads.
     2. A rank keeps the keys and values of its own positions (kv_layout.py) and attends over what it keeps,
        for all query heads of the head group.
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.exchange import all_to_all, gather_slices
+from helix_megatron.exchange import all_to_all, gather_tokens
 from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.layout import HelixLayout
 from helix_megatron.merge import merge_partials
@@ -60,11 +60,11 @@ def attend_with_shards(
 def whole_tokens(
     query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All-gather over `group`: shapes as in attend_with_shards to [S, B, N, D], [S, B, K, D], [S, B, K, D].
+    """One collective over `group`: shapes as in attend_with_shards to [S, B, N, D], [S, B, K, D], [S, B, K, D].
 
     Received: (m-1) S B (N + 2K) d_s elements, for either placement.
     """
-    queries, keys, values = gather_slices([query, key, value], group)  # [m, *shape]
+    queries, keys, values = gather_tokens([query, key, value], group)  # [m, *shape]
     if layout.query_placement == "heads":
         query = queries.movedim(0, 2).flatten(2, 3)  # rank j's heads come j-th
     else:

@@ -1,0 +1,358 @@
+"""One decode step of an attention layer: Helix's sharded KV cache against Megatron's replicated one.
+
+    python benchmarks/decode.py --out benchmarks/results/decode_host.json        8 ranks on this machine
+
+Megatron's side is its own layer at TP = 8 with fewer KV heads than ranks, so every rank caches a whole KV head
+that others cache too. Both sides run in the same processes, in Megatron's dynamic inference context, with the
+same weights and the same attention kernel, and take turns; their caches hold the same keys and values (drawn,
+not computed from a prompt) and their outputs are compared. A sample is the slowest rank's time of one decode
+step of `--layers` layers, the figure is the median over the turns.
+Prints what the bytes of the cache alone would allow, then what was measured, then one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 64, 1024, 256
+CASES = {"mqa": 1, "g2": 2}  # KV heads
+VARIANTS = {  # Helix settings
+    "Helix": {},
+}
+
+
+def kv_bytes(groups: int, tokens: int, helix: bool, element: int) -> int:
+    """Bytes of keys and values that one rank caches for `tokens` positions of one layer."""
+    heads = groups / TP if helix else max(1, groups // TP)
+    return int(2 * tokens * heads * DIM * element)
+
+
+class Side:
+    """A layer of one side, with an inference context of its own, filled.
+
+    Args:
+        groups: G, KV heads.
+        settings: Helix settings; None for Megatron's own layer.
+        batch, length: requests and their tokens, for which the cache has room.
+        dtype: of weights and cache.
+    """
+
+    def __init__(self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype):
+        from megatron.core import parallel_state
+        from megatron.core.inference.config import InferenceConfig
+        from megatron.core.inference.contexts import DynamicInferenceContext
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.transformer.enums import AttnMaskType
+        from megatron.core.transformer.spec_utils import build_module
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        from helix_megatron import integrate
+        from helix_megatron.config import HelixConfig
+        from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
+
+        self.batch, self.length = batch, length
+        if settings is not None:
+            helix = HelixConfig(**settings)
+            destroy_helix_parallel()
+            grid = helix.resolve(HEADS, groups, DIM, TP).grid
+            initialize_helix_parallel(grid, parallel_state.get_tensor_model_parallel_group())
+            integrate.enable(helix)
+        try:
+            config = TransformerConfig(
+                num_layers=1,
+                hidden_size=HIDDEN,
+                num_attention_heads=HEADS,
+                num_query_groups=groups,
+                kv_channels=DIM,
+                tensor_model_parallel_size=TP,
+                add_bias_linear=False,
+                attention_dropout=0.0,
+                use_cpu_initialization=True,
+                params_dtype=dtype,
+                bf16=dtype is torch.bfloat16,
+                gradient_accumulation_fusion=False,
+                apply_rope_fusion=False,
+                init_method=torch.nn.init.xavier_normal_,
+                output_layer_init_method=torch.nn.init.xavier_normal_,
+            )
+            spec = get_gpt_layer_local_spec().submodules.self_attention
+            spec.params = {"attn_mask_type": AttnMaskType.causal}
+            torch.manual_seed(1)  # the same master weights for every side
+            self.layer = build_module(
+                spec,
+                config=config,
+                layer_number=1,
+                pg_collection=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),
+            ).eval()
+            blocks = batch * -(-length // BLOCK) + 2
+            helix_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
+            self.context = DynamicInferenceContext(
+                config,
+                InferenceConfig(
+                    max_sequence_length=length,
+                    max_requests=batch,
+                    block_size_tokens=BLOCK,
+                    buffer_size_gb=(blocks + 0.5) * helix_bytes / 2**30,
+                    unified_memory_level=0,
+                ),
+            )
+        finally:
+            integrate.disable()
+        self.context.initialize_all_tensors()
+        self.table = self.context.kv_block_allocator.allocate_memory_blocks(blocks - 2).view(batch, -1)
+        self.fill(groups, settings is not None, dtype)
+
+    def fill(self, groups: int, helix: bool, dtype: torch.dtype) -> None:
+        """Keys and values that depend on request and position alone, so that both sides hold the same."""
+        drawn = torch.randn(2, 61 * BLOCK, groups, DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
+        rank = torch.distributed.get_rank()
+        memory = self.context.memory_buffer[:, 0]  # [2, blocks, BLOCK, K, d] or, of slices, d/m
+        for request, blocks in enumerate(self.table.tolist()):
+            for number, block in enumerate(blocks):
+                start = (7 * request + 3 * number) % 61 * BLOCK
+                whole = drawn[:, start : start + BLOCK]
+                if not helix:
+                    heads = slice(rank * groups // TP, rank * groups // TP + 1)
+                    memory[:, block] = whole[:, :, heads]
+                    continue
+                plan = self.layer.helix_plan
+                i, j = plan.grid.coordinate(rank)
+                m, heads = plan.grid.dim_parallel_size, plan.layout.kv_heads
+                own = torch.arange(BLOCK) // min(plan.kv_interleave_size, BLOCK // m) % m == j
+                memory[:, block] = whole[:, own, i * heads : (i + 1) * heads].reshape(memory[:, block].shape)
+
+    def at(self, batch: int, length: int) -> None:
+        """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""
+        from megatron.core.inference.inference_request import DynamicInferenceRequest
+        from megatron.core.inference.sampling_params import SamplingParams
+
+        context, blocks = self.context, -(-length // BLOCK)
+        context.total_request_count = context.active_token_count = context.num_prefill_requests = 0
+        context.add_dummy_requests_parallel(
+            [
+                DynamicInferenceRequest(
+                    request_id=number,
+                    prompt_tokens=torch.zeros(1, dtype=torch.long, device="cpu"),
+                    sampling_params=SamplingParams(num_tokens_to_generate=1, termination_id=-1),
+                )
+                for number in range(batch)
+            ],
+            count_as_prefill=False,
+        )
+        context.request_kv_length_offsets[:batch] = length - 1
+        context.request_kv_block_counts[:batch] = blocks
+        context.request_to_kv_block_ids[:batch, :blocks] = self.table[:batch, :blocks]
+        context.request_last_kv_block_id[:batch] = self.table[:batch, blocks - 1]
+        context.request_last_kv_block_offset[:batch] = (length - 1) % BLOCK
+        context.token_to_block_idx[:batch] = self.table[:batch, blocks - 1]
+        for positions in (context.token_to_pos_ids, context.token_to_position_in_request):
+            positions[:batch] = length - 1
+        context.token_to_local_position_within_kv_block[:batch] = (length - 1) % BLOCK
+        context.initialize_attention_state()
+
+    def step(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """[tokens, 1, h] to the same, the requests' next token through the layer."""
+        tokens = self.context.padded_active_token_count
+        return self.layer(hidden[:tokens], None, inference_context=self.context, rotary_pos_emb=rope)[0]
+
+
+def worker(case: str, contexts: list[int], batches: list[int], turns: int, layers: int, dtype_name: str):
+    """What one rank does: rows of measurements, equal on all ranks."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+
+    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.host import host_mode_enabled
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
+    if not host_mode_enabled():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.distributed.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    DynamicInferenceContext.TOKEN_ROUNDER = 1  # the least padding it allows: to a multiple of TP
+    device = torch.cuda.current_device()
+    groups, longest = CASES[case], max(contexts)
+    angles = torch.outer(torch.arange(longest).float(), 1e4 ** -(torch.arange(0, DIM, 2).float() / DIM))
+    rope = torch.cat((angles, angles), -1)[:, None, None].to(device)
+    hidden = torch.randn(max(TP, *batches), 1, HIDDEN, generator=torch.Generator().manual_seed(3))
+    hidden = hidden.to(device, dtype)
+    rows = []
+    with torch.inference_mode(), InferenceMode.active():
+        sides = {"Megatron": Side(groups, None, max(batches), longest, dtype)}
+        for name, settings in VARIANTS.items():
+            sides[name] = Side(groups, settings, max(batches), longest, dtype)
+        for length in contexts:
+            for batch in batches:
+                samples, outputs, tallies = {name: [] for name in sides}, {}, {}
+                for name, side in sides.items():  # warm-up, the count of one layer, and what it computes
+                    side.at(batch, length)
+                    meter = CommMeter()
+                    with meter.counting():
+                        outputs[name] = side.step(hidden, rope)[:batch].float()
+                    tallies[name] = meter.as_json()
+                    error = (outputs[name] - outputs["Megatron"]).norm() / outputs["Megatron"].norm()
+                    assert error < (1e-4 if dtype is torch.float32 else 3e-2), f"{name} {length}: {error}"
+                for turn in range(turns):
+                    for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+                        samples[name].append(_seconds(sides[name], hidden, rope, layers, device))
+                for name, side in sides.items():
+                    rows.append(
+                        row(case, length, batch, name, layers, dtype, side, samples, tallies[name])
+                    )
+    torch.distributed.destroy_process_group()
+    return rows
+
+
+def _seconds(side: Side, hidden: torch.Tensor, rope: torch.Tensor, layers: int, device: int) -> float:
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(layers):
+        side.step(hidden, rope)
+    torch.cuda.synchronize()
+    elapsed = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
+    return elapsed.item() / layers
+
+
+def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
+    """One line of the table: times in seconds per layer, bytes per rank and layer."""
+    base = statistics.median(samples["Megatron"])
+    ratios = [ours / theirs for ours, theirs in zip(samples[name], samples["Megatron"], strict=True)]
+    shared = {f"all_reduce x{TP}"}  # of linear_proj, the same on both sides
+    inside = {key: value for key, value in tally.items() if key not in shared}
+    context = side.context
+    block_bytes = context.memory_buffer.nbytes / context.kv_block_allocator.total_count
+    return {
+        "case": case,
+        "context": length,
+        "batch": batch,
+        "side": name,
+        "seconds_median": statistics.median(samples[name]),
+        "time_ratio": statistics.median(samples[name]) / base,
+        "time_ratio_of_turns_median": statistics.median(ratios),
+        "kv_bytes_per_rank": int(block_bytes / BLOCK * length * batch),
+        "collectives_inside_attention": sum(entry["calls"] for entry in inside.values()),
+        "message_bytes": sum(entry["bytes"] for entry in inside.values()),
+        "collectives": tally,
+        "samples": samples[name],
+    }
+
+
+def predicted(contexts: list[int], batches: list[int], element: int) -> list[dict]:
+    """What a step would gain if reading the cache were all it did."""
+    rows = []
+    for case, groups in CASES.items():
+        for length in contexts:
+            for batch in batches:
+                theirs, ours = (kv_bytes(groups, batch * length, helix, element) for helix in (False, True))
+                rows.append({"case": case, "context": length, "batch": batch, "Megatron bytes": theirs,
+                             "Helix bytes": ours, "time ratio at best": ours / theirs})  # fmt: skip
+    return rows
+
+
+def crossover(rows: list[dict], case: str, batch: int, side: str) -> int | None:
+    """The shortest measured context from which on `side` is faster at every longer one; None if never."""
+    wins = None
+    mine = [r for r in rows if (r["case"], r["batch"], r["side"]) == (case, batch, side)]
+    for entry in sorted(mine, key=lambda r: -r["context"]):
+        if entry["time_ratio"] >= 1:
+            break
+        wins = entry["context"]
+    return wins
+
+
+def tables(prediction: list[dict], rows: list[dict]) -> str:
+    """The prediction and the measurements, as Markdown."""
+    lines = ["Predicted from the bytes of the cache alone (a rank, a layer, a step):", "",
+             "| KV heads | context | batch | Megatron MB | Helix MB | time ratio at best |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for p in prediction:
+        lines.append(
+            f"| {p['case']} | {p['context']:,} | {p['batch']} | {p['Megatron bytes'] / 1e6:.2f} | "
+            f"{p['Helix bytes'] / 1e6:.2f} | {p['time ratio at best']:.3f} |"
+        )
+    lines += ["", "Measured (median; ratios are to Megatron in the same run; messages exclude linear_proj's):", "",
+              "| KV heads | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
+              "collectives | message bytes |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    base: dict = {}
+    for r in rows:
+        if r["side"] == "Megatron":
+            base = r
+        lines.append(
+            f"| {r['case']} | {r['context']:,} | {r['batch']} | {r['side']} | {r['seconds_median'] * 1e3:.2f} | "
+            f"{r['time_ratio']:.3f} | {r['kv_bytes_per_rank']:,} | "
+            f"{r['kv_bytes_per_rank'] / base['kv_bytes_per_rank']:.3f} | "
+            f"{r['collectives_inside_attention']} | {r['message_bytes']:,.0f} |"
+        )
+    lines.append("")
+    keys = dict.fromkeys((r["case"], r["batch"], r["side"]) for r in rows if r["side"] != "Megatron")
+    for case, batch, side in keys:
+        wins = crossover(rows, case, batch, side)
+        where = "nowhere measured" if wins is None else f"from a context of {wins:,} tokens on"
+        lines.append(f"- {side}, {case}, batch {batch}: faster than Megatron {where}.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--turns", type=int, default=11, help="timed repetitions of every side")
+    parser.add_argument("--layers", type=int, default=4, help="decode steps of the layer in one sample")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--out", help="also write the JSON document here, and the tables beside it (.md)")
+    options = parser.parse_args()
+    cases = list(CASES) if options.case == "all" else [options.case]
+    distributed = "RANK" in os.environ
+    rows: list[dict] = []
+    for case in cases:
+        given = (case, options.contexts, options.batches, options.turns, options.layers, options.dtype)
+        if distributed:
+            rows += worker(*given)
+        else:
+            from helix_megatron.launch import run_ranks
+
+            rows += run_ranks(worker, TP, *given, timeout_s=1800)[0]
+    if distributed and int(os.environ["RANK"]):
+        return
+    element = {"fp32": 4, "bf16": 2}[options.dtype]
+    prediction = [p for p in predicted(options.contexts, options.batches, element) if p["case"] in cases]
+    text = tables(prediction, rows)
+    document = {
+        "benchmark": "decode",
+        "measured": "times, message and KV bytes per rank; `prediction` is computed",
+        "hardware": _hardware(),
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "block": BLOCK, "KV heads": CASES},
+        "prediction": prediction,
+        "rows": rows,
+    }
+    if options.out:
+        Path(options.out).write_text(json.dumps(document) + "\n", encoding="utf-8")
+        Path(options.out).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(json.dumps(document))
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, gloo"
+
+
+if __name__ == "__main__":
+    main()
