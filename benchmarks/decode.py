@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode_host.json        8 ranks on this machine
 
-Megatron's side is its own layer at TP = 8 with fewer KV heads than ranks, so every rank caches a whole KV head
+Megatron's side is its own layer at TP = 8 with fewer KV heads than ranks: every rank caches a whole KV head
 that others cache too. Both sides run in the same processes, in Megatron's dynamic inference context, with the
 same weights and the same attention kernel, and take turns; their caches hold the same keys and values (drawn,
 not computed from a prompt) and their outputs are compared. A sample is the slowest rank's time of one decode
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 64, 1024, 256
+TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
 CASES = {"mqa": 1, "g2": 2}  # KV heads
 VARIANTS = {  # Helix settings
     "Helix": {},
@@ -99,7 +99,7 @@ class Side:
                 config,
                 InferenceConfig(
                     max_sequence_length=length,
-                    max_requests=batch,
+                    max_requests=-(-batch // TP) * TP,  # it must be a multiple
                     block_size_tokens=BLOCK,
                     buffer_size_gb=(blocks + 0.5) * helix_bytes / 2**30,
                     unified_memory_level=0,
@@ -207,9 +207,7 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
                     for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
                         samples[name].append(_seconds(sides[name], hidden, rope, layers, device))
                 for name, side in sides.items():
-                    rows.append(
-                        row(case, length, batch, name, layers, dtype, side, samples, tallies[name])
-                    )
+                    rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))
     torch.distributed.destroy_process_group()
     return rows
 
@@ -262,46 +260,60 @@ def predicted(contexts: list[int], batches: list[int], element: int) -> list[dic
     return rows
 
 
-def crossover(rows: list[dict], case: str, batch: int, side: str) -> int | None:
-    """The shortest measured context from which on `side` is faster at every longer one; None if never."""
-    wins = None
-    mine = [r for r in rows if (r["case"], r["batch"], r["side"]) == (case, batch, side)]
-    for entry in sorted(mine, key=lambda r: -r["context"]):
-        if entry["time_ratio"] >= 1:
-            break
-        wins = entry["context"]
-    return wins
+def crossovers(rows: list[dict]) -> list[dict]:
+    """For every case and batch the shortest measured context from which on Helix is faster; None if none."""
+    found = {}
+    for r in sorted(rows, key=lambda r: -r["context"]):
+        key = (r["case"], r["batch"], r["side"])
+        if r["side"] == "Megatron" or found.get(key, {}).get("lost"):
+            continue
+        lost = r["time_ratio"] >= 1
+        before = found.get(key, {}).get("from")
+        found[key] = {"from": before if lost else r["context"], "lost": lost}
+    return [
+        {"case": case, "batch": batch, "side": side, "from": found[case, batch, side]["from"]}
+        for case, batch, side in sorted(found)
+    ]
+
+
+def _markdown(header: str, rows: list[list[str]]) -> list[str]:
+    columns = header.split("|")
+    lines = [header, "|".join([" --- "] * len(columns)), *(" | ".join(row) for row in rows)]
+    return [f"| {line.strip()} |" for line in lines]
 
 
 def tables(prediction: list[dict], rows: list[dict]) -> str:
-    """The prediction and the measurements, as Markdown."""
-    lines = ["Predicted from the bytes of the cache alone (a rank, a layer, a step):", "",
-             "| KV heads | context | batch | Megatron MB | Helix MB | time ratio at best |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for p in prediction:
-        lines.append(
-            f"| {p['case']} | {p['context']:,} | {p['batch']} | {p['Megatron bytes'] / 1e6:.2f} | "
-            f"{p['Helix bytes'] / 1e6:.2f} | {p['time ratio at best']:.3f} |"
-        )
-    lines += ["", "Measured (median; ratios are to Megatron in the same run; messages exclude linear_proj's):", "",
-              "| KV heads | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
-              "collectives | message bytes |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    base: dict = {}
-    for r in rows:
-        if r["side"] == "Megatron":
-            base = r
-        lines.append(
-            f"| {r['case']} | {r['context']:,} | {r['batch']} | {r['side']} | {r['seconds_median'] * 1e3:.2f} | "
-            f"{r['time_ratio']:.3f} | {r['kv_bytes_per_rank']:,} | "
-            f"{r['kv_bytes_per_rank'] / base['kv_bytes_per_rank']:.3f} | "
-            f"{r['collectives_inside_attention']} | {r['message_bytes']:,.0f} |"
-        )
+    """The prediction, the measurements, and where Helix starts to win, as Markdown."""
+    lines = ["Predicted from the bytes of the cache alone (of a rank, layer and step):", ""]
+    lines += _markdown(
+        "KV heads | context | batch | Megatron MB | Helix MB | time ratio at best",
+        [
+            [p["case"], f"{p['context']:,}", str(p["batch"]), f"{p['Megatron bytes'] / 1e6:.2f}",
+             f"{p['Helix bytes'] / 1e6:.2f}", f"{p['time ratio at best']:.3f}"]
+            for p in prediction
+        ],
+    )  # fmt: skip
+    lines += [
+        "",
+        "Measured (medians; linear_proj's all-reduce, equal on both sides, is timed, not counted):",
+        "",
+    ]
+    base = {(r["case"], r["context"], r["batch"]): r for r in rows if r["side"] == "Megatron"}
+    lines += _markdown(
+        "KV heads | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
+        "collectives | message bytes",
+        [
+            [r["case"], f"{r['context']:,}", str(r["batch"]), r["side"], f"{r['seconds_median'] * 1e3:.2f}",
+             f"{r['time_ratio']:.3f}", f"{r['kv_bytes_per_rank']:,}",
+             f"{r['kv_bytes_per_rank'] / base[r['case'], r['context'], r['batch']]['kv_bytes_per_rank']:.3f}",
+             str(r["collectives_inside_attention"]), f"{r['message_bytes']:,.0f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
     lines.append("")
-    keys = dict.fromkeys((r["case"], r["batch"], r["side"]) for r in rows if r["side"] != "Megatron")
-    for case, batch, side in keys:
-        wins = crossover(rows, case, batch, side)
-        where = "nowhere measured" if wins is None else f"from a context of {wins:,} tokens on"
-        lines.append(f"- {side}, {case}, batch {batch}: faster than Megatron {where}.")
+    for win in crossovers(rows):
+        where = f"from {win['from']:,} tokens on" if win["from"] else "at no context measured"
+        lines.append(f"- {win['side']}, {win['case']}, batch {win['batch']}: faster than Megatron {where}.")
     return "\n".join(lines)
 
 
@@ -339,6 +351,7 @@ def main() -> None:
         "dtype": options.dtype,
         "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "block": BLOCK, "KV heads": CASES},
         "prediction": prediction,
+        "Helix wins": crossovers(rows),
         "rows": rows,
     }
     if options.out:

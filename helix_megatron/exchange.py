@@ -8,7 +8,8 @@ m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per ra
     all-to-all (Q)        slice of all heads -> whole some heads     (m-1)/m S B N d_s   all-to-all, reversed
     all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
-    gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none
+    gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none (inference)
+    swap_pieces           partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
 
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
@@ -126,8 +127,8 @@ def all_to_all(
 def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """gather_slices for the few new tokens of an inference step; has no backward.
 
-    Over gloo the ONE collective is an all-to-all of equal pieces. Bytes received are those of an all-gather, but
-    ranks send to each other directly, where gloo's all-gather passes pieces around a ring in m-1 rounds.
+    ONE all-gather; over gloo, an all-to-all of equal pieces. Bytes received are the same, but ranks send to
+    each other directly, where gloo's all-gather passes pieces around a ring in m-1 rounds.
 
     Args:
         tensors: local tensors of any shapes, equally typed.
@@ -145,3 +146,10 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
         part.reshape(m, *tensor.shape)
         for part, tensor in zip(gathered.view(m, -1).split(sizes, dim=1), tensors, strict=True)
     ]
+
+
+def swap_pieces(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of equal pieces: [m, ...], one for each rank, to [m, ...], one from each. No backward."""
+    received = torch.empty(pieces.shape, dtype=pieces.dtype, device=pieces.device)
+    dist.all_to_all_single(received.view(-1), pieces.contiguous().view(-1), group=group)
+    return received

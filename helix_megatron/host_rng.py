@@ -40,6 +40,7 @@ _INPLACE_DRAWS = frozenset({
     "kaiming_uniform_", "kaiming_normal_",
 })  # fmt: skip
 _FACTORY_DRAWS = frozenset({"rand", "randn", "randint", "randperm"})
+_LOOKED_AT = frozenset({"to"}) | _DEVICE_DRAWS | _INPLACE_DRAWS  # whatever their keywords
 
 
 class DeviceGenerator(torch.Generator):
@@ -96,6 +97,8 @@ class HostPlacement(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name not in _LOOKED_AT and "device" not in kwargs and "pin_memory" not in kwargs:
+            return func(*args, **kwargs)  # nearly every call of a step, in a few hundred nanoseconds
         on_device = False
         if "device" in kwargs and is_device(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}

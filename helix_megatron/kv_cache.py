@@ -1,7 +1,7 @@
 """Inference with a KV cache whose positions are spread over the dim group (no knowledge of Megatron).
 
 Note [A step with a cache sharded by sequence]
-    1. ONE all-gather (over gloo, as an all-to-all) hands every rank the new tokens' queries, keys and values, as whole heads.
+    1. ONE all-gather hands every rank the new tokens' queries, keys and values, as whole heads.
     2. A rank keeps the keys and values of its own positions (kv_layout.py) and attends over what it keeps,
        for all query heads of the head group.
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.exchange import all_to_all, gather_tokens
+from helix_megatron.exchange import gather_tokens, swap_pieces
 from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.layout import HelixLayout
 from helix_megatron.merge import merge_partials
@@ -60,7 +60,7 @@ def attend_with_shards(
 def whole_tokens(
     query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One collective over `group`: shapes as in attend_with_shards to [S, B, N, D], [S, B, K, D], [S, B, K, D].
+    """One collective over `group`: attend_with_shards' shapes to [S, B, N, D], [S, B, K, D], [S, B, K, D].
 
     Received: (m-1) S B (N + 2K) d_s elements, for either placement.
     """
@@ -85,12 +85,11 @@ def combine_partials(out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.
     m = group.size()
     bits = lse.unsqueeze(-1).contiguous().view(out.dtype)  # [S, B, N, 1 or 2]
     if layout.query_placement == "heads":
-        parts = zip(out.chunk(m, dim=2), bits.chunk(m, dim=2), strict=True)
+        outs, bits = (x.unflatten(2, (m, -1)).movedim(2, 0) for x in (out, bits))
     else:
-        parts = zip(out.chunk(m, dim=-1), [bits] * m, strict=True)
-    pieces = [torch.cat(part, dim=-1) for part in parts]
-    received = torch.stack(all_to_all(pieces, [pieces[0].shape] * m, group))  # [m, S, B, ...]
-    outs, bits = received.split([received.shape[-1] - bits.shape[-1], bits.shape[-1]], dim=-1)
+        outs, bits = out.unflatten(-1, (m, -1)).movedim(-2, 0), bits.expand(m, *bits.shape)
+    received = swap_pieces(torch.cat([outs, bits], dim=-1), group)  # [m, S, B, ...]
+    outs, bits = received.split([outs.shape[-1], bits.shape[-1]], dim=-1)
     lses = bits.contiguous().view(torch.float32).squeeze(-1)
     return merge_partials(outs, lses)[0].to(out.dtype)
 

@@ -129,9 +129,7 @@ def _one_request(
                 slots = torch.arange(slot, slot + len(key), device=query.device)
                 visible = (slots >= sight.first(positions)) & (slots < sight.last(positions))
             parts.append(
-                partial_attention(
-                    query[:, None], key[:, None], value[:, None], visible, sight.softmax_scale
-                )
+                partial_attention(query[:, None], key[:, None], value[:, None], visible, sight.softmax_scale)
             )
     if not parts:
         return torch.zeros_like(query), query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)

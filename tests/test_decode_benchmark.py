@@ -1,0 +1,47 @@
+"""benchmarks/decode.py on 8 ranks: both sides compute the same; bytes and collectives are exact."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+
+
+def test_the_benchmark_counts_what_it_should(tmp_path):
+    out = tmp_path / "decode.json"
+    options = "--case g2 --contexts 300 512 --batches 3 --turns 1 --layers 1 --out".split()
+    printed = subprocess.check_output([sys.executable, PATH, *options, out], text=True).splitlines()
+    document = json.loads(printed[-1])
+    assert (
+        document == json.loads(out.read_text())
+        and out.with_suffix(".md").read_text().splitlines() == printed[:-1]
+    )
+    rows = {(r["side"], r["context"]): r for r in document["rows"]}
+    total = 2 * 2 * 128 * 4  # K and V of both KV heads, bytes per token
+    for context in (300, 512):
+        theirs, ours = rows["Megatron", context], rows["Helix", context]
+        assert theirs["kv_bytes_per_rank"] == 3 * context * total // 2  # a KV head on 4 ranks each
+        assert ours["kv_bytes_per_rank"] == 3 * context * total // 8
+        assert theirs["collectives_inside_attention"] == 1 and ours["collectives_inside_attention"] == 2
+        assert ours["message_bytes"] == rows["Helix", 300]["message_bytes"]
+        tokens, heads, slice_dim, m = 8, 8, 32, 4  # 3 requests are padded to 8 tokens
+        gathered, returned = (heads + 2) * slice_dim, heads // m * (128 + 1)
+        assert ours["message_bytes"] == (m - 1) * tokens * (gathered + returned) * 4
+
+
+def test_where_helix_starts_to_win():
+    spec = importlib.util.spec_from_file_location("decode", PATH)
+    decode = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(decode)
+
+    def rows(*ratios):
+        return [
+            {"case": "mqa", "batch": 1, "side": side, "context": 10**k, "time_ratio": ratio}
+            for k, ratio in enumerate(ratios)
+            for side in ("Megatron", "Helix")
+        ]
+
+    for ratios, start in [((0.9, 1.1, 0.5), 100), ((0.9, 0.8), 1), ((0.9, 1.0), None)]:
+        assert [win["from"] for win in decode.crossovers(rows(*ratios))] == [start]
