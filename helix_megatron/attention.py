@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
 
-from helix_megatron import inference
+from helix_megatron import compat, inference
 from helix_megatron.checkpoint import standard_layout
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
@@ -78,9 +78,9 @@ class HelixParallelSelfAttention(SelfAttention):
             "attn_mask_type": attn_mask_type,
             "cp_comm_type": cp_comm_type,
             "pg_collection": pg_collection,
-            "pp_layer_offset": pp_layer_offset,
-            "name": name,
         }
+        newer = {"pp_layer_offset": pp_layer_offset, "name": name}
+        layer |= {argument: newer[argument] for argument in compat.megatron().layer_arguments}
         if plan.is_megatron:
             super().__init__(config, submodules, **layer)
             self.helix_plan = plan
@@ -317,6 +317,7 @@ def _slice_submodules(
         for name, builder in norms.items():
             whole = name == "q_layernorm" and layout.query_placement == "heads"
             changes[name] = partial(_build_qk_norm, builder, layout, None if whole else groups)
+    changes = {name: compat.as_class(builder) for name, builder in changes.items()}
     return dataclasses.replace(submodules, **changes)
 
 

@@ -18,6 +18,8 @@ import sys
 import warnings
 from typing import Any
 
+from helix_megatron import compat
+
 # What the report calls it → names of the distribution that brings it (a container's may differ).
 PACKAGES = {
     "helix-megatron": ("helix-megatron",),
@@ -90,14 +92,11 @@ def _one_line(error: BaseException) -> str:
 
 def _check_megatron(versions: dict[str, str | None], problems: list[str]) -> bool:
     """Whether the megatron.core that would be imported is one Helix knows, and imports."""
-    from helix_megatron.integrate import check_version
-
     try:
-        check_version()
-        from megatron.core import package_info
-        from megatron.training import arguments  # noqa: F401  a checkout's megatron/core alone lacks it
-
-        versions["megatron-core"] = package_info.__shortversion__
+        versions["megatron-core"] = compat.version()
+        compat.megatron()
+        if compat.has_training():
+            from megatron.training import arguments  # noqa: F401
     except ValueError as error:
         problems.append(" ".join(str(error).split()))
         return False
@@ -117,7 +116,9 @@ def _features(mode: str, versions: dict[str, str | None], gpus: int) -> dict[str
         "host": "no: no GPU that torch can use; fit for host mode only (--helix-host-mode)",
         "none": "no: see what is wrong",
     }
+    trains = "yes" if compat.has_training() else "no: this megatron-core has no megatron.training"
     return {
+        "Megatron's flags and training loop": trains if mode != "none" else "no",
         "training on GPUs": runs[mode],
         "host mode": {"gpu": "refused where a GPU is", "host": "yes", "none": "no"}[mode],
         "Transformer Engine's attention and fp8": "yes"

@@ -3,11 +3,12 @@
 import functools
 import multiprocessing
 import multiprocessing.managers
+import types
 
 import megatron.core.optimizer as megatron_optimizer
 import megatron.core.utils as megatron_utils
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.inference.contexts import dynamic_context
 from megatron.core.optimizer import distrib_optimizer
@@ -17,7 +18,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from packaging.version import Version
 
-from helix_megatron import host_kernels, host_rng
+from helix_megatron import compat, host_kernels, host_rng
 from helix_megatron.launch import die_with_parent
 
 
@@ -101,7 +102,11 @@ def _patch_checkpoint_writers() -> None:
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    setattr(filesystem_async, compat.megatron().writer_queue, get_write_results_queue)
+    if not compat.megatron().forked_writer:  # it asks multiprocessing for a context by name
+        always = {"get_context": lambda method=None: multiprocessing.get_context("fork")}
+        async_utils.mp = types.SimpleNamespace(**{**vars(async_utils.mp), **always})
+        return
     get_process = PersistentAsyncCaller._get_process.__func__
 
     @functools.wraps(get_process)

@@ -20,6 +20,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.transformer import attention as megatron_attention
 from torch import Tensor
 
+from helix_megatron import compat
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups
@@ -86,7 +87,7 @@ def forward_with_shards(
         attend = _static_attend(layer, context, attention, key)
     else:
         if rope is not None:
-            cp, mscale = layer.pg_collection.cp, layer._yarn_concentration_factor
+            cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
             query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
             key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
         attend = _dynamic_attend(layer, context, attention, plan, groups)
@@ -135,7 +136,7 @@ def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) ->
                 tensor,
                 table[start : start + tensor.shape[0]],
                 config=layer.config,
-                mscale=layer._yarn_concentration_factor,
+                mscale=compat.yarn_scale(layer.config),
                 cp_group=layer.pg_collection.cp,
             )
         )
@@ -218,6 +219,11 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
     Raises:
         HelixConfigError: with both shapes; or KV cache 'dim', which no dynamic context serves.
     """
+    if not compat.megatron().dynamic_engine:
+        raise HelixConfigError(
+            f"Helix grid {plan.grid}: the dynamic inference engine of megatron-core {compat.version()} is "
+            f"not served with sliced heads; use the static context, or megatron-core {compat.NEWEST}"
+        )
     if plan.kv_cache == "dim":
         raise HelixConfigError(
             f"Helix grid {plan.grid}: KV cache 'dim' works with the static inference context only; use "

@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from helix_megatron import compat
 from helix_megatron.arguments import add_helix_arguments, helix_config_from_args
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError, HelixGrid
-
-SUPPORTED = "0.19"
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
@@ -43,29 +42,9 @@ def _restore(undo: list[tuple[Any, str, Any]]) -> None:
         setattr(target, name, original)
 
 
-def check_version() -> None:
-    """Refuse a Megatron this file was not written for.
-
-    Raises:
-        HelixConfigError: naming the version found and those supported.
-    """
-    try:
-        from megatron.core import package_info
-    except ImportError as error:
-        raise HelixConfigError(
-            f"megatron-core is not installed; pip install 'megatron-core=={SUPPORTED}.*'"
-        ) from error
-    version = package_info.__shortversion__
-    if ".".join(version.split(".")[:2]) != SUPPORTED:
-        raise HelixConfigError(
-            f"megatron-core {version} is not supported by this version of Helix, which knows {SUPPORTED}.x; "
-            f"pip install 'megatron-core=={SUPPORTED}.*'"
-        )
-
-
 def install() -> None:
     """Teach Megatron's argument parser the Helix flags, whatever script calls it."""
-    check_version()
+    compat.need_training()
     if _installed:
         return
     from megatron.training import arguments, checkpointing
@@ -274,7 +253,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         RuntimeError: Helix is on with other settings; call disable() first.
     """
     global _active
-    check_version()
+    megatron = compat.megatron()
     if _enabled:
         if helix != _active:
             raise RuntimeError(
@@ -330,8 +309,9 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
     _replace(_enabled, Attention, "__init__", only_helix)
     _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
-    sliced = functools.partial(inference.sliced_context, helix=helix)
-    _replace(_enabled, DynamicInferenceContext, "__init__", sliced)
+    if megatron.dynamic_engine:
+        sliced = functools.partial(inference.sliced_context, helix=helix)
+        _replace(_enabled, DynamicInferenceContext, "__init__", sliced)
     _replace(_enabled, parallel_state, "initialize_model_parallel", with_groups)
     _replace(_enabled, parallel_state, "destroy_model_parallel", without_groups)
 

@@ -75,7 +75,8 @@ def run_ranks(
     folder = str(log_dir) if log_dir is not None else tempfile.mkdtemp(prefix="helix_ranks_")
     os.makedirs(folder, exist_ok=True)
     payload = pickle.dumps((function, args))
-    environment = _rank_environment(world_size, env)
+    reserved = _reserved_port()
+    environment = _rank_environment(world_size, reserved.getsockname()[1], env)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     ranks = []
@@ -88,6 +89,7 @@ def run_ranks(
             return _collect(ranks, timeout_s)
         finally:
             _end(ranks)
+            reserved.close()
             if log_dir is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -244,10 +246,16 @@ def _main_hidden(function):
         sys.modules["__main__"] = main
 
 
-def _rank_environment(world_size, env) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _reserved_port() -> socket.socket:
+    # While this is bound, and as it does not listen, rank 0 can listen there and the kernel gives the port to
+    # nobody who asks for any: a port that is merely free now may be another program's when rank 0 is ready.
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
+def _rank_environment(world_size, port, env) -> dict:
     variables = dict(os.environ)
     size = str(world_size)
     variables.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

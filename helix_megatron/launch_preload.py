@@ -13,10 +13,12 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it rep
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Megatron tells which optional packages are missing, once per import
     import megatron.core
-    import megatron.training
     import torch
 
-    from helix_megatron import host_megatron
+    from helix_megatron import compat, host_megatron
+
+    if compat.has_training():
+        import megatron.training
 
 gc.collect()
 gc.freeze()  # a collection in a rank would otherwise write to, and so copy, every page it has inherited

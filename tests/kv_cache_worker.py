@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from layer_worker import Groups, load, make_layer, start
+from layer_worker import Groups, inferring, load, make_layer, start
 from reference import Case, reference
 
 from helix_megatron.config import HelixConfig
@@ -21,11 +21,9 @@ def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
 
 def decode(layer, case: Case, context, prompt: list[int], meter=None) -> tuple[torch.Tensor, list[dict]]:
     """Output [s, b, h] of the case's input in chunks: those of `prompt`, then token by token."""
-    from megatron.core.inference.utils import InferenceMode
-
     hidden, table = case.tensors["hidden"].float(), case.rope_table()
     outs, tallies, begin = [], [], 0
-    with torch.no_grad(), InferenceMode.active():
+    with inferring():
         while begin < case.seq:
             step = prompt.pop(0) if prompt else 1
             context.sequence_len_offset = begin

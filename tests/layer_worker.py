@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -25,6 +26,16 @@ def start(tp: int) -> None:
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
+
+
+@contextlib.contextmanager
+def inferring():
+    """No gradients, and Megatron's inference mode where it has one (core 0.18 and newer)."""
+    from megatron.core.inference import utils
+
+    mode = utils.InferenceMode.active() if hasattr(utils, "InferenceMode") else contextlib.nullcontext()
+    with torch.no_grad(), mode:
+        yield
 
 
 def make_config(case: Case, tp: int, **overrides) -> TransformerConfig:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import HELIX, MODEL, rank_train
+from training import HELIX, MODEL
 
 from helix_megatron.checkpoint import contiguous_runs
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.launch import RankError
 
 # 12 query and 6 KV heads: vanilla runs at TP 1 and 2, Helix on every grid below. Untied embeddings: with
 # tied ones, PP > 1 and fully reshardable optimizer state, vanilla Megatron 0.19 does not read back its own.
@@ -50,20 +50,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(folder, tmp_path_factory):
+def train(trainer):
     """train(ranks, flags) -> the losses printed."""
-
-    def run(ranks, flags):
-        logs = tmp_path_factory.mktemp("logs")
-        arguments = [*MODEL, *SHAPE, "--data-cache-path", str(folder / "index")]
-        arguments += "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
-        arguments += "--override-opt-param-scheduler --train-iters 10".split()
-        arguments += flags.split()
-        run_ranks(rank_train, ranks, arguments, timeout_s=200, log_dir=logs)
-        text = (logs / f"rank_{ranks - 1}.log").read_text()
-        return [float(loss) for loss in re.findall(r"lm loss: (\S+) ", text)]
-
-    return run
+    common = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+    common += " --override-opt-param-scheduler --train-iters 10 "
+    return lambda ranks, flags: trainer(ranks, [*MODEL, *SHAPE, *(common + flags).split()]).losses
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from helix_megatron import cli, doctor, integrate
+from helix_megatron import cli, compat, doctor
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
@@ -35,7 +35,7 @@ def test_this_machine():
     report = json.loads(run.stdout)
     assert report["fit"]
     assert report["versions"]["torch"] == torch.__version__
-    assert report["versions"]["megatron-core"].startswith(integrate.SUPPORTED)
+    assert report["versions"]["megatron-core"].startswith(tuple(compat.KNOWN))
     if not report["gpus"]:
         assert report["mode"] == "host" and report["problems"] == []
 
@@ -48,10 +48,10 @@ def test_the_tables_say_host_mode_only(no_driver, capsys):
 
 
 def test_an_unsupported_megatron_is_not_fit(no_driver, monkeypatch, capsys):
-    monkeypatch.setattr(integrate, "SUPPORTED", "0.99")
+    monkeypatch.setattr(compat, "KNOWN", {"0.99": compat.Megatron()})
     assert cli.main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["mode"] == "none" and "megatron-core==0.99.*" in report["problems"][0]
+    assert report["mode"] == "none" and "which knows 0.99" in report["problems"][0]
 
 
 def test_a_broken_torch_is_not_fit(no_driver, monkeypatch, capsys):

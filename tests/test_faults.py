@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import threading
@@ -11,10 +10,10 @@ import threading
 import pytest
 import torch
 from test_checkpoint import LAYOUTS, SHAPE, tensors
-from test_training import MODEL, rank_train
+from training import MODEL, rank_train
 
 from helix_megatron.integrity import CheckpointError, damage, read_metadata
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.launch import RankError
 
 RANKS, HELIX_1X2 = LAYOUTS["Helix 1x2"]
 SAVING = """--train-iters 10 --save-interval 2 --override-opt-param-scheduler
@@ -56,18 +55,13 @@ def rank_train_and_die(arguments, victims, moment, count):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    index = tmp_path_factory.mktemp("index")
+def run(trainer):
+    """run(flags, *death) -> {iteration: loss}; see rank_train_and_die."""
 
     def start(flags, *death):
-        logs = tmp_path_factory.mktemp("logs")
-        arguments = [*MODEL, *SHAPE, "--data-cache-path", str(index), *SAVING.split(), *HELIX_1X2.split()]
-        arguments += flags.split()
+        arguments = [*MODEL, *SHAPE, *SAVING.split(), *HELIX_1X2.split(), *flags.split()]
         function = rank_train_and_die if death else rank_train
-        run_ranks(function, RANKS, arguments, *death, timeout_s=120, log_dir=logs)
-        text = (logs / f"rank_{RANKS - 1}.log").read_text()
-        found = re.findall(r"iteration +(\d+)/.*lm loss: (\S+) ", text)
-        return {int(step): float(loss) for step, loss in found}
+        return trainer(RANKS, arguments, function, death).steps
 
     return start
 

@@ -4,25 +4,22 @@ Everything that needs host mode runs in ranks of its own (host mode cannot be un
 names start with `rank_`.
 """
 
-import re
 import threading
 import time
 
 import pytest
 import torch
+from training import LOOP
 
 from helix_megatron import host, host_kernels, host_megatron
 from helix_megatron.launch import RankError, run_ranks
 
-MODEL = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention
-    --num-query-groups 4 --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32
-    --micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu
-    --normalization RMSNorm --disable-bias-linear --train-iters 6 --lr 2e-3 --min-lr 1e-3
-    --lr-decay-style constant --clip-grad 1.0 --seed 7 --use-cpu-initialization --transformer-impl local
-    --attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion --no-bias-dropout-fusion
-    --no-bias-swiglu-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm
-    --tokenizer-type NullTokenizer --vocab-size 251 --make-vocab-size-divisible-by 64 --mock-data
-    --num-workers 0 --eval-iters 0 --eval-interval 100 --log-interval 1""".split()
+MODEL = [
+    *LOOP,
+    *"""--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 4
+    --ffn-hidden-size 64 --seq-length 32 --max-position-embeddings 32 --train-iters 6 --vocab-size 251
+    --make-vocab-size-divisible-by 64""".split(),
+]
 NO_DROPOUT = "--attention-dropout 0 --hidden-dropout 0"
 DROPOUT = "--attention-dropout 0.2 --hidden-dropout 0.2"
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -37,17 +34,12 @@ def rank_train(arguments):
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(trainer):
     """train(ranks, flags) runs Megatron and returns what it printed: {iteration: (lm loss, grad norm)}."""
-    cache = tmp_path_factory.mktemp("index")
 
     def run(ranks, flags):
-        logs = tmp_path_factory.mktemp("logs")
-        arguments = [*MODEL, "--data-cache-path", str(cache), *flags.split()]
-        run_ranks(rank_train, ranks, arguments, timeout_s=120, log_dir=logs)
-        text = (logs / f"rank_{ranks - 1}.log").read_text()
-        found = re.findall(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+) ", text)
-        return {int(iteration): (float(loss), float(norm)) for iteration, loss, norm in found}
+        printed = trainer(ranks, [*MODEL, *flags.split()], rank_train)
+        return {step: (loss, printed.norms[step]) for step, loss in printed.steps.items()}
 
     return run
 
@@ -400,6 +392,7 @@ def rank_generate(tensor_parallel, dynamic):
     return [[int(token) for token in request.generated_tokens] for request in requests]
 
 
+@pytest.mark.dynamic_engine
 def test_static_and_dynamic_engines_agree():
     pytest.importorskip("tqdm", reason="Megatron's static engine refuses to run without tqdm")
     ways = [(ranks, dynamic) for ranks in (1, 2) for dynamic in (False, True)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helix_megatron import integrate
+from helix_megatron import compat, integrate
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError, HelixGrid
 from helix_megatron.launch import run_ranks
@@ -15,7 +15,6 @@ def touched():
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training import arguments, checkpointing
 
     model = [
         gpt_layer_specs.SelfAttention,
@@ -24,6 +23,10 @@ def touched():
         parallel_state.initialize_model_parallel,
         parallel_state.destroy_model_parallel,
     ]
+    if not compat.has_training():
+        return model, []
+    from megatron.training import arguments, checkpointing
+
     training = [arguments.add_megatron_arguments, arguments.parse_args, arguments.validate_args]
     return model, [*training, checkpointing._load_base_checkpoint]
 
@@ -36,6 +39,7 @@ def clean():
     assert touched() == before
 
 
+@pytest.mark.training
 def test_install_changes_the_parser_only_and_twice_is_once():
     model, parser = touched()
     integrate.install()

@@ -182,6 +182,7 @@ def test_sequence_shards_in_half_precision_keep_their_log_sum_exps():
 
 
 # ---- Megatron's dynamic engine ----
+@pytest.mark.dynamic_engine
 def test_the_dynamic_engine_chooses_the_same_tokens():
     """Prefill, decode and both at once; requests end and start mid-batch."""
     vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
@@ -204,6 +205,7 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
     assert all(step == inside[0] for step in inside)
 
 
+@pytest.mark.dynamic_engine
 @pytest.mark.parametrize(
     "model, inference",
     [
@@ -228,6 +230,7 @@ def test_the_dynamic_engine_with(model, inference):
         assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
 
 
+@pytest.mark.dynamic_engine
 def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
     vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
     assert vanilla["paused"] == 0
@@ -237,6 +240,7 @@ def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
         assert found["paused"] > 0 and found["tokens"] == vanilla["tokens"]
 
 
+@pytest.mark.dynamic_engine
 @pytest.mark.parametrize("softmax", ["exact", "per-slice"])
 def test_the_dynamic_engine_chooses_what_the_whole_sequence_chooses(softmax):
     for cached, whole in run_ranks(generate_without_cache, 2, 2, HelixConfig(1, 2, softmax=softmax)):
@@ -259,6 +263,7 @@ def test_what_the_cache_does_not_serve_is_refused():
             assert part in message
 
 
+@pytest.mark.dynamic_engine
 def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
     ways = [
         (dict(kv_cache="dim"), {}, {}, "--helix-kv-cache dim"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_worker import Groups, errors, load, make_layer, run, start
+from layer_worker import Groups, errors, inferring, load, make_layer, run, start
 from reference import Case, reference
 
 from helix_megatron.config import HelixConfig
@@ -211,8 +211,6 @@ def test_recompute_draws_the_same_dropout(comm_type):
 def _decode(tp: int, jobs: list) -> list[float]:
     """Largest relative difference between token-by-token decoding and one pass over the sequence."""
     from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.inference.utils import InferenceMode
-
     start(tp)
     groups, found = Groups(), []
     rank = torch.distributed.get_rank()
@@ -225,7 +223,7 @@ def _decode(tp: int, jobs: list) -> list[float]:
         expected = reference(case)["output"]
         context = StaticInferenceContext(case.batch, case.seq)
         prompt, parts = case.seq - 5, []
-        with torch.no_grad(), InferenceMode.active():
+        with inferring():
             for begin, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, case.seq))]:
                 context.sequence_len_offset = begin
                 chunk = hidden[begin:stop]

@@ -1,48 +1,17 @@
 """Twenty steps of Megatron's own training loop: every Helix layout trains as vanilla Megatron on one rank."""
 
-import re
-
 import pytest
+from training import HELIX, MODEL
 
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.launch import RankError
 
-MODEL = """--num-layers 2 --hidden-size 72 --num-attention-heads 9 --group-query-attention
-    --num-query-groups 3 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48 --max-position-embeddings 48
-    --micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu
-    --normalization RMSNorm --disable-bias-linear --train-iters 20 --lr 2e-3 --min-lr 1e-3
-    --lr-decay-style constant --clip-grad 1.0 --seed 7 --use-cpu-initialization --transformer-impl local
-    --attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion --no-bias-dropout-fusion
-    --no-bias-swiglu-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm
-    --attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 264
-    --make-vocab-size-divisible-by 1 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 100
-    --log-interval 1""".split()
-HELIX = "--attention-impl helix"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
-def rank_train(arguments):
-    from helix_megatron import entry, integrate, pretrain_gpt
-    from helix_megatron.compare.start import same_weights_at_any_layout
-
-    entry.use_built_helpers()
-    integrate.install()
-    with same_weights_at_any_layout(seed=7):
-        pretrain_gpt.train(arguments)
-
-
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(trainer):
     """train(ranks, flags) returns the losses that Megatron printed, one a step."""
-    cache = tmp_path_factory.mktemp("index")
-
-    def run(ranks, flags):
-        logs = tmp_path_factory.mktemp("logs")
-        arguments = [*MODEL, "--data-cache-path", str(cache), *flags.split()]
-        run_ranks(rank_train, ranks, arguments, timeout_s=240, log_dir=logs)
-        text = (logs / f"rank_{ranks - 1}.log").read_text()
-        return [float(loss) for loss in re.findall(r"lm loss: (\S+) ", text)]
-
-    return run
+    return lambda ranks, flags: trainer(ranks, [*MODEL, *flags.split()]).losses
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,7 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             (self.out / "reference").mkdir(exist_ok=True)
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         start = time.monotonic()
         with progress.running(variant.name, run, config.runs, folder):
             if config.host:
@@ -265,7 +265,7 @@ class Session:
             "schema": records.SCHEMA,
             "title": self.config.name,
             "kind": "measured",
-            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "where": "CPU cores, gloo" if self.config.host else "GPUs, NCCL",
             **identity,

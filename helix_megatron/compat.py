@@ -1,0 +1,123 @@
+"""Which Megatron this is: the versions Helix knows, and where they differ.
+
+What depends on the version is a column of `KNOWN`; other modules ask `megatron()` and never compare versions.
+
+    core   Python   megatron.training   pretrain(...) takes      dynamic engine with sliced heads
+    0.16   3.10+    not in the wheel    -                        refused
+    0.17   3.12+    yes                 argument parser's flags  refused
+    0.18   3.12+    yes                 container, model builder refused
+    0.19   3.12+    yes                 container                served
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from helix_megatron.grid import HelixConfigError
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """What is particular to one minor version of megatron-core.
+
+    Args:
+        training: the wheel carries megatron.training (entry points, flags, `helix compare`).
+        pretrain: how `megatron.training.pretrain` is called: "flags", "container and builder", "container".
+        layer_arguments: what SelfAttention takes besides the arguments that all versions know.
+        writer_queue: the function that makes the queue of checkpoint writers.
+        forked_writer: the class of the background writer has a method that starts it.
+        dynamic_engine: the dynamic inference context is one that Helix can re-read as sharded positions.
+    """
+
+    training: bool = True
+    pretrain: str = "container"
+    layer_arguments: tuple[str, ...] = ("pp_layer_offset", "name")
+    writer_queue: str = "get_write_results_queue"
+    forked_writer: bool = True
+    dynamic_engine: bool = False
+
+
+KNOWN = {
+    "0.16": Megatron(
+        training=False,
+        layer_arguments=(),
+        writer_queue="_get_write_results_queue",
+        forked_writer=False,
+    ),
+    "0.17": Megatron(pretrain="flags", layer_arguments=("pp_layer_offset",)),
+    "0.18": Megatron(pretrain="container and builder"),
+    "0.19": Megatron(dynamic_engine=True),
+}
+NEWEST = "0.19"
+_TESTED = "0.16.1 (layers, checkpoints), 0.19.2 (everything)"
+
+
+def version() -> str:
+    """The megatron-core that is installed, e.g. "0.19.2".
+
+    Raises:
+        HelixConfigError: there is none.
+    """
+    try:
+        from megatron.core import package_info
+    except ImportError as error:
+        raise HelixConfigError(
+            f"megatron-core is not installed; pip install 'megatron-core=={NEWEST}.*'"
+        ) from error
+    return package_info.__shortversion__
+
+
+def megatron() -> Megatron:
+    """The row of the installed Megatron.
+
+    Raises:
+        HelixConfigError: naming the version found and those known.
+    """
+    found = version()
+    row = KNOWN.get(".".join(found.split(".")[:2]))
+    if row is None:
+        raise HelixConfigError(
+            f"megatron-core {found} is not supported by this version of Helix, which knows "
+            f"{', '.join(KNOWN)} (tested: {_TESTED}); pip install 'megatron-core=={NEWEST}.*'"
+        )
+    return row
+
+
+def has_training() -> bool:
+    """Whether megatron.training is there: in the wheel, or in a checkout on PYTHONPATH."""
+    return importlib.util.find_spec("megatron.training") is not None
+
+
+def need_training() -> None:
+    """Refuse a Megatron without megatron.training, which the entry points and flags need.
+
+    Raises:
+        HelixConfigError: with what works without it.
+    """
+    megatron()
+    if not has_training():
+        raise HelixConfigError(
+            f"the wheel of megatron-core {version()} has no megatron.training, which Megatron's flags and "
+            f"training loop need; with Python 3.12 or newer, pip install 'megatron-core=={NEWEST}.*'. "
+            "Layers, specs and checkpoints of models that you build yourself work with this version "
+            "(helix_megatron.specs)"
+        )
+
+
+def as_class(build: Callable[..., Any]) -> type:
+    """A class whose construction calls `build` and gives what that returns.
+
+    Old Megatrons build a layer's modules from classes only (a function they take for the module itself), new
+    ones call whatever the layer spec has.
+    """
+    return type("Built", (), {"__new__": lambda cls, *args, **kwargs: build(*args, **kwargs)})
+
+
+def yarn_scale(config: Any) -> float:
+    """The factor by which YaRN scales rotated queries and keys; new layers keep it as an attribute."""
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
+
+    return yarn._yarn_get_concentration_factor_from_config(config)
