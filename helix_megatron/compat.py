@@ -67,7 +67,7 @@ def version() -> str:
         raise HelixConfigError(
             f"megatron-core is not installed; pip install 'megatron-core=={NEWEST}.*'"
         ) from error
-    return package_info.__shortversion__
+    return str(package_info.__shortversion__)
 
 
 def megatron() -> Megatron:
@@ -120,4 +120,4 @@ def yarn_scale(config: Any) -> float:
     """The factor by which YaRN scales rotated queries and keys; new layers keep it as an attribute."""
     from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
 
-    return yarn._yarn_get_concentration_factor_from_config(config)
+    return float(yarn._yarn_get_concentration_factor_from_config(config))

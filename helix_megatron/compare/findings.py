@@ -102,7 +102,8 @@ def versus(entry: dict[str, Any]) -> str:
     if entry["ci95"] is not None:
         said += " [{}, {}]".format(*map(bound, entry["ci95"]))
     shown = entry["verdict"].upper() if entry["verdict"] == "slower" else entry["verdict"]
-    return f"{said} ({shown}{f', p = {entry["p_value"]:.2g}' if entry['p_value'] is not None else ''})"
+    p_value = "" if entry["p_value"] is None else f", p = {entry['p_value']:.2g}"
+    return f"{said} ({shown}{p_value})"
 
 
 def bound(value: float) -> str:

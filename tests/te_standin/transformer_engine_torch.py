@@ -2,8 +2,8 @@
 
 What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused
 softmaxes, FusedAdam, the gradient norm, and FP8 with one current scale per tensor (no other recipe). Any
-other name exists, so that `import` works, and raises NotImplementedError when it is called. Written from how the
-Python code calls the kernels and what its documentation says of them; sums are in fp32 as theirs are.
+other name exists, so that `import` works, and raises NotImplementedError when it is called. Written from how
+the Python code calls the kernels and what its documentation says of them; sums are in fp32 as theirs are.
 """
 
 import enum
