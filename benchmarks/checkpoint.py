@@ -46,7 +46,7 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron import integrate, integrity
+    from helix_megatron import integrate
     from helix_megatron.config import HelixConfig
     from helix_megatron.grid import HelixGrid
 
@@ -73,7 +73,7 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
     integrate.disable()
     models["Megatron"] = build()
     samples: dict[str, dict[str, list[float]]] = {
-        name: {f"{kind}_{unit}": [] for kind in ("save", "verify", "load") for unit in ("s", "bytes")}
+        name: {f"{kind}_{unit}": [] for kind in ("save", "load") for unit in ("s", "bytes")}
         for name in models
     }
 
@@ -90,9 +90,7 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
     def save(model: GPTModel, target: Path) -> None:
         dist_checkpointing.save(model.sharded_state_dict(), target)
 
-    def load(model: GPTModel, target: Path, verify: bool) -> None:
-        if verify:
-            integrity.verify(target)
+    def load(model: GPTModel, target: Path) -> None:
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), target))
 
     rank = torch.distributed.get_rank()
@@ -104,8 +102,9 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
             torch.distributed.barrier()
             measured(name, "save", partial(save, model, target))
             if name != "Megatron":
-                measured(name, "verify", partial(integrity.verify, target))
-            measured(name, "load", partial(load, model, target, verify=name != "Megatron"))
+                integrate.read_checkpoints()
+            measured(name, "load", partial(load, model, target))
+            integrate.uninstall()
             torch.distributed.barrier()
             if rank == 0:
                 shutil.rmtree(target)
@@ -134,14 +133,12 @@ def main() -> None:
         for name, kinds in result["samples"].items()
     }
     ratios = {kind: medians["Helix 2x2"][kind] / medians["Megatron"][kind] for kind in medians["Megatron"]}
-    alone = statistics.median(result["samples"]["Helix 2x2"]["verify_s"])
     print(f"{result['parameters_per_rank'] * 4 / 2**20:.0f} MiB of fp32 parameters per rank, TP = {TP}")
     print(f"{'measure':12} {'Megatron':>12} {'Helix 2x2':>12} {'ratio':>7}")
     for kind, ratio in ratios.items():
         scale, unit = (1e3, "ms") if kind.endswith("_s") else (2**-20, "MiB")
         values = [f"{medians[name][kind] * scale:9.1f} {unit}" for name in ("Megatron", "Helix 2x2")]
         print(f"{kind.rsplit('_', 1)[0]:12} {values[0]:>12} {values[1]:>12} {ratio:7.3f}")
-    print(f"of Helix's load, verification takes {alone * 1e3:.1f} ms")
     document = {
         "benchmark": "checkpoint",
         "measured": "all of it",

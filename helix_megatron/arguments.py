@@ -83,7 +83,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-no-verify-checkpoint",
         action="store_true",
-        help="Load checkpoints without first comparing the checksums of their shards.",
+        help="Load checkpoints without comparing the checksums of their shards.",
     )
     group.add_argument(
         "--helix-host-mode",

@@ -3,7 +3,7 @@
     install()                give Megatron's argument parser the Helix flags; when they ask for Helix,
                              Megatron's validated arguments switch it on
     enable(helix, grid)      the switch itself, for code that builds models without Megatron's arguments
-    verify_checkpoints()     check checkpoints before they are loaded (install() does it for Helix runs)
+    read_checkpoints()       read checkpoints in one verified pass (install() does it for Helix runs)
     uninstall() / disable()  put everything back
 
 With `--attention-impl megatron` nothing of Megatron's model code is changed.
@@ -22,10 +22,11 @@ from helix_megatron import compat
 from helix_megatron.arguments import add_helix_arguments, helix_config_from_args
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.same_model import refuse_other_function, refuse_other_softmax
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
-_verifying: list[tuple[Any, str, Any]] = []
+_reading: list[tuple[Any, str, Any]] = []
 _active: HelixConfig | None = None
 _store: Any = None  # rank 0 serves the rendezvous store as long as this lives
 
@@ -56,8 +57,8 @@ def install() -> None:
         @functools.wraps(original)
         def parse_args(*rest: Any, **kwargs: Any) -> Namespace:
             args = original(*rest, **kwargs)
-            if args.attention_impl == "helix" and not args.helix_no_verify_checkpoint:
-                verify_checkpoints()
+            if args.attention_impl == "helix":
+                read_checkpoints(verify=not args.helix_no_verify_checkpoint)
             return args
 
         return parse_args
@@ -76,11 +77,15 @@ def install() -> None:
 
     def of_the_same_model(original: Callable) -> Callable:
         @functools.wraps(original)
-        def _load_base_checkpoint(load_dir: str, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-            loaded = original(load_dir, args, *rest, **kwargs)
+        def _load_base_checkpoint(
+            load_dir: str, args: Namespace, rank0: bool = False, *rest: Any, **kwargs: Any
+        ) -> Any:
+            loaded = original(load_dir, args, rank0, *rest, **kwargs)
             saved = (loaded[0] or {}).get("args")
             if saved is not None:
                 refuse_other_softmax(saved, args)
+                if args.attention_impl == "helix" and not rank0:  # rank0: --use-checkpoint-args reads them
+                    refuse_other_function(saved, args)
             standard = args.ckpt_format == "torch_dist" and loaded[3] is checkpointing.CheckpointType.GLOBAL
             if loaded[0] and getattr(args, "helix_sliced", False) and not standard:
                 raise HelixConfigError(
@@ -98,11 +103,14 @@ def install() -> None:
     _replace(_installed, checkpointing, "_load_base_checkpoint", of_the_same_model)
 
 
-def verify_checkpoints() -> None:
-    """Have every torch_dist checkpoint checked (integrity.py) before Megatron loads it."""
-    if _verifying:
+def read_checkpoints(verify: bool = True) -> None:
+    """Have torch_dist checkpoints read as integrity.py reads them: each stored tensor once, and verified."""
+    if _reading:
         return
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from helix_megatron import integrity
 
@@ -114,45 +122,39 @@ def verify_checkpoints() -> None:
 
         return load_common_state_dict
 
-    def shards_first(original: Callable) -> Callable:
+    def each_once(original: Callable) -> Callable:
         @functools.wraps(original)
-        def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-            integrity.verify(checkpoint_dir)
-            return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
+            reader = original(*args, **kwargs)
+            if isinstance(reader, FileSystemReader):  # other storage has its own reader
+                reader.read_data = functools.partial(integrity.read_shards, reader, verify=verify)
+            return reader
+
+        return _get_filesystem_reader
+
+    def in_plain_words(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except CheckpointException as error:  # torch's, of every rank's failures
+                for failure, _ in error.failures.values():
+                    if isinstance(failure, integrity.CheckpointError):
+                        raise failure from None
+                raise
 
         return load
 
-    _replace(_verifying, dist_checkpointing, "load_common_state_dict", index_first)
-    _replace(_verifying, dist_checkpointing, "load", shards_first)
-
-
-def refuse_other_softmax(saved: Namespace, ours: Namespace) -> None:
-    """Refuse a checkpoint whose weights mean another model: per-slice softmax against exact, or another m.
-
-    Exact attention has one meaning at every grid, vanilla Megatron included.
-    """
-    theirs, wanted = (getattr(args, "helix_slices_as_heads", 1) for args in (saved, ours))
-    if theirs == wanted:
-        return
-
-    def name(slices: int) -> str:
-        return f"per-slice softmax over {slices} slices" if slices > 1 else "exact attention"
-
-    way_out = (
-        f"load it with --attention-impl helix --helix-softmax per-slice --helix-dim-parallel-size {theirs}"
-        if theirs > 1
-        else "load it with --helix-softmax exact"
-    )
-    raise HelixConfigError(
-        f"the checkpoint was trained with {name(theirs)}, this run has {name(wanted)}: another model, whose "
-        f"weights would load and mean nothing; {way_out}"
-    )
+    if verify:
+        _replace(_reading, dist_checkpointing, "load_common_state_dict", index_first)
+    _replace(_reading, torch_strategy, "_get_filesystem_reader", each_once)
+    _replace(_reading, dist_checkpointing, "load", in_plain_words)
 
 
 def uninstall() -> None:
     """Undo install() and enable()."""
     disable()
-    _restore(_verifying)
+    _restore(_reading)
     _restore(_installed)
 
 

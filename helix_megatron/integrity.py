@@ -1,23 +1,32 @@
-"""Check a torch_dist checkpoint before it is loaded: every shard there, whole, and unchanged.
+"""Check a torch_dist checkpoint while it is loaded: every shard there, whole, and unchanged.
 
 Each tensor of a shard file is a zip archive with a CRC-32 of its data, which torch does not compare on load:
 a flipped bit would load silently. `.metadata` is a pickle, which could run any code: it is read with an
-allow-list of the classes torch writes there. Works on checkpoints of any origin; each rank checks its share.
+allow-list of the classes torch writes there. Works on checkpoints of any origin.
+
+Note [Reading a shard once]
+    torch reads a stored tensor from its file once for every piece of it that a rank wants. Slices of heads
+    want many pieces of few tensors: read_shards reads each stored tensor once, compares the checksum on the
+    bytes it has in hand anyway, and copies all pieces from it.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
+import warnings
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from isal.isal_zlib import crc32  # zlib's checksum at memory speed
+from torch import Tensor
 
 _ALLOWED_MODULES = (
     "torch.distributed.checkpoint.filesystem",
@@ -66,70 +75,122 @@ def read_metadata(folder: Path) -> Any:
         ) from error
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+def damage(folder: Path) -> list[str]:
     """What is wrong with the shards of a checkpoint, one line each; empty when all is well.
 
     Args:
         folder: of one iteration, with .metadata and the shard files.
-        part, parts: check every parts-th tensor only, beginning with the part-th.
     """
-    metadata = read_metadata(folder)
-    by_file = defaultdict(list)
-    stored = sorted(metadata.storage_data.items(), key=lambda item: (item[1].relative_path, item[1].offset))
-    for index, info in stored[part::parts]:
-        by_file[info.relative_path].append((index.fqn, info))
+    stored = read_metadata(folder).storage_data
+    names = {index: index.fqn for index in stored}
+    return [fault for _, _, fault in _stored(folder, stored, names, verify=True) if fault]
+
+
+def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.futures.Future:
+    """torch's FileSystemReader.read_data, but reading each stored tensor once. Collective with `verify`.
+
+    Args:
+        reader: a FileSystemReader with its metadata set.
+        plan, planner: a LoadPlan and its LoadPlanner.
+        verify: compare checksums; all ranks raise when one of them finds damage.
+    Raises:
+        CheckpointError: naming the damaged or missing files.
+    """
+    wanted = defaultdict(list)
+    for item in plan.items:
+        wanted[item.storage_index].append(item)
+    names = {index: items[0].dest_index.fqn for index, items in wanted.items()}
     found = []
-    for name, items in by_file.items():
+    for index, content, fault in _stored(Path(reader.path), reader.storage_data, names, verify):
+        if fault:
+            found.append(fault)
+            continue
+        for item in wanted[index]:
+            if isinstance(content, io.BytesIO):
+                planner.load_bytes(item, content)
+                continue
+            piece = content
+            for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                piece = piece.narrow(dim, offset, length)
+            target = planner.resolve_tensor(item).detach()
+            assert target.shape == piece.shape, "torch plans pieces of equal shapes"
+            target.copy_(piece)
+            planner.commit_tensor(item, target)
+    _refuse(Path(reader.path), found, verify)
+    done: torch.futures.Future = torch.futures.Future()
+    done.set_result(None)
+    return done
+
+
+def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> Iterator[tuple]:
+    """(index, Tensor or BytesIO, None) or (index, None, fault) for what is stored under the indices of
+    `names`, in the order of the files; one fault stands for all of a file that cannot be opened."""
+    by_file = defaultdict(list)
+    for index in sorted(names, key=lambda index: storage[index].offset):
+        by_file[storage[index].relative_path].append(index)
+    for name, indices in by_file.items():
         path = folder / name
         try:
             with open(path, "rb") as file:
-                found += [
-                    f"{path}: {fault} (in {tensor})"
-                    for tensor, info in items
-                    if (fault := _fault(file, info.offset, info.length))
-                ]
+                size = os.fstat(file.fileno()).st_size
+                for index in indices:
+                    info, content, fault = storage[index], None, None
+                    try:
+                        if size < info.offset + info.length:
+                            raise CheckpointError("truncated")
+                        file.seek(info.offset)
+                        content = _content(file.read(info.length), index, verify)
+                    except OSError:
+                        raise
+                    except Exception as error:  # damaged archives raise of all kinds
+                        reason = (str(error) or type(error).__name__).splitlines()[0]
+                        fault = f"{path}: damaged: {reason} (in {names[index]})"
+                    yield index, content, fault
         except OSError as error:
-            found.append(f"{path}: {error.strerror}")
-    return found
+            yield indices[0], None, f"{path}: {error.strerror}"
 
 
-def _fault(file: io.BufferedReader, offset: int, length: int) -> str | None:
-    file.seek(offset)
-    blob = file.read(length)
-    if len(blob) < length:
-        return f"truncated, {length - len(blob)} bytes are missing"
-    try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            bad = next((entry.filename for entry in archive.infolist() if not _intact(blob, entry)), None)
-        torch._C.PyTorchFileReader(io.BytesIO(blob))  # torch reads parts of the archive that zipfile does not
-    except Exception as error:  # damaged archives raise of all kinds
-        return f"damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
-    return f"damaged (the checksum of {bad} does not match)" if bad else None
+def _content(archive: bytes, index: Any, verify: bool) -> Tensor | io.BytesIO:
+    """What torch.save wrote: the tensor, or the archive itself where the index names an object.
 
-
-def _intact(blob: bytes, entry: zipfile.ZipInfo) -> bool:
-    """Whether an entry's bytes have the checksum of the archive's directory (torch stores uncompressed)."""
-    head = entry.header_offset
-    name, extra = struct.unpack_from("<HH", blob, head + 26)
-    data = memoryview(blob)[head + 30 + name + extra :][: entry.file_size]
-    return blob[head : head + 4] == b"PK\3\4" and entry.compress_type == 0 and crc32(data) == entry.CRC
-
-
-def verify(folder: str | Path) -> None:
-    """Check a checkpoint with all ranks; all of them raise when any part is damaged. Collective.
-
-    Raises:
-        CheckpointError: naming the files.
+    Raises: anything, when the archive is damaged.
     """
-    folder = Path(folder)
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    try:
-        found = damage(folder, rank, world)
-    except CheckpointError as error:
-        found = [str(error)]
-    if distributed:
-        gathered: list[Any] = [None] * world
+    file = io.BytesIO(archive)  # shares the bytes
+    with zipfile.ZipFile(file) as parts:
+        entries = parts.infolist()
+    data = {entry.filename.partition("/")[2]: _data(archive, entry) for entry in entries}
+    if verify:
+        for entry, content in zip(entries, data.values(), strict=True):
+            if entry.compress_type or crc32(content) != entry.CRC:
+                raise CheckpointError(f"the checksum of {entry.filename} does not match")
+    file.seek(0)
+    if index.offset is None:  # an object: read by whoever asked for it
+        torch._C.PyTorchFileReader(file)  # it reads parts of the archive that zipfile does not
+        file.seek(0)
+        return file
+    tensor = torch.load(file, map_location="meta", weights_only=True)  # shape and strides
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
+        whole = torch.frombuffer(data["data/0"], dtype=tensor.dtype)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _data(archive: bytes, entry: zipfile.ZipInfo) -> memoryview:
+    """The bytes of an entry, which torch stores uncompressed."""
+    head = entry.header_offset
+    if archive[head : head + 4] != b"PK\3\4":
+        raise CheckpointError(f"there is no {entry.filename} where the archive's directory says")
+    name, extra = struct.unpack_from("<HH", archive, head + 26)
+    start = head + 30 + name + extra
+    return memoryview(archive)[start : start + entry.file_size]
+
+
+def _refuse(folder: Path, found: list[str], agree: bool) -> None:
+    """Raise on all ranks when one of them has found damage."""
+    if agree and dist.is_available() and dist.is_initialized():
+        gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, found)
         found = sorted({line for lines in gathered for line in lines})
     if found:

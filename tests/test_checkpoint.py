@@ -13,16 +13,18 @@ from training import HELIX, MODEL
 from helix_megatron.checkpoint import contiguous_runs
 from helix_megatron.launch import RankError
 
-# 12 query and 6 KV heads: vanilla runs at TP 1 and 2, Helix on every grid below. Untied embeddings: with
+# 48 query and 24 KV heads: vanilla runs at TP 1, 2 and 8, Helix on every grid below. Untied embeddings: with
 # tied ones, PP > 1 and fully reshardable optimizer state, vanilla Megatron 0.19 does not read back its own.
-SHAPE = "--num-attention-heads 12 --num-query-groups 6 --qk-layernorm --add-qkv-bias".split()
+SHAPE = "--num-attention-heads 48 --num-query-groups 24 --kv-channels 8 --qk-layernorm --add-qkv-bias".split()
 SHAPE += ["--untie-embeddings-and-output-weights"]
 LAYOUTS = {
     "vanilla TP1": (1, ""),
+    "vanilla TP2": (2, "--tensor-model-parallel-size 2"),
     "vanilla TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "Helix 1x2": (2, f"--tensor-model-parallel-size 2 {HELIX} --helix-dim-parallel-size 2"),
     "Helix 3x2": (6, f"--tensor-model-parallel-size 6 {HELIX} --helix-dim-parallel-size 2"),
     "Helix 2x4": (8, f"--tensor-model-parallel-size 8 {HELIX} --helix-dim-parallel-size 4"),
+    "Helix 8x1": (8, f"--tensor-model-parallel-size 8 {HELIX} --helix-dim-parallel-size 1"),
     "Helix 1x4, whole heads": (
         4,
         f"--tensor-model-parallel-size 4 {HELIX} --helix-dim-parallel-size 4 --helix-query-placement heads",
@@ -99,7 +101,10 @@ PAIRS = [
     ("Helix 3x2", "vanilla TP2 PP2"),
     ("vanilla TP2 PP2", "Helix 2x4"),
     ("Helix 2x4", "Helix 1x4, whole heads"),
-    ("Helix 1x4, whole heads", "vanilla TP1"),
+    ("Helix 1x4, whole heads", "vanilla TP2"),
+    ("vanilla TP2", "Helix 1x2"),
+    ("Helix 1x2", "Helix 8x1"),
+    ("Helix 8x1", "vanilla TP1"),
 ]
 
 
@@ -134,6 +139,17 @@ def test_per_slice_and_exact_do_not_load_each_other(train, saved, folder):
     straight = train(2, per_slice)
     assert losses == pytest.approx(straight[:5], abs=1e-4)
     assert_resumed(more, straight)
+
+
+def test_weights_of_another_function_are_refused(train, saved):
+    """Another norm epsilon or RoPE base: the weights would load, and compute something else."""
+    ranks, flags = LAYOUTS["Helix 1x2"]
+    with pytest.raises(RankError, match=r"--norm-epsilon is 0\.01 here and was 1e-05 in training"):
+        train(ranks, f"{flags} --load {saved('Helix 1x2')} --norm-epsilon 0.01")
+    with pytest.raises(RankError, match="--rotary-base is 500 here and was 10000 in training"):
+        train(ranks, f"{flags} --load {saved('Helix 1x2')} --rotary-base 500")
+    tuned = train(ranks, f"{flags} --load {saved('Helix 1x2')} --rotary-base 500 --finetune --train-iters 1")
+    assert len(tuned) == 1
 
 
 def test_arguments_come_from_the_checkpoint(train, saved, ten_steps):

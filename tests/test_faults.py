@@ -172,4 +172,3 @@ def test_arbitrary_objects_in_the_checkpoint_are_refused(run, copy):
     (copy / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(RankError, match="it asks for"):
         run(f"--load {copy.parent}")
-
