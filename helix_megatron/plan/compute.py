@@ -1,0 +1,155 @@
+"""What a rank computes in one micro-batch: matrix products, attention, passes over memory.
+
+    matrix product    2 t rows columns FLOP; it reads the weights and moves its input and output
+    attention         4 d FLOP for each pair of a query and a key it looks at: with a fused core only the
+                      causal half of them; in decode the whole cache is read
+    pass              norms, RoPE, activation, residual: nothing but memory traffic
+
+A backward pass costs twice the products, 2.5 times fused attention (its scores are made again), twice the
+rest. Symbols as in memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix_megatron.plan.layout import Problem
+from helix_megatron.plan.memory import parameters
+from helix_megatron.plan.terms import Term, total
+
+GEMM, FUSED, UNFUSED, CACHED, PASS = (
+    "gemm",
+    "fused attention",
+    "unfused attention",
+    "cached attention",
+    "pass",
+)
+_BACKWARD = {GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, PASS: 2.0}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Equal operations of a forward pass of one micro-batch.
+
+    Args:
+        kind: which of the device's rates holds.
+        calls: how many.
+        flops: of one.
+        bytes: that one moves to and from memory.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    flops: Term
+    bytes: Term
+
+    @property
+    def backward(self) -> float:
+        """Cost of the backward pass in forward passes."""
+        return _BACKWARD[self.kind]
+
+
+def operations(problem: Problem, stage: int) -> list[Operation]:
+    """Forward pass of a micro-batch on a rank of `stage`."""
+    shape, layout = problem.shape, problem.layout
+    h, tp, layers = shape.hidden_size, layout.tp, problem.layers
+    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels / tp
+    heads = shape.num_attention_heads * shape.kv_channels / tp
+    f, up = shape.ffn_hidden_size / tp, (2 if shape.swiglu else 1)
+    found = [
+        _gemm(problem, "linear_qkv", layers, h, qkv),
+        attention(problem),
+        _gemm(problem, "linear_proj", layers, heads, h),
+        _gemm(problem, "linear_fc1", layers, h, up * f),
+        _gemm(problem, "linear_fc2", layers, f, h),
+        _passes(problem),
+    ]
+    if stage == layout.pp - 1:
+        tokens = problem.tokens if problem.workload.kind == "train" else layout.micro_batch
+        found.append(_gemm(problem, "output layer", 1, h, shape.padded_vocab_size(tp) / tp, tokens))
+    return found
+
+
+def _gemm(
+    problem: Problem, name: str, calls: int, inner: float, columns: float, tokens: int | None = None
+) -> Operation:
+    t = tokens or problem.tokens
+    e = problem.workload.element
+    flops = Term(name, {"2": 2, "t": t, "inner": inner, "columns": columns})
+    moved = Term(name, {"weights, input, output": inner * columns + t * (inner + columns), "bytes": e})
+    return Operation(name, GEMM, calls, flops, moved)
+
+
+def attention(problem: Problem) -> Operation:
+    """The attention core of all layers, on whole heads or slices of them."""
+    shape, layout, work = problem.shape, problem.layout, problem.workload
+    b, d, e = layout.micro_batch, shape.kv_channels, work.element
+    heads = shape.num_attention_heads / layout.tp
+    if work.kind == "decode":
+        keys = work.length + 1
+        cached = Term(
+            "KV cache", {"K and V": 2, "b": b, "elements": _cached_elements(problem, keys), "bytes": e}
+        )
+        flops = Term("attention", {"4": 4, "d": d, "b": b, "H/tp": heads, "keys": keys})
+        return Operation("attention", CACHED, problem.layers, flops, cached)
+    s = work.length
+    sums = layout.sliced and layout.comm_type == "all_reduce" and work.kind == "train"
+    fused = not sums and (work.fused or layout.sliced)
+    pairs = {"b": b, "H/tp": heads, "queries": s, "keys": s / 2 if fused else s}
+    flops = Term("attention", {"4": 4, "d": d, **pairs})
+    if fused:
+        moved = Term("attention", {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e})
+        return Operation("attention", FUSED, problem.layers, flops, moved)
+    copies = layout.m if sums else 1  # every rank of the dim group has all scores of the head group
+    moved = Term("attention", {"passes over scores": 6 * copies, **pairs, "fp32": 4})
+    return Operation("attention", UNFUSED, problem.layers, flops, moved)
+
+
+def _cached_elements(problem: Problem, keys: int) -> float:
+    """Elements of keys that a rank reads for one sequence and layer."""
+    shape, layout = problem.shape, problem.layout
+    if layout.sliced:
+        return problem.heads.kv_heads * shape.kv_channels * keys / layout.m
+    if not problem.workload.fused:  # the unfused core repeats KV heads for every query head
+        return shape.num_attention_heads / layout.tp * shape.kv_channels * keys
+    return max(1, shape.num_query_groups // layout.tp) * shape.kv_channels * keys
+
+
+def _passes(problem: Problem) -> Operation:
+    """Norms, residuals, RoPE and activation of a layer: how often their tensors are read and written."""
+    shape, layout, work = problem.shape, problem.layout, problem.workload
+    own = 1 / layout.tp if layout.sequence_parallel else 1.0
+    hidden = (8 if work.fused else 16) * own * shape.hidden_size
+    heads = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / layout.tp
+    mlp = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
+    elements = hidden + (2 if work.fused else 6) * heads + (2 if work.fused else 4) * mlp
+    moved = Term(
+        "passes", {"t": problem.tokens, "elements read and written": elements, "bytes": work.element}
+    )
+    return Operation("norms, RoPE, activation", PASS, problem.layers, Term("passes", {"0": 0}), moved)
+
+
+def optimizer_bytes(problem: Problem, stage: int) -> Term:
+    """Memory traffic of Adam's update: gradient, moments and weights read, all but the gradient written."""
+    work = problem.workload
+    per_element = 28 if work.dtype == "fp32" else 34  # fp32 weights beside the half-precision ones
+    share = {"1/dp": 1 / problem.layout.dp} if work.distributed_optimizer else {}
+    return Term(
+        "optimizer", {"elements": total(parameters(problem, stage)), "bytes moved": per_element, **share}
+    )
+
+
+def flops_of_step(problem: Problem) -> float:
+    """Floating-point operations of a whole step over all ranks: the model's, recomputation apart."""
+    train = problem.workload.kind == "train"
+
+    def of_stage(stage: int) -> float:
+        return sum(
+            operation.calls * operation.flops.value * (1 + (operation.backward if train else 0))
+            for operation in operations(problem, stage)
+        )
+
+    layout = problem.layout
+    stages = of_stage(layout.pp - 1) + (layout.pp - 1) * of_stage(0) if layout.pp > 1 else of_stage(0)
+    return stages * problem.micro_batches * layout.tp * layout.dp

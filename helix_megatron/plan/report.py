@@ -1,0 +1,214 @@
+"""A plan as a table, as JSON, and explained. Every time and byte here is predicted, and says so."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from helix_megatron.plan import compute, traffic
+from helix_megatron.plan.clusters import to_dict
+from helix_megatron.plan.hardware import Cluster
+from helix_megatron.plan.layout import Layout, Workload
+from helix_megatron.plan.search import Candidate, Plan
+from helix_megatron.presets import ModelShape
+
+_PARTS = {  # shown name → parts of the prediction
+    "compute": ("compute",),
+    "exchange": ("exchange",),
+    "all-reduce": ("all-reduce",),
+    "pipeline": ("pipeline",),
+    "update": ("gradients", "optimizer"),
+}
+_HELD = ("weights", "gradients", "optimizer", "activations", "kv_cache", "buffers")
+
+
+def tokens_of_step(workload: Workload) -> int:
+    """Tokens that a step brings forward."""
+    return workload.batch * (1 if workload.kind == "decode" else workload.length)
+
+
+def title(shape: ModelShape, cluster: Cluster, workload: Workload) -> str:
+    """What was planned, in one line."""
+    what = f"{shape.name}: {shape.num_parameters / 1e9:.3g} B parameters"
+    where = f"{cluster.devices} ranks of {cluster.name}"
+    length = "context" if workload.kind == "decode" else "sequence"
+    work = f"{workload.kind}, batch {workload.batch}, {length} {workload.length}, {workload.dtype}"
+    return f"{what}; {where}; {work}. All times and sizes are PREDICTED."
+
+
+def table(plan: Plan, workload: Workload, top: int) -> Table:
+    """The best layouts, one row each."""
+    shown = Table(box=None, pad_edge=False)
+    for name in ("", "tp", "pp", "dp", "n", "m", "comm", "queries", "cache", "micro", "ms", "tok/s"):
+        shown.add_column(name, justify="right" if name not in ("comm", "queries", "cache") else "left")
+    for name in (*_PARTS, "GB/rank"):
+        shown.add_column(name, justify="right")
+    for number, candidate in enumerate(plan.candidates[:top], 1):
+        shown.add_row(str(number), *_cells(candidate, workload))
+    return shown
+
+
+def _cells(candidate: Candidate, workload: Workload) -> list[str]:
+    layout, parts = candidate.layout, candidate.prediction.parts
+    grid = [str(layout.n), str(layout.m)] if layout.helix else ["-", "-"]
+    how = [layout.comm_type, layout.placement] if layout.sliced else ["-", "-"]
+    cache = layout.kv_cache if layout.sliced and workload.kind != "train" else "-"
+    micro = f"{layout.micro_batch}{' re' if layout.recompute else ''}"
+    times = [sum(parts[part] for part in several) * 1e3 for several in _PARTS.values()]
+    return [
+        *(str(size) for size in (layout.tp, layout.pp, layout.dp)),
+        *grid,
+        *how,
+        cache,
+        micro,
+        f"{candidate.seconds * 1e3:.4g}",
+        f"{tokens_of_step(workload) / candidate.seconds:,.0f}",
+        *(f"{ms:.3g}" for ms in times),
+        f"{candidate.memory.total / 1e9:.3g}",
+    ]
+
+
+def memory_table(plan: Plan, cluster: Cluster, top: int) -> Table:
+    """Bytes on the fullest rank of the best layouts."""
+    shown = Table(box=None, pad_edge=False)
+    for name in ("", "GB on the fullest rank, predicted:", *_HELD, "sum", "of"):
+        shown.add_column(name.replace("_", " "), justify="right" if name in (*_HELD, "sum", "of") else "left")
+    for number, candidate in enumerate(plan.candidates[:top], 1):
+        sizes = candidate.memory.bytes()
+        shown.add_row(
+            str(number),
+            candidate.layout.describe(),
+            *(f"{sizes[name] / 1e9:.3g}" for name in _HELD),
+            f"{candidate.memory.total / 1e9:.3g}",
+            f"{cluster.capacity / 1e9:.3g}",
+        )
+    return shown
+
+
+def verdict(plan: Plan, shape: ModelShape, workload: Workload) -> list[str]:
+    """What to do, in sentences: Helix or not, and why the first beats the second."""
+    best = plan.candidates[0]
+    helix = next((c for c in plan.candidates if c.layout.sliced), None)
+    plain = next((c for c in plan.candidates if not c.layout.sliced), None)
+    said = []
+    if helix is None:
+        said.append("Leave Helix off: every tensor-parallel size that fits divides heads and KV heads.")
+    elif not best.layout.sliced:
+        said.append(
+            f"Leave Helix off: its best layout ({helix.layout.describe()}) is predicted to take "
+            f"{helix.seconds / best.seconds:.3g} times as long."
+        )
+    elif plain is None:
+        said.append("Use Helix: Megatron's own attention has no layout here that is legal and fits.")
+    else:
+        said.append(
+            f"Use Helix: Megatron's best layout ({plain.layout.describe()}) is predicted to take "
+            f"{plain.seconds / best.seconds:.3g} times as long."
+        )
+    if len(plan.candidates) > 1:
+        said.append(why(best, plan.candidates[1]))
+    said += [f"Not planned: {note}." for note in shape.notes]
+    return said
+
+
+def why(first: Candidate, second: Candidate) -> str:
+    """Why `first` beats `second`: the parts of the step that differ, largest first."""
+    names = {"gradients": "gradient reduction", "all-reduce": "tensor-parallel reductions"}
+    gains = {
+        part: second.prediction.parts[part] - seconds for part, seconds in first.prediction.parts.items()
+    }
+    saved = sorted((part for part in gains if gains[part] > 1e-9), key=lambda part: -gains[part])
+    lost = sorted((part for part in gains if gains[part] < -1e-9), key=lambda part: gains[part])
+
+    def listed(parts: list[str]) -> str:
+        return ", ".join(f"{abs(gains[part]) * 1e3:.3g} ms {names.get(part, part)}" for part in parts[:3])
+
+    text = f"1 before 2 ({second.layout.describe()}): "
+    if not saved:
+        return text + "equal in every part; the simpler one comes first."
+    text += f"saves {listed(saved)}"
+    if lost:
+        text += f", and costs {listed(lost)}"
+    return text + f"; {(second.seconds / first.seconds - 1) * 100:.2g} % in all."
+
+
+def flags_line(layout: Layout, workload: Workload) -> str:
+    """Megatron's flags of a layout, to paste."""
+    words = []
+    for flag, value in layout.flags(workload).items():
+        words += [flag] if value is True else [flag, str(value)]
+    return shlex.join(words)
+
+
+def nothing(plan: Plan, shape: ModelShape, cluster: Cluster) -> str:
+    """Why there is no plan."""
+    if not plan.tried:
+        return (
+            f"no layout of {shape.name} uses exactly {cluster.devices} ranks: tp must suit heads, KV heads "
+            f"and MLP, pp divide {shape.num_layers} layers, dp divide the batch; try another --gpus or --batch"
+        )
+    return (
+        f"none of {plan.tried} layouts fits: the smallest needs {plan.smallest / 1e9:.3g} GB on a rank, and "
+        f"{cluster.capacity / 1e9:.3g} GB are there (predicted); use more devices or a smaller batch"
+    )
+
+
+# ---- explanation ----
+def explain(candidate: Candidate, cluster: Cluster) -> list[str]:
+    """Every formula with its numbers: seconds, bytes, memory."""
+    problem, prediction = candidate.problem, candidate.prediction
+    text = [
+        f"{candidate.layout.describe()}, predicted",
+        f"  {problem.layers} layers a stage, {problem.micro_batches} micro-batches of "
+        f"{candidate.layout.micro_batch} in a replica, {problem.tokens} tokens each",
+        f"  step = {' + '.join(f'{part} {s * 1e3:.4g} ms' for part, s in prediction.parts.items() if s)}",
+        f"  the parts sum {problem.micro_batches} micro-batches of stage {prediction.stage}, the slowest; "
+        f"pipeline adds {candidate.layout.pp - 1} more of them for filling and draining",
+        f"  time of one micro-batch, stage {prediction.stage}:",
+    ]
+    text += [
+        f"    {line.part:10} {line.seconds * 1e3:10.4g} ms  {line.name}: {line.formula}"
+        for line in prediction.lines
+    ]
+    text.append(f"  bytes on a rank of stage {candidate.stage}, the fullest:")
+    for name, terms in vars(candidate.memory).items():
+        text += [f"    {name:12} {term.value / 1e6:12,.1f} MB  {term.name}: {term}" for term in terms]
+    text.append(f"  of {cluster.capacity / 1e9:.4g} GB; constants from: {'; '.join(cluster.sources)}")
+    return text
+
+
+# ---- JSON ----
+def as_json(plan: Plan, shape: ModelShape, cluster: Cluster, workload: Workload, top: int) -> dict[str, Any]:
+    """The whole plan in plain types; every figure is predicted."""
+    return {
+        "kind": "predicted",
+        "model": asdict(shape) | {"num_parameters": shape.num_parameters},
+        "cluster": to_dict(cluster),
+        "workload": asdict(workload),
+        "tried": plan.tried,
+        "too_big": plan.too_big,
+        "verdict": verdict(plan, shape, workload) if plan.candidates else [nothing(plan, shape, cluster)],
+        "candidates": [_entry(candidate, workload) for candidate in plan.candidates[:top]],
+    }
+
+
+def _entry(candidate: Candidate, workload: Workload) -> dict[str, Any]:
+    layout = candidate.layout
+    received = traffic.received(traffic.collectives(candidate.problem, candidate.prediction.stage))
+    return {
+        "layout": asdict(layout),
+        "n": layout.n,
+        "m": layout.m,
+        "predicted_seconds": candidate.seconds,
+        "predicted_tokens_per_second": tokens_of_step(workload) / candidate.seconds,
+        "predicted_parts": candidate.prediction.parts,
+        "predicted_bytes": candidate.memory.bytes(),
+        "predicted_received": {name: {"calls": c, "bytes": b} for name, (c, b) in received.items()},
+        "predicted_flops_per_second": compute.flops_of_step(candidate.problem)
+        / candidate.seconds
+        / layout.world,
+        "flags": layout.flags(workload),
+    }
