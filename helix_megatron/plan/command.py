@@ -15,7 +15,6 @@ _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
   helix plan --model ./config.json --cluster this --workload train --seq-length 4096 --batch 256
   helix plan --cluster dgx-a100 -- --num-layers 24 --hidden-size 2048 --num-attention-heads 16
-  helix plan --probe this.yaml --ranks 4        then: --cluster this.yaml
 """
 
 
@@ -24,7 +23,7 @@ def add_plan(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="which layout to run a model in: predicted times and memory of every one that fits",
-        description="Ranks every tp, pp, dp, n x m that fits by predicted time; runs nothing, but for --probe.",
+        description="Ranks every tp, pp, dp, n x m that fits by predicted time; runs nothing.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,21 +50,11 @@ def add_plan(subparsers: Any) -> None:
         "--explain", action="store_true", help="every formula of the first rows, with numbers"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
-    parser.add_argument(
-        "--probe", metavar="FILE", help="measure this machine and write its constants to FILE"
-    )
-    parser.add_argument(
-        "--ranks", type=int, help="with --probe: ranks up to this many (default: devices x 2)"
-    )
     parser.add_argument("flags", nargs="*", help="after --: the model as Megatron's flags")
     parser.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if options.probe:
-        from helix_megatron.plan import probe
-
-        return probe.main(options.probe, options.ranks)
     from helix_megatron.plan import inputs, report
     from helix_megatron.plan.search import search
 

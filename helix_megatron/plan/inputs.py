@@ -70,9 +70,7 @@ def model_of_flags(flags: Mapping[str, Any], name: str, where: str) -> ModelShap
             raise ValueError(f"{where} has no {flag}; the planner needs {', '.join(_NEEDED)}.")
     for flag in _REFUSED:
         if flags.get(flag):
-            raise ValueError(
-                f"{where}: {flag} is given; only dense models with ordinary attention are planned."
-            )
+            raise ValueError(f"{where}: {flag} is given; only dense GPT models are planned.")
     hidden, heads = number("--hidden-size"), number("--num-attention-heads")
     swiglu = on("--swiglu")
     ffn = int(4 * hidden * 2 / 3 / 64) * 64 if swiglu else 4 * hidden

@@ -148,7 +148,7 @@ def nothing(plan: Plan, shape: ModelShape, cluster: Cluster) -> str:
     if not plan.tried:
         return (
             f"no layout of {shape.name} uses exactly {cluster.devices} ranks: tp must suit heads, KV heads "
-            f"and MLP, pp divide {shape.num_layers} layers, dp divide the batch; try another --gpus or --batch"
+            f"and MLP, pp divide {shape.num_layers} layers, dp divide the batch; change --gpus or --batch"
         )
     return (
         f"none of {plan.tried} layouts fits: the smallest needs {plan.smallest / 1e9:.3g} GB on a rank, and "

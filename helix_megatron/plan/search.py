@@ -2,8 +2,8 @@
 
 Note [Exhaustive, and what is pruned]
     tp x pp x dp = all devices; tp over its divisors that the heads (Megatron) or some n x m grid (Helix)
-    allow, pp over those of the layers, dp over those of the batch; grids, query placements, comm types, caches;
-    micro-batches of 1, 2, 4, 8. Pruned without a prediction, since something else is at least as good:
+    allow, pp over those of the layers, dp over those of the batch; grids, query placements, comm types,
+    caches; micro-batches of 1, 2, 4, 8. Pruned without a prediction, as something else is no worse:
       a grid with m = 1        is Megatron's own attention
       m larger than needed     equal work and memory, but more bytes, (m-1) G d / T elements of K and V a
                                token, in a larger group: of the legal grids of a tp, the one with largest n
