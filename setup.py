@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
+TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+DOCS = ["furo", "myst-parser", "sphinx"]  # scripts/docs.sh
 
 setup(
     name="helix-megatron",
@@ -13,10 +15,11 @@ setup(
     description="Two-level (head group x head dimension) tensor-parallel attention for Megatron-LM",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.12",
+    python_requires=">=3.10",
     packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
     install_requires=[
-        "megatron-core>=0.19.0,<0.20",  # the wheel carries megatron.core and megatron.training
+        "megatron-core>=0.19.0,<0.20; python_version>='3.12'",  # carries megatron.core and megatron.training
+        "megatron-core>=0.16.1,<0.17; python_version<'3.12'",  # carries megatron.core
         "torch>=2.6",
         "numpy",
         "scipy",  # the statistics of `helix compare`
@@ -31,15 +34,9 @@ setup(
     extras_require={
         "convert": CONVERT,
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
-        "dev": [
-            *CONVERT,
-            "hypothesis",
-            "mypy",
-            "pytest",
-            "pytest-timeout",
-            "ruff",
-            "types-PyYAML",
-        ],
+        "test": TEST,
+        "docs": DOCS,
+        "dev": [*CONVERT, *TEST, *DOCS, "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["helix=helix_megatron.cli:main"]},
 )

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# The whole test suite: linters, type checks, then pytest. Arguments are passed to pytest.
+# Everything that is checked: linters, types, the test suite, the oldest Megatron, the wheel, the documentation.
+# With arguments only the linters and pytest with them.
+#   HELIX_TEST_WORKERS=2   how many test files run at once
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/env.sh
 source scripts/env.sh
+if [ "${HELIX_OLDEST}" = 1 ]; then # env.sh has said what that leaves out
+    HELIX_VENV_OLDEST="${HELIX_VENV}" exec scripts/test_oldest.sh "$@"
+fi
 ruff check .
 mypy
 if command -v shellcheck >/dev/null; then
@@ -11,4 +16,10 @@ if command -v shellcheck >/dev/null; then
 else
     echo "helix: shellcheck is not installed; the shell scripts are not linted" >&2
 fi
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+scripts/check_wheel.sh
+scripts/docs.sh
+scripts/test_oldest.sh
+exec python -m pytest -n "${HELIX_TEST_WORKERS:-2}"

@@ -1,4 +1,4 @@
-"""Marks of tests that not every Megatron can run, and which files may share a machine with which."""
+"""Marks of tests that not every Megatron can run, the order of the files, the training fixture."""
 
 import importlib.metadata
 
@@ -19,7 +19,15 @@ def pytest_report_header():
     return f"megatron-core {version}" + (f", without {' and '.join(missing)}" if missing else "")
 
 
+# Files go to the workers of `-n 2` as a whole (their fixtures are shared), in this order: what takes long
+# starts first, so that the workers end together.
+LONG = """real_models slurm checkpoint faults kv_cache training generate compare_harness attention_exact
+    launch""".split()
+
+
 def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     for item in items:
         for mark, (what, there) in LACKS.items():
             if not there and item.get_closest_marker(mark):

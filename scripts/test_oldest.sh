@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Layouts, exchanges, layers, checkpoints and host mode on the oldest Megatron core that Helix knows (0.16, Python
+# 3.11 or 3.10), in an environment of its own. Without such a Python it says so and does nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHON
+export HELIX_OLDEST=1 HELIX_VENV="${HELIX_VENV_OLDEST:-${PWD}/.venv-0.16}"
+status=0
+# shellcheck source=scripts/env.sh
+source scripts/env.sh || status=$?
+if [ "${status}" = 3 ]; then
+    echo "helix: neither Python 3.11 nor 3.10: the oldest Megatron was not tested" >&2
+    exit 0
+fi
+[ "${status}" = 0 ] || exit "${status}"
+files=(layout.py merge.py versions.py layer.py attention_exact.py kv_cache.py host.py integrate.py)
+exec python -m pytest -n "${HELIX_TEST_WORKERS:-2}" "${files[@]/#/tests/test_}" "$@"
