@@ -22,6 +22,7 @@ from helix_megatron import compat
 from helix_megatron.arguments import add_helix_arguments, helix_config_from_args
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.plan import rule
 from helix_megatron.same_model import refuse_other_function, refuse_other_softmax
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
@@ -183,6 +184,10 @@ def activate(args: Namespace) -> None:
         args.helix_slices_as_heads = plan.grid.dim_parallel_size if plan.layout.per_slice else 1
         if args.rank == 0:
             print(f"> Helix attention: {plan.describe()}", flush=True)
+            chosen = helix.head_parallel_size is None and helix.dim_parallel_size is None
+            if chosen and plan.comm_type == "a2a":
+                _, reason = rule.choose(plan.layout.shape, plan.grid.size)
+                print(f"> Helix chose grid {plan.grid}: {reason}", flush=True)
     _agree_with_other_ranks(args, plan)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from helix_megatron import cli
 from helix_megatron.grid import legal_grids
-from helix_megatron.plan import clusters, compute, inputs, search
+from helix_megatron.plan import clusters, compute, inputs, rule, search
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
 from helix_megatron.plan.timing import predict
 from helix_megatron.presets import PRESETS, find
@@ -224,3 +224,29 @@ def test_no_layout_is_an_answer_too(capsys):
     assert code == 1 and "none of" in out and "GB are there" in out
     code, out, _ = run(capsys, "--model", "gpt-1t", "--gpus", "11", "--workload", "train", "--nodes", "1")
     assert code == 1 and "uses exactly 11 ranks" in out
+
+
+# ---- the rule ----
+@pytest.mark.parametrize("work", [DECODE, TRAIN], ids=["decode", "train"])
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_rule_is_the_fastest_grid_of_its_size(name, work):
+    shape = find(name)
+    for tp in (2, 4, 8, 16, 32):
+        grids = legal_grids(shape.attention, tp)
+        if not grids:
+            continue
+        grid, reason = rule.choose(shape.attention, tp)
+        assert rule.exchanged(shape.attention, grid) == min(rule.exchanged(shape.attention, g) for g in grids)
+        if grid.dim_parallel_size == 1:
+            assert "nothing is exchanged" in reason
+            continue
+        whole = shape.num_attention_heads % tp == 0
+        layout = Layout(tp, helix=True, comm_type="a2a", placement="heads" if whole else "dims",
+                        kv_cache="sequence", micro_batch=8)  # fmt: skip
+        if shape.ffn_hidden_size % tp:
+            continue
+        times = {
+            g: predict(Problem(shape, replace(layout, grid=g), replace(work, batch=8)), H100).seconds
+            for g in grids
+        }
+        assert min(times, key=times.__getitem__) == grid

@@ -7,6 +7,7 @@ compute.py    matrix products, attention and passing over memory          }
 hardware.py   what a cluster can do: constants of devices and links       }
 timing.py     seconds of a step, from the four above                      }
 search.py     every layout that fits, ranked                              }
+rule.py       the grid without a search, for `--attention-impl helix`     }
 inputs.py     models and clusters from presets, files and flags
 report.py     table, JSON, explanation
 trial.py      builds a layout with Megatron and measures it: what predictions are checked against
