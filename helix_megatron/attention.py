@@ -37,8 +37,9 @@ from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, get_helix_groups
-from helix_megatron.layout import HelixLayout, Indices
+from helix_megatron.layout import HelixLayout
 from helix_megatron.qk_norm import SliceNorm
+from helix_megatron.sliced_linear import Slices, mark
 
 
 class HelixParallelSelfAttention(SelfAttention):
@@ -302,8 +303,8 @@ def _slice_submodules(
     """The spec's submodules, built for slices instead of heads."""
     layout = plan.layout
     changes: dict[str, Any] = {
-        "linear_qkv": _permuted_initialisation(submodules.linear_qkv, layout.qkv_permutation(), dim=0),
-        "linear_proj": _permuted_initialisation(submodules.linear_proj, layout.proj_permutation(), dim=1),
+        "linear_qkv": _sliced(submodules.linear_qkv, Slices(layout.qkv_permutation(), 0, config)),
+        "linear_proj": _sliced(submodules.linear_proj, Slices(layout.proj_permutation(), 1, config)),
     }
     if not layout.per_slice:
 
@@ -361,8 +362,8 @@ def _build_qk_norm(
     )
 
 
-def _permuted_initialisation(builder: Callable, permutation: Indices, dim: int) -> Callable:
-    """Wrap a linear layer's builder so that a rank initialises ITS rows of the master weight.
+def _sliced(builder: Callable, slices: Slices) -> Callable:
+    """Wrap a linear layer's builder: it is marked, and a rank initialises ITS rows of the master weight.
 
     With `--use-cpu-initialization` Megatron draws the whole master weight on every rank and keeps the
     rank's contiguous chunk. Permuting the master right after the draw makes that chunk the rows (dim 0)
@@ -373,12 +374,12 @@ def _permuted_initialisation(builder: Callable, permutation: Indices, dim: int) 
     def build(*args: Any, init_method: Callable[[Tensor], Any], **kwargs: Any) -> torch.nn.Module:
         def init(weight: Tensor) -> Any:
             result = init_method(weight)
-            if weight.shape[dim] == len(permutation):
+            if weight.shape[slices.dim] == len(slices.permutation):
                 with torch.no_grad():
-                    index = torch.from_numpy(permutation).to(weight.device)
-                    weight.copy_(weight.index_select(dim, index))
+                    index = torch.from_numpy(slices.permutation).to(weight.device)
+                    weight.copy_(weight.index_select(slices.dim, index))
             return result
 
-        return builder(*args, init_method=init, **kwargs)
+        return mark(builder(*args, init_method=init, **kwargs), slices)
 
     return build
