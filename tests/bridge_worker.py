@@ -1,7 +1,7 @@
 """A tiny Hugging Face model through Megatron-Bridge in a process of its own (test_bridge.py starts it).
 
-Reads {"runs": [[tp, pp, {model: [folder, settings]}]], "refusals": folder, "out": folder} from stdin. Results of
-run k are in out/runk.pt, what was refused is the last line of output.
+Reads {"runs": [[tp, pp, {model: [folder, settings]}]], "refusals": folder, "out": folder} from stdin. Results
+of run k are in out/runk.pt, what was refused is the last line of output.
 """
 
 import contextlib

@@ -11,8 +11,8 @@ from te_environment import environment
 transformers = pytest.importorskip("transformers")
 TOKENS = (torch.arange(2 * 21) * 7 % 96).view(2, 21)  # as in bridge_worker.py
 SHAPE = dict(
-    vocab_size=96, hidden_size=144, intermediate_size=64, num_hidden_layers=2, rms_norm_eps=1e-5, max_position_embeddings=64,
-    tie_word_embeddings=False,
+    vocab_size=96, hidden_size=144, intermediate_size=64, num_hidden_layers=2, rms_norm_eps=1e-5,
+    max_position_embeddings=64, tie_word_embeddings=False,
 )  # fmt: skip
 MODELS = {  # 3 KV heads: Megatron alone refuses T = 2; Qwen3 has QK-norm, Qwen2 biases
     "llama": transformers.LlamaConfig(**SHAPE, num_attention_heads=9, num_key_value_heads=3),
@@ -29,7 +29,7 @@ RUNS = [  # tensor-parallel and pipeline sizes, {model: Helix's settings, None f
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """For each run {model: (logits, exported weights)}; what was refused; transformers' logits and weights."""
+    """For each run {model: (logits, exported weights)}; what was refused; what transformers has of both."""
     env, out = environment(), tmp_path_factory.mktemp("bridge")
     reference = {}
     for name, config in MODELS.items():
