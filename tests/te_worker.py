@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 
 import torch
-from test_training import MODEL, rank_train
+from training import MODEL, rank_train
 
 from helix_megatron.launch import run_ranks
 
