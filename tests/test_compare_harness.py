@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from compare_fakes import compare, document, install, samples, variant
 
-from helix_megatron.compare import comparisons, findings, machine, nodes, records, summary
+from helix_megatron.compare import comparisons, findings, machine, nodes, records, summary, tables
 from helix_megatron.compare.harness import Options
 
 AB = [variant("A", "0"), variant("B", "1")]
@@ -154,9 +154,10 @@ def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
     results = {"variants": [megatron, slow, near, unsure]}
     results["comparisons"] = comparisons.compare(results)
     assert [e["verdict"] for e in results["comparisons"]] == ["slower", "slower", "no difference shown"]
-    said = findings.speeds(results)
-    assert said[0].startswith("A against Megatron, measured: training 0.50x [0.49, 0.51] (SLOWER, p = ")
-    assert "no difference shown" in said[2]
+    headings, rows = tables.speeds(results)
+    assert headings == ["variant", "against", "training"]
+    assert rows[0] == ["A", "Megatron", "0.50x [0.49, 0.51] SLOWER"]
+    assert rows[2][2].endswith("] unclear")
 
     equal = entry_of("2x1", "helix", [1.25, 1.26, 1.25], 1)  # the same program, a quarter slower
     results = {"variants": [megatron, slow, near, unsure, equal]}
@@ -164,7 +165,10 @@ def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
     by_name = {e["variant"]: e["verdict"] for e in results["comparisons"]}
     assert by_name["B"] == "within the noise of two equal programs"
     assert by_name["A"] == "slower"
-    assert findings.speeds(results)[0].startswith("2x1 computes what Megatron computes. Their ratio is noise")
+    assert findings.noise(results) == [
+        "2x1 computes what Megatron computes. Their ratio is noise, and no smaller difference is shown as "
+        "one: training 0.80x."
+    ]
 
 
 def test_runs_are_paired_by_their_number():

@@ -25,6 +25,8 @@ def add_compare(subparsers: Any) -> None:
     add("--runs", type=int, metavar="N", help="independent runs of every variant, in place of the file's")
     add("--preset", metavar="MODEL", help="a model's shape in place of the file's, such as llama-3-8b")
     add("--scale", type=float, metavar="F", help="multiply the widths of the preset, to fit the machine")
+    add("--scaling", choices=["weak", "strong"], help="every variant at several numbers of ranks")
+    add("--sizes", metavar="N,N,...", help="those numbers (default: 1,2,4,8; on GPUs 8,16,32)")
     disk = parser.add_mutually_exclusive_group()
     disk.add_argument("--resume", action="store_true", help="go on after the finished runs in --out")
     disk.add_argument("--overwrite", action="store_true", help="delete the finished runs in --out")
@@ -40,13 +42,18 @@ def _compare(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from helix_megatron.compare import config as configuration
-    from helix_megatron.compare import harness
+    from helix_megatron.compare import harness, scaling
 
     given = {key: getattr(options, key) for key in ("runs", "preset", "scale")}
     changes = {key: value for key, value in given.items() if value is not None}
     config = configuration.load(options.config, changes)
     config = harness.only(config, options.only or [], options.config)
-    out = Path(options.out or Path("runs") / Path(options.config).stem)
+    if options.scaling:
+        config = scaling.at_sizes(config, options.scaling, _sizes(options.sizes))
+    elif options.sizes:
+        raise ValueError("--sizes goes with --scaling weak or --scaling strong.")
+    name = Path(options.config).stem + (f"_{options.scaling}_scaling" if options.scaling else "")
+    out = Path(options.out or Path("runs") / name)
     chosen = harness.Options(
         resume=options.resume,
         retry=options.retry,
@@ -58,3 +65,12 @@ def _compare(options: argparse.Namespace) -> int:
     )
     console = Console(width=None if sys.stdout.isatty() else 200)
     return harness.compare(config, out, console, chosen)
+
+
+def _sizes(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--sizes is {text!r}; it is numbers of ranks such as 1,2,4,8.") from error

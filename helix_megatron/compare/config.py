@@ -89,6 +89,8 @@ class CompareConfig:
     """Largest absolute difference of losses between variants of the same model."""
     reference: bool = True
     """Also run each model on one rank in fp32, and give every variant's error against its logits."""
+    paper: bool = False
+    """Show the paper's numbers beside the measured ones, and check them by arithmetic."""
     peak_tflops: float | None = None
     """Peak of one rank, for MFU; by default the GPU's dense bf16 peak, and no MFU where it is not known."""
     preset: str | None = None
@@ -136,9 +138,9 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
     for name, least in _NUMBERS.items():
         if name in document:
             _check_number(name, document[name], least, where)
-    for name in ("host", "reference"):
+    for name in ("host", "reference", "paper"):
         if not isinstance(document.get(name, False), bool):
-            yes, no = ("CPU", "GPUs") if name == "host" else ("run it", "leave it out")
+            yes, no = ("CPU", "GPUs") if name == "host" else ("show it", "leave it out")
             raise ValueError(f"{where}: {name} is {document[name]!r}; it is true ({yes}) or false ({no}).")
     plain = {keys[k]: v for k, v in document.items() if keys[k] and k not in _PARSED}
     config = CompareConfig(

@@ -1,4 +1,4 @@
-"""What the measured numbers say, in sentences: failures, losses, errors, tokens, who was slower than whom."""
+"""What the measured numbers say, in sentences: failures, losses, numerical errors, tokens, noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def findings(results: dict[str, Any]) -> list[str]:
             said.append(f"{variant['name']}: {variant['status']}: {variant.get('cause', 'not yet')}")
         for name, cause in variant.get("measured", {}).get("causes", {}).items():
             said.append(f"{variant['name']}: no {WORKLOADS[name]}: {cause}")
-    return said + losses(results) + errors(results) + decoded(finished(results)) + speeds(results)
+    return said + losses(results) + errors(results) + decoded(finished(results)) + noise(results)
 
 
 def losses(results: dict[str, Any]) -> list[str]:
@@ -34,7 +34,7 @@ def losses(results: dict[str, Any]) -> list[str]:
     if compared and all(v["loss_check"]["agrees"] for v in checked):
         worst = max(v["loss_check"]["max_abs_difference"] for v in compared)
         said.append(
-            f"Losses agree: within {worst:.1e} between all variants and runs of the same model (allowed: "
+            f"Losses agree: within {tiny(worst)} between all variants and runs of the same model (allowed: "
             f"{tolerance:g})."
         )
     if checked and not compared:
@@ -57,7 +57,7 @@ def errors(results: dict[str, Any]) -> list[str]:
         worst = max(relative, key=relative.__getitem__)
         said.append(
             f"Logits against the same weights on one rank in fp32: relative error at most "
-            f"{relative[worst]:.1e} ({worst})."
+            f"{tiny(relative[worst])} ({worst})."
         )
     return said
 
@@ -78,34 +78,42 @@ def decoded(variants: list[dict[str, Any]]) -> list[str]:
     return said + ([f"Greedy decode: {same} variants chose the tokens of their reference."] if same else [])
 
 
-def speeds(results: dict[str, Any]) -> list[str]:
-    """Each variant next to its baselines, gains and losses alike, in one sentence for each pair."""
-    said, lines = [], {}
-    for entry in results["comparisons"]:
-        lines.setdefault((entry["variant"], entry["baseline"], entry["same_program"]), []).append(entry)
-    for (variant, baseline, same), entries in lines.items():
-        parts = "; ".join(f"{WORKLOADS[e['workload']]} {versus(e)}" for e in entries)
-        if same:
-            said.insert(
-                0,
-                f"{variant} computes what {baseline} computes. Their ratio is noise, and differences that "
-                f"are smaller are not shown as such: {parts}.",
-            )
-        else:
-            said.append(f"{variant} against {baseline}, measured: {parts}.")
+def noise(results: dict[str, Any]) -> list[str]:
+    """What separates two variants that run the same program: a measure of the noise."""
+    said = []
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in (e for e in results["comparisons"] if e["same_program"]):
+        pairs.setdefault((entry["variant"], entry["baseline"]), []).append(entry)
+    for (variant, baseline), entries in pairs.items():
+        parts = ", ".join(f"{WORKLOADS[e['workload']]} {e['ratio']:.2f}x" for e in entries)
+        said.append(
+            f"{variant} computes what {baseline} computes. Their ratio is noise, and no smaller difference "
+            f"is shown as one: {parts}."
+        )
     return said
 
 
 def versus(entry: dict[str, Any]) -> str:
-    """'1.13x [1.05, 1.21] (faster, p = 0.004)'"""
+    """'1.13x [1.05, 1.21] faster': ratio of speeds, 95 % interval, verdict."""
     said = f"{entry['ratio']:.2f}x"
     if entry["ci95"] is not None:
         said += " [{}, {}]".format(*map(bound, entry["ci95"]))
-    shown = entry["verdict"].upper() if entry["verdict"] == "slower" else entry["verdict"]
-    p_value = "" if entry["p_value"] is None else f", p = {entry['p_value']:.2g}"
-    return f"{said} ({shown}{p_value})"
+    return f"{said} {_SHORT.get(entry['verdict'], entry['verdict'])}"
+
+
+_SHORT = {
+    "slower": "SLOWER",
+    "no difference shown": "unclear",
+    "within the noise of two equal programs": "within the noise",
+    "one run shows no difference": "one run",
+}
+
+
+def tiny(value: float) -> str:
+    """A difference near zero: '1.2e-07', or '0' where there is none."""
+    return f"{value:.1e}" if value else "0"
 
 
 def bound(value: float) -> str:
     """One end of a ratio's interval; few runs can make it absurd, and no digits of that mean anything."""
-    return "below 0.01" if value < 0.01 else "above 100" if value > 100 else f"{value:.2f}"
+    return "<0.01" if value < 0.01 else ">100" if value > 100 else f"{value:.2f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.compare import tables
+from helix_megatron.compare import paper, scaling, tables
 from helix_megatron.compare.findings import findings
 
 BYTES_MEAN = (
@@ -69,11 +69,29 @@ def report(results: dict[str, Any]) -> str:
         kept = tables.used(results, columns)
         lines += [*_table(tables.headings(kept), tables.rows(results, kept)), ""]
     lines += ["## What they say", "", *(f"- {line}" for line in findings(results)), ""]
-    lines += ["## Comparisons (measured)", "", *_table(tables.COMPARISONS, tables.comparisons(results)), ""]
+    lines += ["## Speed ratios (measured)", "", *_table(*tables.speeds(results)), ""]
+    lines += [
+        "## Comparisons in full (measured)",
+        "",
+        *_table(tables.COMPARISONS, tables.comparisons(results)),
+        "",
+    ]
     lines += ["## Spread over the runs (measured)", "", *_table(tables.SPREAD, tables.spread(results)), ""]
+    if scaling.rows(results):
+        lines += ["## Scaling (measured)", "", *_table(scaling.ROWS, scaling.rows(results)), ""]
+    if results["config"]["paper"]:
+        lines += ["## The paper's table (published) beside what was measured here", ""]
+        lines += [*_table(paper.BESIDE, paper.beside(results)), ""]
+        lines += ["## The paper's numbers, checked by arithmetic (nothing measured)", ""]
+        checks = [list(check.values()) for check in paper.checks()]
+        lines += [*_table(["the paper says", "arithmetic", "verdict"], checks), ""]
     kept = tables.used(results, tables.MEMORY)
     lines += ["## Memory of the fullest rank, MB (measured)", ""]
     lines += [*_table(tables.headings(kept), tables.rows(results, kept)), ""]
+    lines += ["## Beside Megatron's own estimate, MB (measured and predicted)", ""]
+    lines += [*_table(tables.ESTIMATE, tables.estimate(results)), ""]
+    if tables.gpu(results):
+        lines += ["## GPU, by NVML (measured)", "", *_table(tables.GPU, tables.gpu(results)), ""]
     lines += ["## Collectives of one iteration, mean rank (measured)", ""]
     lines += [*_table(tables.COLLECTIVES, tables.collectives(results)), ""]
     lines += ["## How to read it", "", *(f"- {line}" for line in method(results))]

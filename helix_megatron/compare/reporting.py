@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from helix_megatron.compare import comparisons, markdown, tables
+from helix_megatron.compare import comparisons, html, markdown, tables
 from helix_megatron.compare.findings import findings
 from helix_megatron.compare.records import write_atomically
 
@@ -24,6 +24,12 @@ def write(results: dict[str, Any], out: Path) -> None:
     """results.json and the reports, each complete or as it was."""
     write_data(results, out)
     write_atomically(out / "report.md", markdown.report(results))
+    page, pictures = html.report(results)
+    write_atomically(out / "report.html", page)
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture)
 
 
 def show(results: dict[str, Any], out: Path, console: Console) -> None:
@@ -38,10 +44,16 @@ def show(results: dict[str, Any], out: Path, console: Console) -> None:
         for row, variant in zip(tables.rows(results, kept), results["variants"]):
             shown.add_row(*row, style=None if variant["status"] == "ok" else "red")
         console.print(shown)
+    headings, rows = tables.speeds(results)
+    if rows:
+        shown = Table(*headings, title="speed ratio (measured): above 1 the variant is faster; 95 % interval")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
     for line in findings(results):
         console.print(f"- {line}", highlight=False, markup=False)
     names = sorted(path.name for path in out.glob("re*.*") if path.is_file())
-    console.print(f"Everything is in {out}: {', '.join(names)}", highlight=False)
+    console.print(f"Everything is in {out}: {', '.join(names)}, figures/*.png", highlight=False)
 
 
 def exit_code(results: dict[str, Any]) -> int:

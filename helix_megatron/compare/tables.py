@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from helix_megatron.compare.findings import bound
+from helix_megatron.compare.comparisons import WORKLOADS
+from helix_megatron.compare.findings import bound, tiny, versus
 
 Cell = Callable[[dict[str, Any]], str | None]
 
@@ -64,12 +65,12 @@ def _last_loss(variant: dict[str, Any]) -> str | None:
 def _loss_difference(variant: dict[str, Any]) -> str | None:
     check = variant.get("loss_check")
     far = check and check["max_abs_difference"]
-    return None if check is None else "n/a" if far is None else f"{far:.1e}"
+    return None if check is None else "n/a" if far is None else tiny(far)
 
 
 def _error(variant: dict[str, Any]) -> str | None:
     relative = variant["measured"].get("error", {}).get("relative")
-    return None if relative is None else f"{relative:.1e}"
+    return None if relative is None else tiny(relative)
 
 
 def _per_rank(variant: dict[str, Any]) -> str | None:
@@ -170,6 +171,17 @@ def collectives(results: dict[str, Any]) -> list[list[str]]:
 COLLECTIVES = ["variant", "workload", "collective x ranks", "calls", "MB", "ms", "algbw GB/s", "busbw GB/s"]
 
 
+def speeds(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: each variant against each of its baselines, one column for each workload."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in results["comparisons"]:
+        pair = cells.setdefault((entry["variant"], entry["baseline"]), {})
+        pair[entry["workload"]] = versus(entry)
+    used = [name for name in WORKLOADS if any(name in pair for pair in cells.values())]
+    rows = [[*names, *(pair.get(name, "-") for name in used)] for names, pair in cells.items()]
+    return ["variant", "against", *(WORKLOADS[name] for name in used)], rows
+
+
 def comparisons(results: dict[str, Any]) -> list[list[str]]:
     """variant, baseline, workload, ratio, its intervals, p, Cohen's d, verdict."""
     found = []
@@ -214,3 +226,41 @@ def spread(results: dict[str, Any]) -> list[list[str]]:
 
 
 SPREAD = ["variant", "workload", "runs", "tok/s", "sd", "CV", "95 % interval"]
+
+
+def estimate(results: dict[str, Any]) -> list[list[str]]:
+    """variant, and of weights with optimizer and of activations: measured, Megatron's own estimate."""
+    found = []
+    for variant in (v for v in results["variants"] if "measured" in v):
+        held = variant["measured"]["memory_bytes_of_fullest_rank"]
+        theirs = variant["measured"]["megatron_estimate_bytes"]
+        weights = sum(held.get(key, 0) for key in ("parameters", "gradients", "optimizer"))
+        numbers = (
+            weights,
+            theirs["weights_and_optimizer"],
+            held["saved_for_backward"],
+            theirs["activations"],
+        )
+        found.append([variant["name"], *(f"{number / 1e6:,.2f}" for number in numbers)])
+    return found
+
+
+ESTIMATE = [
+    *("variant", "weights, gradients, optimizer", "Megatron estimates (for bf16)"),
+    *("activations", "Megatron estimates"),
+]
+
+
+def gpu(results: dict[str, Any]) -> list[list[str]]:
+    """variant, busy %, memory busy %, watts, NVLink GB received: mean rank; no rows without NVML."""
+    found = []
+    for variant in (v for v in results["variants"] if "gpu" in v.get("measured", {})):
+        said = variant["measured"]["gpu"]
+        keys = ("gpu_busy_percent", "memory_busy_percent", "watts")
+        link = said.get("nvlink_bytes")
+        row = [f"{said[key]:.0f}" if key in said else "-" for key in keys]
+        found.append([variant["name"], *row, f"{link['received'] / 1e9:.1f}" if link else "-"])
+    return found
+
+
+GPU = ["variant", "GPU busy %", "memory busy %", "watts", "NVLink GB received"]
