@@ -17,12 +17,15 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
+    package_data={"helix_megatron.compare": ["*.j2"]},
     install_requires=[
         "megatron-core>=0.19.0,<0.20; python_version>='3.12'",  # carries megatron.core and megatron.training
         "megatron-core>=0.16.1,<0.17; python_version<'3.12'",  # carries megatron.core
         "torch>=2.6",
         "numpy",
         "scipy",  # the statistics of `helix compare`
+        "matplotlib",  # ... its figures
+        "jinja2",  # ... its page
         "isal",  # checksums of checkpoints at memory speed
         "nvidia-ml-py",  # GPU measures of `helix compare`; imported where there is one
         "einops",  # Megatron's dynamic inference path

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, launching
+from helix_megatron.compare import harness, html, launching
 
 DOCUMENT = {
     "name": "tiny",
@@ -76,6 +76,45 @@ def samples(rank, shift=0.0, slower=1.0):
     }
 
 
+def rich_samples(ranks, factor, tp=16, pp=1, dp=1, grid=None):
+    """What the ranks of a run write when all workloads run, `factor` times as slow as the first variant."""
+    kinds = [f"all_reduce x{tp}", f"broadcast x{tp}"] + ([f"all_to_all x{grid[1]}"] if grid else [])
+
+    def workload(seconds, tokens, iterations=3):
+        tally = {"calls": 3, "bytes": 6e5, "payload": 4e5, "seconds": 0.3 * seconds, "largest": 65536}
+        return {
+            "warmup_seconds": [9.0],
+            "seconds": [factor * seconds * (1 + 0.02 * k) for k in range(iterations)],
+            "comm": {kind: tally for kind in kinds},
+            "comm_iterations": iterations,
+            "comm_seconds": [0.4 * factor * seconds] * iterations,
+            "tokens": tokens,
+            "flops": 1e9 * tokens,
+        }
+
+    sample = samples(1)
+    sample["args"] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "data_parallel_size": dp,
+        "context_parallel_size": 1,
+    }
+    if grid:
+        sample["helix"] = {"n": grid[0], "m": grid[1], "comm": "a2a", "placement": "heads"}
+    sample["error"] = {"relative": 3e-7, "max_abs": 2e-6}
+    sizes = {"gradients": 2e6, "optimizer": 4e6, "kv_cache": 5e5, "communication": 65536}
+    sample["memory_bytes"] = sample["memory_bytes"] | sizes
+    decode = {"kv_cache_bytes": 500_000, "tokens_chosen": [[1, 2, 3, 4]], "replica": 0}
+    sample["workloads"] = {
+        "train": workload(2.0, 128) | {"losses": [5.5, 5.1, 4.8, 4.4]},
+        "prefill": workload(0.7, 128),
+        "first_token": workload(0.5, 64),
+        "decode": workload(0.4, 2) | decode,
+        "mixed": workload(1.1, 68) | {"first_token_seconds": [0.5], "token_seconds": [0.4, 0.41]},
+    }
+    return [copy.deepcopy(sample) for _ in range(ranks)]
+
+
 def variant(name, seed, **more):
     return {"name": name, "args": {"seed": seed}, **more}
 
@@ -100,8 +139,10 @@ class Launcher:
         return "ok", ""
 
 
-def install(monkeypatch, answer=None):
-    """Use a Launcher instead of ranks; returns it."""
+def install(monkeypatch, answer=None, page=False):
+    """Use a Launcher instead of ranks; returns it. Figures take seconds: they are drawn only for a `page`."""
+    if not page:
+        monkeypatch.setattr(html, "report", lambda results: ("", {}))
     launcher = Launcher(answer)
     monkeypatch.setattr(launching, "on_host", launcher)
     monkeypatch.setattr(harness, "megatron_flags", lambda: None)

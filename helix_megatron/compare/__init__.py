@@ -21,7 +21,11 @@ stats.py        the statistics, pure
 summary.py      from samples to numbers
 comparisons.py  who is faster, and whether that is more than noise
 findings.py     what the numbers say, in sentences
+paper.py        the paper's numbers, checked by arithmetic
+scaling.py      weak and strong scaling
 tables.py       the tables as text
+plots.py        the figures
 markdown.py     report.md
+html.py         report.html, from report.html.j2
 reporting.py    everything that is written and shown
 """

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
@@ -33,7 +33,7 @@ class Progress:
         self.whole = self.shown.add_task("comparison", total=total, stage="")
         self.total = total
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         self.shown.start()
         return self
 
