@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+SERVE = ["hypercorn", "msgpack", "pyzmq", "quart"]  # Megatron's text-generation server
 CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
 DOCS = ["furo", "myst-parser", "sphinx"]  # scripts/docs.sh
@@ -36,10 +37,11 @@ setup(
     ],
     extras_require={
         "convert": CONVERT,
+        "serve": [*CONVERT, *SERVE],
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
         "test": TEST,
         "docs": DOCS,
-        "dev": [*CONVERT, *TEST, *DOCS, "mypy", "ruff", "types-PyYAML"],
+        "dev": [*CONVERT, *SERVE, *TEST, *DOCS, "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["helix=helix_megatron.cli:main"]},
 )

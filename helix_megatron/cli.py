@@ -6,6 +6,7 @@
     helix doctor                 what is installed here, what that enables, what is wrong
     helix generate --model …     text from a model on any number of ranks
     helix plan --model …         which layout to run a model in, predicted
+    helix serve --model …        Megatron's text-generation server on any number of ranks
 
 A subcommand is a function that takes the subparsers, adds its own, and sets `run`, a function from the
 parsed arguments to the exit code. Refusals (ValueError) are one line and exit code 2.
@@ -18,7 +19,7 @@ import sys
 from typing import Any
 
 from helix_megatron.convert.cli import add_convert
-from helix_megatron.generate.cli import add_generate
+from helix_megatron.generate.cli import add_generate, add_serve
 from helix_megatron.plan.command import add_plan
 
 
@@ -59,7 +60,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.json)
 
 
-COMMANDS = (add_compare, add_data, add_doctor, add_convert, add_generate, add_plan)
+COMMANDS = (add_compare, add_data, add_doctor, add_convert, add_generate, add_plan, add_serve)
 
 
 def main(argv: list[str] | None = None) -> int:

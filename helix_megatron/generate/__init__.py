@@ -1,4 +1,4 @@
-"""Text from a model: `helix generate`, by Megatron's dynamic inference engine.
+"""Text from a model: `helix generate` and `helix serve`, by Megatron's dynamic inference engine.
 
     kv_bytes.py   what a KV cache holds on a rank: Helix's share beside Megatron's replication
     model.py      a model on disk (Hugging Face, GGUF, Megatron) as a checkpoint, and its flags
@@ -7,5 +7,7 @@
     generate.py   what the ranks of `helix generate` do, and the report
     ranks.py      starting the ranks, or being one of torchrun's
     check.py      a real model against transformers: tokens and logits
-    cli.py        the command line
+    requests.py   what the server refuses before Megatron sees it
+    serve.py      Megatron's own text-generation server on those ranks
+    cli.py        the command lines
 """

@@ -1,4 +1,4 @@
-"""The command line of `helix generate`; torch is imported when it runs."""
+"""The command lines of `helix generate` and `helix serve`; torch is imported when they run."""
 
 from __future__ import annotations
 
@@ -104,3 +104,65 @@ def _generate(options: argparse.Namespace) -> int:
         as_json=options.json,
     )
     return ranks.run(rank_generate, layout.tensor_parallel, layout.on_host, job)
+
+
+def add_serve(subparsers: Any) -> None:
+    """`helix serve`."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="Megatron's text-generation server on any number of ranks",
+        description="Starts Megatron's own HTTP server (/v1/completions, /v1/chat/completions, /health) over "
+        "its dynamic engine. Without a GPU it starts the ranks itself; with GPUs start it with torchrun. "
+        "SIGTERM or Ctrl-C stops it cleanly, a second one at once.",
+        epilog="helix serve --model SmolLM2.gguf --tensor-model-parallel-size 4 --port 5000",
+    )
+    _add_model(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=5000, help="default 5000")
+    add("--max-sequence-length", type=int, default=2048, metavar="TOKENS", help="prompt and answer (2048)")
+    add("--max-batch-size", type=int, default=16, metavar="N", help="prompts generated for at once (16)")
+    add("--max-queue", type=int, default=256, metavar="N",
+        help="prompts in the server, those generated for included; more are refused (256)")  # fmt: skip
+    parser.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import tempfile
+
+    from helix_megatron.convert.hf import need
+    from helix_megatron.generate import ranks, serve
+    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepared
+
+    ranks.quiet()
+    need("zmq", "msgpack", "quart", "hypercorn")
+    for name in ("max_sequence_length", "max_batch_size", "max_queue"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
+    layout = _layout(options)
+    checkpoint = prepared(options.model, layout.dtype, options.cache_dir or default_cache())
+    open_tokenizer(checkpoint, options.tokenizer)
+    limit = Checkpoint(checkpoint).args.max_position_embeddings
+    if options.max_sequence_length > limit:
+        raise ValueError(
+            f"--max-sequence-length {options.max_sequence_length}: this model knows {limit} positions."
+        )
+    if not ranks.under_torchrun():
+        serve.refuse_port(options.host, options.port)
+    with tempfile.TemporaryDirectory(prefix="helix-serve-") as folder:
+        server = serve.Server(
+            model=str(options.model),
+            checkpoint=checkpoint,
+            layout=layout,
+            host=options.host,
+            port=options.port,
+            sequence=options.max_sequence_length,
+            at_once=options.max_batch_size,
+            queue=options.max_queue,
+            pid_file=Path(folder, "pid"),
+            tokenizer=options.tokenizer,
+            block_tokens=options.kv_block_size,
+        )
+        if not ranks.under_torchrun():
+            serve.stop_gently(server.pid_file)
+        return ranks.run(serve.rank_serve, layout.tensor_parallel, layout.on_host, server)

@@ -141,8 +141,13 @@ def load(
 
     opened = open_tokenizer(checkpoint, tokenizer)
     (model,) = build_and_load([*flags(checkpoint, layout, sequence), *more])
-    mask_padding(model, getattr(Checkpoint(checkpoint).args, "vocab_size", None) or opened.vocab_size)
+    mask_padding(model, vocabulary(checkpoint, opened))
     return model, opened
+
+
+def vocabulary(checkpoint: Path, tokenizer: Any) -> int:
+    """Rows of the embedding that mean a token; those after them are padding."""
+    return getattr(Checkpoint(checkpoint).args, "vocab_size", None) or tokenizer.vocab_size
 
 
 def mask_padding(model: Any, vocabulary: int) -> None:

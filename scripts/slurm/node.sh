@@ -2,6 +2,7 @@
 # One node's share of a job; started by lib.sh's on_nodes.
 #   node.sh train ENTRY ARGS...    the ranks of this node, by torch.distributed.run
 #   node.sh compare ARGS...        `helix compare`, which starts its ranks itself
+#   node.sh serve ARGS...          `helix serve` on this node's ranks
 # USR1 (Slurm's warning before the time limit) and TERM (cancel, preemption) become TERM in the ranks, where
 # Megatron's --exit-signal-handler saves a checkpoint and leaves.
 set -euo pipefail
@@ -24,8 +25,14 @@ case "${what}" in
         [ "${NNODES}" = 1 ] ||
             command+=(--node-rank "${NODE_RANK}" --rdzv-endpoint "${MASTER_ADDR}:${MASTER_PORT}")
         ;;
+    serve)
+        command=("${PYTHON}")
+        [ "${HELIX_HOST_MODE}" != 0 ] || command+=(-m torch.distributed.run --standalone
+            --nproc-per-node "${RANKS_PER_NODE}" --log-dir "${ranks_logs}" --tee 3)
+        command+=(-m helix_megatron.cli serve --tensor-model-parallel-size "${RANKS_PER_NODE}" "$@")
+        ;;
     *)
-        echo "node.sh: there is no '${what}'; there are train and compare" >&2
+        echo "node.sh: there is no '${what}'; there are train, compare and serve" >&2
         exit 2
         ;;
 esac
@@ -33,7 +40,7 @@ esac
 # shellcheck disable=SC2317  # called by the traps
 stop() {
     echo "helix: node ${NODE_RANK} received $1; its ranks are told to save and stop"
-    if [ "${what}" = train ]; then
+    if [ "${what}" = train ] || { [ "${what}" = serve ] && [ "${HELIX_HOST_MODE}" = 0 ]; }; then
         pkill -TERM -P "${child}" || true # torchrun itself would kill them after 30 s
     else
         kill -TERM "${child}" 2>/dev/null || true
