@@ -16,7 +16,6 @@ import io
 import os
 import pickle
 import struct
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -125,7 +124,7 @@ def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.
 def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> Iterator[tuple]:
     """(index, Tensor or BytesIO, None) or (index, None, fault) for what is stored under the indices of
     `names`, in the order of the files; one fault stands for all of a file that cannot be opened."""
-    by_file = defaultdict(list)
+    by_file, buffer = defaultdict(list), bytearray()
     for index in sorted(names, key=lambda index: storage[index].offset):
         by_file[storage[index].relative_path].append(index)
     for name, indices in by_file.items():
@@ -138,8 +137,12 @@ def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> 
                     try:
                         if size < info.offset + info.length:
                             raise CheckpointError("truncated")
+                        if len(buffer) < info.length:  # one for all tensors: fresh memory costs time
+                            buffer = bytearray(info.length)
+                        archive = memoryview(buffer)[: info.length]
                         file.seek(info.offset)
-                        content = _content(file.read(info.length), index, verify)
+                        file.readinto(archive)
+                        content = _content(archive, index, verify)
                     except OSError:
                         raise
                     except Exception as error:  # damaged archives raise of all kinds
@@ -150,41 +153,65 @@ def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> 
             yield indices[0], None, f"{path}: {error.strerror}"
 
 
-def _content(archive: bytes, index: Any, verify: bool) -> Tensor | io.BytesIO:
-    """What torch.save wrote: the tensor, or the archive itself where the index names an object.
+class _Reader(io.RawIOBase):
+    """Bytes in memory as a file, without a copy (io.BytesIO makes one of anything but bytes)."""
+
+    def __init__(self, content: memoryview):
+        self._content, self._position = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._content)}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._content[self._position : self._position + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+
+def _content(archive: memoryview, index: Any, verify: bool) -> Tensor | io.BytesIO:
+    """What torch.save wrote: the tensor, over the memory of `archive`; or, where the index names an object, the
+    archive itself, copied.
 
     Raises: anything, when the archive is damaged.
     """
-    file = io.BytesIO(archive)  # shares the bytes
-    with zipfile.ZipFile(file) as parts:
+    with zipfile.ZipFile(_Reader(archive)) as parts:
         entries = parts.infolist()
     data = {entry.filename.partition("/")[2]: _data(archive, entry) for entry in entries}
     if verify:
         for entry, content in zip(entries, data.values(), strict=True):
             if entry.compress_type or crc32(content) != entry.CRC:
                 raise CheckpointError(f"the checksum of {entry.filename} does not match")
-    file.seek(0)
     if index.offset is None:  # an object: read by whoever asked for it
-        torch._C.PyTorchFileReader(file)  # it reads parts of the archive that zipfile does not
-        file.seek(0)
-        return file
-    tensor = torch.load(file, map_location="meta", weights_only=True)  # shape and strides
+        torch._C.PyTorchFileReader(_Reader(archive))  # it reads parts of the archive that zipfile does not
+        return io.BytesIO(archive)
+    with torch.serialization.skip_data():  # shape and strides: the data is in hand
+        tensor = torch.load(_Reader(archive), map_location="cpu", weights_only=True)
     if not tensor.numel():
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # it is only read
-        whole = torch.frombuffer(data["data/0"], dtype=tensor.dtype)
+        return tensor
+    whole = torch.frombuffer(data["data/0"], dtype=tensor.dtype)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _data(archive: bytes, entry: zipfile.ZipInfo) -> memoryview:
+def _data(archive: memoryview, entry: zipfile.ZipInfo) -> memoryview:
     """The bytes of an entry, which torch stores uncompressed."""
     head = entry.header_offset
     if archive[head : head + 4] != b"PK\3\4":
         raise CheckpointError(f"there is no {entry.filename} where the archive's directory says")
     name, extra = struct.unpack_from("<HH", archive, head + 26)
     start = head + 30 + name + extra
-    return memoryview(archive)[start : start + entry.file_size]
+    return archive[start : start + entry.file_size]
 
 
 def _refuse(folder: Path, found: list[str], agree: bool) -> None:
