@@ -24,7 +24,7 @@ suppress_warnings = ["docutils"]  # docstrings are text with tables, not reST
 
 
 def _links_into_the_repository(app, docname, source):
-    """`../scripts/x` and the like lead to files that are no pages: they must exist, and become plain names."""
+    """`../scripts/x` and the like lead to files that are no pages: they must exist, and become names."""
     here = Path(app.srcdir, docname).parent
 
     def plain(match):

@@ -7,6 +7,7 @@
     helix generate --model …     text from a model on any number of ranks
     helix plan --model …         which layout to run a model in, predicted
     helix serve --model …        Megatron's text-generation server on any number of ranks
+    helix show --heads …         who holds which heads and dimensions, and what is exchanged
 
 A subcommand is a function that takes the subparsers, adds its own, and sets `run`, a function from the
 parsed arguments to the exit code. Refusals (ValueError) are one line and exit code 2.
@@ -21,6 +22,7 @@ from typing import Any
 from helix_megatron.convert.cli import add_convert
 from helix_megatron.generate.cli import add_generate, add_serve
 from helix_megatron.plan.command import add_plan
+from helix_megatron.show import add_show
 
 
 def add_compare(subparsers: Any) -> None:
@@ -60,7 +62,9 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options.json)
 
 
-COMMANDS = (add_compare, add_data, add_doctor, add_convert, add_generate, add_plan, add_serve)
+COMMANDS = (
+    add_compare, add_data, add_doctor, add_convert, add_generate, add_plan, add_serve, add_show,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
