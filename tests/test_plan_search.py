@@ -250,3 +250,35 @@ def test_the_rule_is_the_fastest_grid_of_its_size(name, work):
             for g in grids
         }
         assert min(times, key=times.__getitem__) == grid
+
+
+# ---- the probe ----
+def test_the_probe_recovers_what_a_layer_and_a_step_cost():
+    from helix_megatron.plan import probe
+
+    bare = replace(clusters.find("host"), layer_overhead={}, step_overhead={})
+    true_layer, true_step = {"megatron": 2e-3, "heads": 3e-3, "dims": 4e-3}, 5e-3
+
+    def seconds(name, problem):
+        per_layer = next(cost for key, cost in true_layer.items() if key in name)
+        step = true_step if "megatron" in name else 0.0
+        layers = problem.layers * problem.micro_batches
+        return predict(problem, bare).seconds + layers * per_layer + step
+
+    trials = {name: (p, seconds(name, p)) for name, p in probe.software_problems()}
+    found = probe.with_software(bare, trials)
+    assert found.layer_overhead["train megatron"] == pytest.approx(2e-3)
+    assert found.layer_overhead["train a2a dims"] == pytest.approx(4e-3)
+    assert found.layer_overhead["decode heads sequence"] == pytest.approx(3e-3)
+    assert found.step_overhead["prefill"] == pytest.approx(5e-3)
+    for name, (problem, measured) in trials.items():  # and so the trials are predicted
+        extra = 0 if "megatron" in name else true_step
+        assert predict(problem, found).seconds == pytest.approx(measured + extra)
+
+
+def test_a_machine_without_a_known_gpu_is_refused_and_known_ones_are_read():
+    eight = inputs.of_gpus([("NVIDIA H100 80GB HBM3", 85_000_000_000, 18)] * 8)
+    assert (eight.gpus_per_node, eight.memory, eight.fast) == (8, 85e9, H100.fast)
+    assert inputs.of_gpus([("NVIDIA A100-SXM4-80GB", 85_000_000_000, 0)] * 2).fast < H100.fast
+    with pytest.raises(ValueError, match=r"no preset fits this machine's GPUs \(Tesla V100\)"):
+        inputs.of_gpus([("Tesla V100", 16_000_000_000, 6)])

@@ -10,6 +10,7 @@ search.py     every layout that fits, ranked                              }
 rule.py       the grid without a search, for `--attention-impl helix`     }
 inputs.py     models and clusters from presets, files and flags
 report.py     table, JSON, explanation
+probe.py      measures a host's constants
 trial.py      builds a layout with Megatron and measures it: what predictions are checked against
 command.py    the command line
 """

@@ -103,7 +103,7 @@ _HOST = Cluster(
            for kind in ("all_gather", "reduce_scatter", "all_to_all", "recv") for p in (2, 4, 8, 16)},
     },
     fused=False,
-    sources=("rough constants of two CPU cores and gloo, for trying the planner out",),
+    sources=("rough constants of two cores and gloo; measure yours: helix plan --probe FILE",),
 )  # fmt: skip
 CLUSTERS: dict[str, Cluster] = {cluster.name: cluster for cluster in (*_CLUSTERS, _HOST)}
 

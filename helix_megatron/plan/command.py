@@ -23,7 +23,7 @@ def add_plan(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="which layout to run a model in: predicted times and memory of every one that fits",
-        description="Ranks every tp, pp, dp, n x m that fits by predicted time; runs nothing.",
+        description="Ranks every tp, pp, dp, n x m that fits by predicted time; runs nothing but --probe.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,11 +50,19 @@ def add_plan(subparsers: Any) -> None:
         "--explain", action="store_true", help="every formula of the first rows, with numbers"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    parser.add_argument(
+        "--probe", metavar="FILE", help="measure this host's cores and write FILE, for --cluster"
+    )
+    parser.add_argument("--ranks", type=int, help="with --probe: the most ranks (default: twice the cores)")
     parser.add_argument("flags", nargs="*", help="after --: the model as Megatron's flags")
     parser.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.probe:
+        from helix_megatron.plan import probe
+
+        return probe.main(options.probe, options.ranks)
     from helix_megatron.plan import inputs, report
     from helix_megatron.plan.search import search
 
