@@ -181,8 +181,8 @@ class _Reader(io.RawIOBase):
 
 
 def _content(archive: memoryview, index: Any, verify: bool) -> Tensor | io.BytesIO:
-    """What torch.save wrote: the tensor, over the memory of `archive`; or, where the index names an object, the
-    archive itself, copied.
+    """What torch.save wrote: the tensor, over the memory of `archive`; or a copy of the archive itself, where
+    the index names an object.
 
     Raises: anything, when the archive is damaged.
     """
