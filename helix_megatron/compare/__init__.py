@@ -18,6 +18,7 @@ comm.py           counts every collective: calls, bytes, seconds
 memory.py         bytes that a rank holds
 nvml.py           what the GPU says of itself
 stats.py        the statistics, pure
+selfcheck.py    can the harness tell a difference, and can it tell none?
 summary.py      from samples to numbers
 comparisons.py  who is faster, and whether that is more than noise
 findings.py     what the numbers say, in sentences

@@ -29,6 +29,8 @@ def on_host(config: CompareConfig, task: Task, ranks: int) -> tuple[str, str]:
         if error.exit_code == 124:
             return "timeout", _too_late(config)
         return "failed", first_error(Path(task.folder)) or str(error).splitlines()[0]
+    except (OSError, ValueError) as error:  # the machine has no more processes, or does not let one go
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
     return "ok", ""
 
 

@@ -1,0 +1,130 @@
+"""Can the harness tell a difference, and can it tell none?  python -m helix_megatron.compare.selfcheck
+
+Three variants of one tiny model run in turn through the harness itself: A, the same again, and A slowed by a
+known share (each iteration sleeps). Every `runs` rounds are one try. In at least 90 % of the tries the 95 %
+interval of A against itself must contain 1, and in at least 90 % the slowed one must be found slower. The
+overhead is what the harness adds to an iteration: its fixed cost, and what counting adds to each collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from helix_megatron.compare import stats
+
+SLOW_DOWN = 0.05
+_ENOUGH = 0.9
+_MODEL = {
+    "num-layers": 2, "hidden-size": 128, "num-attention-heads": 4, "seq-length": 128,
+    "max-position-embeddings": 128, "micro-batch-size": 2, "global-batch-size": 4, "lr": 1e-3, "min-lr": 1e-3,
+    "lr-decay-style": "constant", "padded-vocab-size": 272, "transformer-impl": "local",
+    "position-embedding-type": "rope", "no-gradient-accumulation-fusion": True, "no-rope-fusion": True,
+    "no-masked-softmax-fusion": True, "no-bias-dropout-fusion": True, "no-bias-gelu-fusion": True,
+    "no-persist-layer-norm": True, "no-create-attention-mask-in-dataloader": True, "attention-dropout": 0.0,
+    "hidden-dropout": 0.0, "num-workers": 0,
+}  # fmt: skip
+
+
+def judge(same: list[float], again: list[float], slowed: list[float], runs: int) -> dict[str, Any]:
+    """Seconds of every run of the three variants, cut into tries of `runs` → what came out.
+
+    false_alarms: tries in which A differed from itself; found: tries in which the slowed one was slower.
+    passed: both within the limits above.
+    """
+    tries = len(same) // runs
+    if tries < 1 or not len(same) == len(again) == len(slowed):
+        raise ValueError(f"{len(same)}, {len(again)}, {len(slowed)} runs are no tries of {runs}.")
+    alarms, found, ratios = 0, 0, []
+    for start in range(0, tries * runs, runs):
+        part = slice(start, start + runs)
+        alarms += bool(stats.compare(again[part], same[part])["differs"])
+        slower = stats.compare(slowed[part], same[part])
+        found += bool(slower["differs"]) and slower["ratio"] > 1
+        ratios.append(slower["ratio"])
+    return {
+        "tries": tries,
+        "runs_per_try": runs,
+        "false_alarms": alarms,
+        "found": found,
+        "slowed_ratios": ratios,
+        "passed": alarms <= (1 - _ENOUGH) * tries and found >= _ENOUGH * tries,
+    }
+
+
+def overhead(calls: int, iteration_s: float, repeat: int = 2000) -> dict[str, float]:
+    """Seconds that measuring adds to an iteration of `calls` collectives, and their share of it.
+
+    Timed here, without ranks: an iteration that does nothing, and a collective that does nothing.
+    """
+    import torch
+
+    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.compare.workloads import Samples
+
+    class Group:
+        def size(self) -> int:
+            return 16
+
+    meter = CommMeter()
+    counted = meter._counted("allreduce", lambda group, tensors: None, False)
+    group, tensors = Group(), [torch.ones(8)]
+    start = time.perf_counter()
+    for _ in range(repeat):
+        counted(group, tensors)
+    per_call = (time.perf_counter() - start) / repeat
+    samples = Samples(0, host=True)
+    rounds = max(1, repeat // 100)
+    start = time.perf_counter()
+    for _ in range(rounds):
+        samples.iteration(lambda: None, meter)
+    fixed = (time.perf_counter() - start) / rounds
+    added = fixed + calls * per_call
+    return {"per_call_s": per_call, "fixed_s": fixed, "added_s": added, "share": added / iteration_s}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it on this machine; the last line is one JSON document. 0 when it passed, else 1."""
+    from rich.console import Console
+
+    from helix_megatron.compare import config as configuration
+    from helix_megatron.compare import harness
+    from helix_megatron.host import enable_host_mode
+
+    parser = argparse.ArgumentParser(prog="python -m helix_megatron.compare.selfcheck")
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=5, help="runs of each variant in a try")
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--out", default="runs/selfcheck")
+    options = parser.parse_args(argv)
+    document = {
+        "name": "self-check",
+        "host": True,
+        "runs": options.tries * options.runs,
+        "iterations": options.iterations,
+        "warmup_iterations": 5,
+        "workloads": {"train": {}},
+        "reference": False,
+        "MODEL_ARGS": _MODEL,
+        "variants": [{"name": "A"}, {"name": "A again"}, {"name": "slowed", "slow_down": SLOW_DOWN}],
+    }
+    out = Path(options.out)
+    config = configuration.parse(document, "selfcheck")
+    harness.compare(config, out, Console(), harness.Options(overwrite=True))
+    results = json.loads((out / "results.json").read_text())
+    train = [v["measured"]["workloads"]["train"] for v in results["variants"]]
+    seconds = [[sum(s) / len(s) for s in one["samples_seconds"]] for one in train]
+    verdict = judge(*seconds, runs=options.runs)
+    calls = sum(kind["calls"] for kind in train[0]["communication"].values())
+    enable_host_mode()
+    verdict["overhead"] = overhead(round(calls), train[0]["iteration_seconds"]["mean"])
+    verdict["passed"] = verdict["passed"] and verdict["overhead"]["share"] <= 0.01
+    print(json.dumps({"machine": results["hardware"], "slow_down": SLOW_DOWN, **verdict}))
+    return 0 if verdict["passed"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
