@@ -176,10 +176,10 @@ def rank_check(argv: list[str], expected: Reference, decode: bool) -> dict[str, 
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if decode:
-        from helix_megatron.compare.decode import decode as decode_with_cache
+        from helix_megatron.compare.decode import Session
 
-        prompt = torch.tensor([expected.prompt])
-        result["decoded"] = decode_with_cache(models, prompt, len(expected.greedy) - 1, None)["tokens"][0]
+        session = Session(models, torch.tensor([expected.prompt]), len(expected.greedy))
+        result["decoded"] = [int(session.step()[0, 0]) for _ in expected.greedy]
     return result
 
 
