@@ -26,6 +26,7 @@ TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
 CASES = {"mqa": 1, "g2": 2}  # KV heads
 VARIANTS = {  # Helix settings
     "Helix": {},
+    "Helix, 2 chunks": {"overlap_chunks": 2},
 }
 
 
@@ -320,7 +321,7 @@ def tables(prediction: list[dict], rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=11, help="timed repetitions of every side")
     parser.add_argument("--layers", type=int, default=4, help="decode steps of the layer in one sample")

@@ -81,6 +81,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="Consecutive positions that one rank keeps in a sequence cache before the next rank's turn.",
     )
     group.add_argument(
+        "--helix-overlap-chunks",
+        type=int,
+        default=1,
+        metavar="PARTS",
+        help="Inference with a sequence cache: parts of a step's tokens; the exchange of one part runs while "
+        "the next part attends. 1 does not overlap.",
+    )
+    group.add_argument(
         "--helix-no-verify-checkpoint",
         action="store_true",
         help="Load checkpoints without comparing the checksums of their shards.",
@@ -109,6 +117,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-core-attention": args.helix_core_attention != "auto",
             "--helix-kv-cache": args.helix_kv_cache != "auto",
             "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
+            "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
             "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
         }
         flags = [flag for flag, was_given in given.items() if was_given]
@@ -148,5 +157,6 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         core_attention=args.helix_core_attention,
         kv_cache=args.helix_kv_cache,
         kv_interleave_size=args.helix_kv_interleave_size,
+        overlap_chunks=args.helix_overlap_chunks,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )

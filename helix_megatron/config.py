@@ -50,6 +50,10 @@ class HelixConfig:
     kv_interleave_size: int = 32
     """Consecutive positions that one rank keeps in a "sequence" cache, before the next rank's turn."""
 
+    overlap_chunks: int = 1
+    """Parts into which the new tokens of an inference step are cut: the exchange of one part's attention runs
+    while the next part attends. 1: no overlap. For the "sequence" cache."""
+
     rotary_percent: float = 1.0
     """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
 
@@ -74,6 +78,16 @@ class HelixConfig:
             raise HelixConfigError(
                 f"KV cache {self.kv_cache!r} was given with per-slice softmax, whose slices are cached as "
                 "heads of their own; leave the KV cache at 'auto'"
+            )
+        if self.overlap_chunks < 1:
+            raise HelixConfigError(
+                f"overlap chunks {self.overlap_chunks}: the tokens of a step are cut into 1 part at least"
+            )
+        if self.overlap_chunks > 1 and (self.softmax == "per-slice" or self.kv_cache == "dim"):
+            what = "per-slice softmax" if self.softmax == "per-slice" else "KV cache 'dim'"
+            raise HelixConfigError(
+                f"overlap chunks {self.overlap_chunks} was given with {what}, which has no exchange to "
+                "overlap; leave it at 1"
             )
         if self.kv_interleave_size < 1:
             raise HelixConfigError(
@@ -108,7 +122,7 @@ class HelixConfig:
         fused = self.core_attention == "auto"
         kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
         layout = HelixLayout(shape, grid, placement, per_slice)
-        return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size)
+        return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size, self.overlap_chunks)
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class HelixPlan:
         comm_type: "a2a", "all_reduce", or "none" (per-slice softmax).
         fused_core: replace Megatron's unfused local core by PyTorch's fused attention.
         kv_cache: "sequence", "dim", or "none" (per-slice softmax: Megatron's own).
-        kv_interleave_size: as in HelixConfig.
+        kv_interleave_size, overlap_chunks: as in HelixConfig.
     """
 
     layout: HelixLayout
@@ -128,6 +142,7 @@ class HelixPlan:
     fused_core: bool = True
     kv_cache: str = "sequence"
     kv_interleave_size: int = 32
+    overlap_chunks: int = 1
 
     @property
     def grid(self) -> HelixGrid:

@@ -9,7 +9,7 @@ m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per ra
     all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
     gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none (inference)
-    swap_pieces           partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
+    SwappedPieces         partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
 
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
@@ -148,8 +148,20 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     ]
 
 
-def swap_pieces(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of equal pieces: [m, ...], one for each rank, to [m, ...], one from each. No backward."""
-    received = torch.empty(pieces.shape, dtype=pieces.dtype, device=pieces.device)
-    dist.all_to_all_single(received.view(-1), pieces.contiguous().view(-1), group=group)
-    return received
+class SwappedPieces:
+    """All-to-all of equal pieces, under way: [m, ...], one for each rank, to [m, ...], one from each.
+
+    It starts here and ends in wait(); on a GPU, what is computed meanwhile runs beside it. No backward.
+    """
+
+    def __init__(self, pieces: Tensor, group: dist.ProcessGroup):
+        self._sent = pieces.contiguous()  # it must live until the exchange has ended
+        self._received = torch.empty(pieces.shape, dtype=pieces.dtype, device=pieces.device)
+        self._work = dist.all_to_all_single(
+            self._received.view(-1), self._sent.view(-1), group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """What arrived; on a GPU, the current stream waits for it."""
+        self._work.wait()
+        return self._received

@@ -17,18 +17,16 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.transformer import attention as megatron_attention
 from torch import Tensor
 
 from helix_megatron import compat
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups
-from helix_megatron.kv_cache import Attention, PagedShard, SequenceShard, attend_with_shards
+from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep, attend_with_shards
 from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.paged_attention import Requests
 from helix_megatron.sdpa import CAUSAL_TYPES
-
-_FLASH_PAGE = 256  # flash-attn 2 wants the tokens of a page to be a multiple of this
 
 
 def forward_with_shards(
@@ -84,14 +82,14 @@ def forward_with_shards(
     if context.is_static_batching():
         _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
         query, key = _rotated(layer, query, key, rope, context)
-        attend = _static_attend(layer, context, attention, key)
+        step = _static_step(layer, context, attention, key)
     else:
         if rope is not None:
             cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
             query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
             key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
-        attend = _dynamic_attend(layer, context, attention, plan, groups)
-    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, attend)
+        step = _dynamic_step(layer, context, attention, plan, groups)
+    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
     return layer.linear_proj(out.flatten(-2))
 
 
@@ -143,7 +141,7 @@ def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) ->
     return rotated[0], rotated[1]
 
 
-def _static_attend(layer: Any, context: Any, attention: Attention, key: Tensor) -> Callable:
+def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) -> SequenceStep:
     layout, rank = layer.helix_plan.layout, layer.helix_groups.dim_rank
     length, start = context.max_sequence_length, context.sequence_len_offset
     first, last = context.batch_size_offset, context.batch_size_offset + key.shape[1]
@@ -161,7 +159,7 @@ def _static_attend(layer: Any, context: Any, attention: Attention, key: Tensor) 
         shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
         caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
     keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
-    return functools.partial(SequenceShard(keys, values, interleave, rank).attend, attention, start)
+    return SequenceStep(keys, values, interleave, rank, attention, start)
 
 
 # ---- dynamic engine ----
@@ -239,9 +237,9 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
 
 
-def _dynamic_attend(
+def _dynamic_step(
     layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
-) -> Callable:
+) -> PagedStep:
     if context.using_cuda_graph_this_step():
         raise NotImplementedError(
             "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
@@ -249,64 +247,17 @@ def _dynamic_attend(
     m, block = plan.grid.dim_parallel_size, context.block_size_tokens
     number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
     pages = (-1, block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
-    shard = PagedShard(
+    tokens, view = context.padded_active_token_count, context.gpu_view
+    metadata = context.active_attn_metadata["mha_metadata"].state_data
+    return PagedStep(
         context.memory_buffer[0, number].view(pages),
         context.memory_buffer[1, number].view(pages),
         interleave_of_block(m, plan.kv_interleave_size, block),
         groups.dim_rank,
+        attention,
         context.kv_block_allocator.dummy_block_idx,
+        view.token_to_block_idx[:tokens],
+        view.token_to_local_position_within_kv_block[:tokens],
+        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
+        singles=context.is_decode_only(),
     )
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, view = context.padded_active_token_count, context.gpu_view
-        blocks = view.token_to_block_idx[:tokens]
-        places = view.token_to_local_position_within_kv_block[:tokens]
-        shard.keep(blocks, places, key[:tokens, 0], value[:tokens, 0])
-        metadata = context.active_attn_metadata["mha_metadata"].state_data
-        lengths, table = metadata["kv_seq_lengths"], metadata["block_table"]
-        if context.is_decode_only() and flash_can(shard, query, attention):
-            return flash_decode(shard, attention, query, lengths, table)
-        return shard.attend(attention, query, metadata["cu_query_seq_lengths"], lengths, table)
-
-    return attend
-
-
-def flash_can(shard: PagedShard, query: Tensor, attention: Attention) -> bool:
-    """Whether flash-attn serves these single tokens: on a GPU, half precision, no window, pages it likes."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and attention.left is None  # a rank's share of a window differs from request to request
-        and shard.keys.shape[1] % _FLASH_PAGE == 0
-        and megatron_attention.flash_attn_with_kvcache is not None
-    )
-
-
-def flash_decode(
-    shard: PagedShard, attention: Attention, query: Tensor, lengths: Tensor, table: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One new token of each request over this rank's pages, by flash-attn's kernel.
-
-    The token is its request's last, so it sees all that the rank keeps.
-
-    Args:
-        query: [requests, 1, N, D].
-        lengths: [requests] int32 tokens of each request, the new one included; 0 for padding.
-        table: [requests, blocks] int32.
-    Returns:
-        output [requests, 1, N, D], log-sum-exp [requests, 1, N] fp32; 0 and -inf where nothing is kept.
-    """
-    kept = shard.interleave.count(shard.rank, lengths)
-    out, lse = megatron_attention.flash_attn_with_kvcache(
-        q=query[: len(kept)],
-        k_cache=shard.keys,
-        v_cache=shard.values,
-        cache_seqlens=kept.to(torch.int32),
-        block_table=table,
-        softmax_scale=attention.softmax_scale,
-        causal=False,
-        return_softmax_lse=True,
-    )
-    empty = (kept == 0)[:, None, None]
-    lse = lse.transpose(1, 2).float().masked_fill(empty, float("-inf"))  # the kernel says +inf
-    return out.masked_fill(empty.unsqueeze(-1), 0.0), lse

@@ -21,40 +21,72 @@ m ranks, d_s = D/m.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.exchange import gather_tokens, swap_pieces
+from helix_megatron.attention_backend import attend
+from helix_megatron.exchange import SwappedPieces, gather_tokens
 from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.layout import HelixLayout
 from helix_megatron.merge import merge_partials
-from helix_megatron.paged_attention import Requests, Sight, paged_attention
+from helix_megatron.paged_attention import Requests, Sight
 from helix_megatron.slices import merge_key_slices, merge_value_slices
 
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Step(Protocol):
+    """What a rank does, between the two exchanges, with the new tokens of one layer and step."""
+
+    dim: int
+    """Where independent rows are: 0 the packed tokens of requests, 1 the sequences of a batch."""
+
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        """Keep those of the new tokens' [S, B, K, D] that are this rank's."""
+
+    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Attention of rows start ... stop - 1 along `dim`, given by `query`, over all that the rank keeps.
+
+        Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32.
+        """
 
 
 def attend_with_shards(
-    query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup, attend: Attend
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: HelixLayout,
+    group: dist.ProcessGroup,
+    step: Step,
+    chunks: int = 1,
 ) -> Tensor:
     """Attention of new tokens over a cache whose positions are spread over the dim group.
 
-    Two collectives over `group`, see the note above; no backward is meant.
+    Collectives over `group`: one, and then one for each chunk; no backward is meant. A chunk's exchange runs
+    while the next chunk attends. All ranks cut the tokens alike, so they start the exchanges in one order.
 
     Args:
         query: [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement; rotated.
         key, value: [S, B, K, d_s], the key rotated.
-        attend: keeps and attends: (query [S, B, N, D], key, value [S, B, K, D]) to this rank's partial output
-            [S, B, N, D] and its log-sum-exp [S, B, N] fp32.
+        step: keeps, and attends over what this rank keeps.
+        chunks: into how many parts the rows are cut, at most one a row.
     Returns:
         [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement.
     """
-    whole = whole_tokens(query, key, value, layout, group)
-    return combine_partials(*attend(*whole), layout, group)
+    query, key, value = whole_tokens(query, key, value, layout, group)
+    step.keep(key, value)
+    rows = query.shape[step.dim]
+    chunks = max(1, min(chunks, rows))
+    bounds = [rows * chunk // chunks for chunk in range(chunks + 1)]
+    on_their_way = []
+    for start, stop in pairwise(bounds):
+        partial = step.attend(query.narrow(step.dim, start, stop - start), start, stop)
+        on_their_way.append(send_partials(*partial, layout, group))
+    outs = [receive_partials(*sent, query.dtype) for sent in on_their_way]
+    return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
 
 
 def whole_tokens(
@@ -72,14 +104,16 @@ def whole_tokens(
     return query, merge_key_slices(keys, layout), merge_value_slices(values)
 
 
-def combine_partials(out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:
-    """All-to-all over `group`: a rank receives its share of all partial outputs, and merges them in fp32.
+def send_partials(
+    out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.ProcessGroup
+) -> tuple[SwappedPieces, int]:
+    """Start the all-to-all over `group` that gives a rank its share of all partial outputs.
 
     Args:
         out: [S, B, N, D], this rank's partial output.
         lse: [S, B, N] fp32. Its bits travel as elements of out's dtype.
     Returns:
-        [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement, in out's dtype.
+        for receive_partials: the pieces under way, and how many of their last elements are log-sum-exps.
         Received: (m-1) times the returned size and its log-sum-exps.
     """
     m = group.size()
@@ -88,10 +122,15 @@ def combine_partials(out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.
         outs, bits = (x.unflatten(2, (m, -1)).movedim(2, 0) for x in (out, bits))
     else:
         outs, bits = out.unflatten(-1, (m, -1)).movedim(-2, 0), bits.expand(m, *bits.shape)
-    received = swap_pieces(torch.cat([outs, bits], dim=-1), group)  # [m, S, B, ...]
-    outs, bits = received.split([outs.shape[-1], bits.shape[-1]], dim=-1)
+    return SwappedPieces(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
+
+
+def receive_partials(pieces: SwappedPieces, lse_elements: int, dtype: torch.dtype) -> Tensor:
+    """Wait for what send_partials started, merge it in fp32: [S, B, N, d_s] or [S, B, N/m, D] in `dtype`."""
+    received = pieces.wait()  # [m, S, B, ...]
+    outs, bits = received.split([received.shape[-1] - lse_elements, lse_elements], dim=-1)
     lses = bits.contiguous().view(torch.float32).squeeze(-1)
-    return merge_partials(outs, lses)[0].to(out.dtype)
+    return merge_partials(outs, lses)[0].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -112,90 +151,94 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class SequenceShard:
-    """This rank's part of a cache in which all sequences of a batch have the same length.
+class SequenceStep:
+    """New positions start ... start + S - 1 of a batch of sequences of equal length, and this rank's part.
 
     Args:
         keys, values: [slots, B, K, D]; slots as kv_layout.py has them.
         interleave: how positions are dealt.
         rank: this rank in its dim group.
+        attention: of the layer.
+        start: positions that are cached already.
     """
 
     keys: Tensor
     values: Tensor
     interleave: KvInterleave
     rank: int
+    attention: Attention
+    start: int
+    dim = 1
 
-    def attend(
-        self, attention: Attention, start: int, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keep the new positions start ... start + S - 1 that are this rank's; attend over all it keeps.
-
-        Args, returns: as `attend` of attend_with_shards.
-        """
-        new, batch = query.shape[:2]
-        stop = start + new
-        first, last = self.interleave.count(self.rank, start), self.interleave.count(self.rank, stop)
-        own = self.interleave.position(self.rank, torch.arange(first, last, device=query.device)) - start
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        """As Step."""
+        first = self.interleave.count(self.rank, self.start)
+        last = self.interleave.count(self.rank, self.start + key.shape[0])
+        slots = torch.arange(first, last, device=key.device)
+        own = self.interleave.position(self.rank, slots) - self.start
         self.keys[first:last] = key[own]
         self.values[first:last] = value[own]
-        requests = Requests(  # one page each
+
+    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """As Step; the rows are sequences."""
+        new, batch = query.shape[:2]
+        requests = Requests(  # of one page each
             torch.arange(0, (batch + 1) * new, new, device=query.device),
-            torch.full((batch,), stop, device=query.device),
-            torch.arange(batch, device=query.device)[:, None],
+            torch.full((batch,), self.start + new, device=query.device),
+            torch.arange(start, stop, device=query.device)[:, None],
         )
-        out, lse = paged_attention(
+        out, lse = attend(
             query.transpose(0, 1).flatten(0, 1),
             self.keys.transpose(0, 1),
             self.values.transpose(0, 1),
             requests,
-            attention.over(self.interleave, self.rank),
+            self.attention.over(self.interleave, self.rank),
+            singles=new == 1,
         )
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
-class PagedShard:
-    """This rank's part of a paged cache; block table and block numbers are those of the whole cache.
+class PagedStep:
+    """New tokens of packed requests, and this rank's part of a paged cache.
+
+    Block table and block numbers are those of the whole cache.
 
     Args:
         keys, values: [blocks, B/m, K, D] for logical blocks of B tokens.
         interleave: how positions are dealt; whole cycles fill a block.
         rank: this rank in its dim group.
+        attention: of the layer.
         spare_block: a block that belongs to no sequence; it takes the tokens of other ranks.
+        blocks, places: [tokens] logical block of each new token and its place in there, 0 ... B-1.
+        requests: whose tokens they are; tokens past the last request are padding.
+        singles: row r is the only new token of request r.
     """
 
     keys: Tensor
     values: Tensor
     interleave: KvInterleave
     rank: int
+    attention: Attention
     spare_block: int
+    blocks: Tensor
+    places: Tensor
+    requests: Requests
+    singles: bool
+    dim = 0
 
-    def keep(self, blocks: Tensor, places: Tensor, key: Tensor, value: Tensor) -> None:
-        """Keep those of the new tokens that are this rank's, without asking the device how many they are.
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        """As Step, key and value [tokens, 1, K, D], without asking the device how many are this rank's."""
+        own = self.interleave.owner(self.places) == self.rank
+        blocks = torch.where(own, self.blocks, self.spare_block).long()
+        slots = torch.where(own, self.interleave.slot(self.places), 0).long()
+        self.keys[blocks, slots] = key[: len(blocks), 0]
+        self.values[blocks, slots] = value[: len(blocks), 0]
 
-        Args:
-            blocks, places: [tokens] logical block of each token and its place in there, 0 ... B-1.
-            key, value: [tokens, K, D].
-        """
-        own = self.interleave.owner(places) == self.rank
-        blocks = torch.where(own, blocks, self.spare_block).long()
-        slots = torch.where(own, self.interleave.slot(places), 0).long()
-        self.keys[blocks, slots] = key
-        self.values[blocks, slots] = value
-
-    def attend(
-        self, attention: Attention, query: Tensor, query_ends: Tensor, lengths: Tensor, table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of packed requests, each over its own pages. Tokens past the last request give 0, -inf.
-
-        Args:
-            query: [tokens, 1, N, D].
-            query_ends: [requests + 1] cumulative numbers of new tokens.
-            lengths: [requests] tokens of each request, the new ones included; these are its last.
-            table: [requests, blocks] logical blocks of each request.
-        """
-        requests = Requests(query_ends, lengths, table)
-        sight = attention.over(self.interleave, self.rank)
-        out, lse = paged_attention(query[:, 0], self.keys, self.values, requests, sight)
+    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """As Step; the rows are tokens, query [tokens, 1, N, D]."""
+        cut = self.requests.one_each if self.singles else self.requests.rows
+        requests = cut(start, stop)
+        sight = self.attention.over(self.interleave, self.rank)
+        out, lse = attend(query[:, 0], self.keys, self.values, requests, sight, self.singles)
         return out[:, None], lse[:, None]

@@ -73,6 +73,16 @@ class Requests:
     lengths: Tensor
     table: Tensor
 
+    def rows(self, start: int, stop: int) -> Requests:
+        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
+        ends = self.query_ends.clamp(start, stop)
+        return Requests(ends - start, self.lengths - (self.query_ends - ends)[1:], self.table)
+
+    def one_each(self, start: int, stop: int) -> Requests:
+        """rows(start, stop) where row r is the only new token of request r."""
+        own = slice(start, stop)
+        return Requests(self.query_ends[start : stop + 1] - start, self.lengths[own], self.table[own])
+
 
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight

@@ -3,6 +3,9 @@
 Layers are compared with the float64 reference, Megatron's dynamic engine with itself at T = 1.
 """
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +16,11 @@ from reference import Case
 from helix_megatron import host_kernels
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError
-from helix_megatron.kv_cache import Attention, PagedShard, SequenceShard
+from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep
 from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
 from helix_megatron.launch import run_ranks
 from helix_megatron.merge import merge_partials
+from helix_megatron.paged_attention import Requests
 
 # ---- layers, against float64 ----
 GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2)]
@@ -32,14 +36,14 @@ def _jobs(n: int, m: int) -> list[tuple[Case, HelixConfig, list[int]]]:
             if placement == "heads" and heads // n % m:
                 continue
             options = [
-                (dict(seq=6, batch=1), 4, [1]),  # fewer positions than one block: empty shards
-                (dict(seq=13, batch=3), 2, [2]),  # a prompt of one block
-                (dict(seq=14, qk_norm="RMSNorm", window=(3, 0)), 1, [5]),
-                (dict(seq=17, rotary_percent=0.5, interleaved=True), 3, [3, 7]),  # a prompt in chunks
+                (dict(seq=6, batch=1), 4, [1], 2),  # fewer positions than one block: empty shards
+                (dict(seq=13, batch=3), 2, [2], 2),  # a prompt of one block
+                (dict(seq=14, qk_norm="RMSNorm", window=(3, 0)), 1, [5], 1),
+                (dict(seq=17, rotary_percent=0.5, interleaved=True), 3, [3, 7], 5),  # a prompt in chunks
             ]
-            for features, interleave, prompt in options:
+            for features, interleave, prompt, chunks in options:
                 helix = HelixConfig(
-                    n, m, query_placement=placement, kv_interleave_size=interleave,
+                    n, m, query_placement=placement, kv_interleave_size=interleave, overlap_chunks=chunks,
                     rotary_percent=features.get("rotary_percent", 1.0),
                 )  # fmt: skip
                 jobs.append((Case(heads, groups, 16, **features), helix, prompt))
@@ -92,26 +96,62 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
         }
 
 
+def test_overlap_cuts_the_second_collective_and_sends_no_more():
+    case = Case(8, 2, 16, seq=12, batch=5)
+    whole, cut = (
+        run_ranks(count, 2, 2, case, HelixConfig(1, 2, overlap_chunks=chunks), 4, 64)[0] for chunks in (1, 3)
+    )
+    for one, three in zip(whole, cut, strict=True):
+        assert (one["all_to_all x2"]["calls"], three["all_to_all x2"]["calls"]) == (2, 4)
+        assert one["all_to_all x2"]["bytes"] == three["all_to_all x2"]["bytes"]
+
+
 # ---- shards, in one process ----
+SPARE = 0  # block
+
+
 def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 0):
-    """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN."""
+    """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN.
+
+    Returns: a PagedStep for each rank, that of the prompts; keys; block table.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = sum(-(-length // block) for length in lengths)
-    numbers = torch.randperm(total, generator=generator) + 1  # block 0 is spare
+    numbers = torch.randperm(total, generator=generator) + 1
     table = torch.full((len(lengths), 9), -1, dtype=torch.int32)
     interleave = interleave_of_block(ranks, wanted, block)
     memory = torch.full((ranks, 2, total + 1, block // ranks, 2, 4), torch.nan)
-    shards = [PagedShard(*memory[rank], interleave, rank, 0) for rank in range(ranks)]
     keys = [torch.randn(length, 2, 4, generator=generator) for length in lengths]
-    used = 0
-    for request, key in enumerate(keys):
-        blocks = -(-len(key) // block)
-        table[request, :blocks] = numbers[used : used + blocks]
-        used += blocks
-        places = torch.arange(len(key))
-        for shard in shards:
-            shard.keep(table[request][places // block].long(), places % block, key, -key)
-    return shards, keys, table
+    ends, blocks, places = torch.tensor([0, *lengths]).cumsum(0), [], []
+    for request, length in enumerate(lengths):
+        needed = -(-length // block)
+        table[request, :needed], numbers = numbers[:needed], numbers[needed:]
+        positions = torch.arange(length)
+        blocks.append(table[request][positions // block])
+        places.append(positions % block)
+    tokens = torch.cat(blocks), torch.cat(places)
+    requests = Requests(ends, torch.tensor(lengths), table)
+    steps = [
+        PagedStep(*memory[rank], interleave, rank, Attention(0.5), SPARE, *tokens, requests, False)
+        for rank in range(ranks)
+    ]
+    for step in steps:
+        step.keep(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
+    return steps, keys, table
+
+
+def test_the_spare_block_takes_the_tokens_of_other_ranks_and_no_other_block_does():
+    lengths, block = [13, 30, 3], 8
+    steps, keys, table = _pages(lengths, 2, block, 2)
+    for step in steps:
+        written = ~step.keys.isnan().all(dim=(-2, -1))  # [blocks, slots]
+        assert written[SPARE].tolist() == [True, False, False, False]  # one slot of it, again and again
+        for request, length in enumerate(lengths):
+            own = [p for p in range(length) if p // 2 % 2 == step.rank]
+            slots = torch.cat([torch.arange(4) + 4 * k for k in range(-(-length // block))]) < len(own)
+            used = table[request, : -(-length // block)].long()
+            assert torch.equal(written[used].flatten(), slots)
+            assert torch.equal(step.keys[used].flatten(0, 1)[: len(own)], keys[request][own])
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,16 +161,20 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
 )  # fmt: skip
 def test_paged_shards_merge_to_attention_over_the_request(lengths, sizes, wanted, left, seed):
     ranks, block = sizes
-    shards, keys, table = _pages(lengths, ranks, block, wanted, seed)
+    steps, keys, table = _pages(lengths, ranks, block, wanted, seed)
     new = [1 + seed % length for length in lengths]  # the last tokens of each request are queries
     ends = torch.tensor([0, *new]).cumsum(0)
     query = torch.randn(int(ends[-1]) + 2, 1, 4, 4)  # two rows of padding
-    attention = Attention(0.5, left)
-    lengths_and_padding = torch.tensor([*lengths, 0])
-    padded_ends, padded_table = torch.cat([ends, ends[-1:]]), torch.cat([table, table[:1] * 0 - 1])
-    parts = [
-        shard.attend(attention, query, padded_ends, lengths_and_padding, padded_table) for shard in shards
-    ]
+    padded_table = torch.cat([table, table[:1] * 0 - 1])
+    requests = Requests(torch.cat([ends, ends[-1:]]), torch.tensor([*lengths, 0]), padded_table)
+    steps = [replace(step, attention=Attention(0.5, left), requests=requests) for step in steps]
+    rows = len(query)
+    parts = [step.attend(query, 0, rows) for step in steps]
+    cuts = [0, rows // 3, rows // 2, rows]
+    for step, part in zip(steps, parts, strict=True):  # cut anywhere, it is the same
+        pieces = [step.attend(query[a:b], a, b) for a, b in pairwise(cuts)]
+        for cut, whole in zip(zip(*pieces, strict=True), part, strict=True):
+            torch.testing.assert_close(torch.cat(cut), whole, rtol=1e-5, atol=1e-5)
     out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
     assert out[-2:].abs().max() == 0 and lse[-2:].isneginf().all()
     for request, key in enumerate(keys):
@@ -141,30 +185,6 @@ def test_paged_shards_merge_to_attention_over_the_request(lengths, sizes, wanted
         torch.testing.assert_close(lse[rows, 0].T, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_flash_decode_is_given_what_it_needs(monkeypatch):
-    """The kernel's stand-in computes what the torch path does, a rank that keeps nothing included."""
-    from megatron.core.transformer import attention as megatron_attention
-
-    from helix_megatron.inference import flash_can, flash_decode
-
-    def kernel(**arguments):  # as flash-attn: +inf where there are no keys
-        out, lse = host_kernels.flash_attn_with_kvcache(**arguments)
-        return torch.where(lse.isneginf().transpose(1, 2).unsqueeze(-1), torch.nan, out), lse.nan_to_num(
-            neginf=torch.inf
-        )
-
-    monkeypatch.setattr(megatron_attention, "flash_attn_with_kvcache", kernel)
-    lengths = [1, 8, 21, 3]
-    shards, _, table = _pages(lengths, 4, 8, 2)
-    query, counts = torch.randn(4, 1, 4, 4), torch.tensor(lengths, dtype=torch.int32)
-    for shard in shards:
-        assert not flash_can(shard, query, Attention(0.5))  # on the host
-        expected = shard.attend(Attention(0.5), query, torch.arange(5), counts, table)
-        found = flash_decode(shard, Attention(0.5), query, counts, table)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
 def test_sequence_shards_in_half_precision_keep_their_log_sum_exps():
     torch.manual_seed(0)
     query, key = torch.randn(9, 2, 4, 8).bfloat16(), torch.randn(9, 2, 2, 8).bfloat16()
@@ -172,7 +192,9 @@ def test_sequence_shards_in_half_precision_keep_their_log_sum_exps():
     for rank in range(2):
         slots = interleave.count(rank, 9)
         cache = torch.full((2, slots, 2, 2, 8), torch.nan, dtype=torch.bfloat16)
-        parts.append(SequenceShard(*cache, interleave, rank).attend(Attention(0.3), 0, query, key, key))
+        step = SequenceStep(*cache, interleave, rank, Attention(0.3), 0)
+        step.keep(key, key)
+        parts.append(step.attend(query, 0, 2))
     assert parts[0][0].dtype is torch.bfloat16 and parts[0][1].dtype is torch.float32
     out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
     for b in range(2):
@@ -189,7 +211,10 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
     assert [len(vanilla["tokens"][r]) for r in (0, 1, 2, 3, 4, 14, 17)] == [12, 3, 9, 20, 6, 5, 8]
     assert len({tuple(tokens) for tokens in vanilla["tokens"].values()}) == 7
     assert vanilla["kinds of steps"] == [(False, True), (True, False), (True, True)]
-    runs = [(2, HelixConfig(1, 2)), (4, HelixConfig(2, 2, kv_interleave_size=2, query_placement="dims"))]
+    runs = [
+        (2, HelixConfig(1, 2, overlap_chunks=3)),
+        (4, HelixConfig(2, 2, kv_interleave_size=2, query_placement="dims")),
+    ]
     for ranks, helix in runs:
         for found in run_ranks(generate, ranks, ranks, helix, timeout_s=150):
             assert found["tokens"] == vanilla["tokens"], helix
@@ -284,5 +309,10 @@ def test_settings_that_cannot_work_are_refused():
         HelixConfig(softmax="per-slice", kv_cache="sequence")
     with pytest.raises(HelixConfigError, match="at least 1 position"):
         HelixConfig(kv_interleave_size=0)
+    with pytest.raises(HelixConfigError, match="1 part at least"):
+        HelixConfig(overlap_chunks=0)
+    for settings_ in (dict(softmax="per-slice"), dict(kv_cache="dim")):
+        with pytest.raises(HelixConfigError, match="no exchange to overlap"):
+            HelixConfig(overlap_chunks=2, **settings_)
     with pytest.raises(HelixConfigError, match="auto, sequence, dim"):
         HelixConfig(kv_cache="paged")
