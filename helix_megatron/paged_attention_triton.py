@@ -1,12 +1,12 @@
 """paged_attention.py as a Triton kernel: decode, prompts and both at once, over one rank's pages, with LSE.
 
 Note [Work of a program]
-    program (tile, KV head, split): some tokens of ONE request, all query heads of one KV head, part of the slots
-    Tokens are packed without a list of tiles: request i gets the tiles from ends[i] // TOKENS + i on, which
-    leaves at most one empty tile a request and lets a program find its request by bisection. Every token has
-    its range of slots (see Note [A token sees a range of slots]); the tile reads from the least to the greatest
-    and masks by comparing slots, so windows and interleaved positions cost no mask in memory. Splits cut a
-    tile's slots when there are too few tiles to fill the device; their parts merge as shards do (merge.py).
+    program (tile, KV head, split): some tokens of ONE request, all query heads of one KV head, part of the
+    slots. Tokens are packed without a list of tiles: request i gets the tiles from ends[i] // TOKENS + i on,
+    which leaves at most one empty tile a request and lets a program find its request by bisection. Every token
+    has its range of slots (see Note [A token sees a range of slots]); the tile reads from the least to the
+    greatest and masks by comparing slots, so windows and interleaved positions cost no mask in memory. Splits
+    cut a tile's slots when there are too few tiles to fill the device; their parts merge as shards do.
 
 T new tokens, N query heads, K KV heads, R = N/K, D head dimension.
 """
@@ -57,7 +57,7 @@ def _kernel(
         there = (token < end) & (head < R)
         position = tl.load(lengths + low) - (end - token)
         last = tl.where(there, _count(position + 1, rank, RANKS, SIZE), 0)
-        if WINDOW:
+        if WINDOW:  # noqa: SIM108
             first = _count(tl.maximum(position - left, 0), rank, RANKS, SIZE)
         else:
             first = position * 0
