@@ -2,7 +2,7 @@
 
     flash-attn   for single tokens: its decode kernel returns the log-sum-exp. Where it takes the pages
     triton       everything else on a GPU (paged_attention_triton.py)
-    torch        PyTorch's fused attention on the CPU (paged_attention.py), plain PyTorch on a GPU without Triton
+    torch        PyTorch's fused attention on the CPU (paged_attention.py), plain PyTorch on others
 
 Transformer Engine's attention serves no paged cache with a log-sum-exp. HELIX_PAGED_ATTENTION names a backend
 to be used instead of the choice.

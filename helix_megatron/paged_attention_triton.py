@@ -3,7 +3,7 @@
 Note [Work of a program]
     program (tile, KV head, split): some tokens of ONE request, all query heads of one KV head, part of the
     slots. Tokens are packed without a list of tiles: request i gets the tiles from ends[i] // TOKENS + i on,
-    which leaves at most one empty tile a request and lets a program find its request by bisection. Every token
+    which leaves one empty tile a request at most and lets a program find its request by bisection. A token
     has its range of slots (see Note [A token sees a range of slots]); the tile reads from the least to the
     greatest and masks by comparing slots, so windows and interleaved positions cost no mask in memory. Splits
     cut a tile's slots when there are too few tiles to fill the device; their parts merge as shards do.
