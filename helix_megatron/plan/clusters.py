@@ -83,7 +83,7 @@ _CLUSTERS = (
 
 _HOST = Cluster(
     "host",
-    memory=16 * GB,
+    memory=8 * GB,
     rates={
         "gemm": Rate(4e10, 8e9, 2e-5),
         "fused attention": Rate(2e10, 8e9, 3e-5),
@@ -93,7 +93,7 @@ _HOST = Cluster(
     },
     gpus_per_node=2,
     domain=1 << 20,
-    reserve=2 * GB,
+    reserve=1 * GB,
     slots=2,
     layer_overhead={"train megatron": 2e-3, "prefill megatron": 1e-3, "decode megatron": 1e-3},
     lines={

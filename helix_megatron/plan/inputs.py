@@ -188,7 +188,7 @@ def of_cores() -> Cluster:
     return replace(
         clusters.find("host"),
         name=f"this machine ({cores} cores)",
-        memory=float(psutil.virtual_memory().total),
+        memory=psutil.virtual_memory().total / cores,  # a core's share
         gpus_per_node=cores,
         slots=cores,
     )
