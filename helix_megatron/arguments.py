@@ -89,6 +89,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "the next part attends. 1 does not overlap.",
     )
     group.add_argument(
+        "--helix-hierarchical-allreduce",
+        action="store_true",
+        help="Reduce over the tensor-parallel group level by level (dim group, head groups, dim group), for "
+        "grids that span nodes. Local layers only; the overlap with weight gradients is lost.",
+    )
+    group.add_argument(
         "--helix-no-verify-checkpoint",
         action="store_true",
         help="Load checkpoints without comparing the checksums of their shards.",
@@ -118,6 +124,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-kv-cache": args.helix_kv_cache != "auto",
             "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
             "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
+            "--helix-hierarchical-allreduce": args.helix_hierarchical_allreduce,
             "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
         }
         flags = [flag for flag, was_given in given.items() if was_given]
@@ -158,5 +165,6 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         kv_cache=args.helix_kv_cache,
         kv_interleave_size=args.helix_kv_interleave_size,
         overlap_chunks=args.helix_overlap_chunks,
+        hierarchical_allreduce=args.helix_hierarchical_allreduce,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )

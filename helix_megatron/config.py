@@ -54,6 +54,9 @@ class HelixConfig:
     """Parts into which the new tokens of an inference step are cut: the exchange of one part's attention runs
     while the next part attends. 1: no overlap. For the "sequence" cache."""
 
+    hierarchical_allreduce: bool = False
+    """Reduce over the tensor-parallel group level by level; for grids that span nodes (levels.py)."""
+
     rotary_percent: float = 1.0
     """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
 
@@ -112,6 +115,11 @@ class HelixConfig:
             num_attention_heads, num_query_groups, kv_channels, rotary_dim, rotary_interleaved
         )
         grid = check_grid(shape, tensor_model_parallel_size, self.head_parallel_size, self.dim_parallel_size)
+        if self.hierarchical_allreduce and 1 in (grid.head_parallel_size, grid.dim_parallel_size):
+            raise HelixConfigError(
+                f"--helix-hierarchical-allreduce needs two levels, but Helix grid {grid} has one; leave it "
+                "out, or choose a grid with n > 1 and m > 1"
+            )
         per_slice = self.softmax == "per-slice"
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
         placement = self.query_placement

@@ -207,7 +207,10 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     refuse_unsupported(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     graphs = args.cuda_graph_impl or "none"
+    by_level = args.helix_hierarchical_allreduce
     unsafe = {
+        "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
+        "themselves (use local)": by_level and args.transformer_impl != "local",
         f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
             saves and args.ckpt_format != "torch_dist"
         ),
@@ -239,6 +242,7 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
         "seq_length micro_batch_size global_batch_size world_size"
     ).split()
     settings = {name: getattr(args, name, None) for name in names}
+    settings["helix hierarchical all-reduce"] = args.helix_hierarchical_allreduce
     if plan is not None:
         settings["helix grid"] = str(plan.grid)
         settings["helix comm type"] = plan.comm_type
@@ -322,6 +326,60 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         _replace(_enabled, DynamicInferenceContext, "__init__", sliced)
     _replace(_enabled, parallel_state, "initialize_model_parallel", with_groups)
     _replace(_enabled, parallel_state, "destroy_model_parallel", without_groups)
+    if helix.hierarchical_allreduce:
+        _reduce_by_level()
+
+
+def _reduce_by_level() -> None:
+    """Have the tensor-parallel collectives of Megatron's own layers run level by level (levels.py).
+
+    They are those of mappings.py, and of the linear layer's autograd function, which has its own all-gather
+    and reduce-scatter, and an overlapped all-reduce that is left to mappings.py instead.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import layers, mappings
+
+    from helix_megatron import levels
+    from helix_megatron.groups import get_helix_groups
+
+    def in_tensor_parallel_group(group: Any) -> bool:
+        return group is parallel_state.get_tensor_model_parallel_group()
+
+    def reduce(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _reduce(input_: Any, group: Any) -> Any:
+            if not in_tensor_parallel_group(group):
+                return original(input_, group)
+            return levels.all_reduce(input_, get_helix_groups())
+
+        return _reduce
+
+    def by_level(function: Callable) -> Callable:
+        def wrap(original: Callable) -> Callable:
+            @functools.wraps(original)
+            def collective(output: Any, source: Any, group: Any = None, async_op: bool = False) -> Any:
+                if not in_tensor_parallel_group(group):
+                    return original(output, source, group=group, async_op=async_op)
+                return function(output, source, get_helix_groups())
+
+            return collective
+
+        return wrap
+
+    def without_overlap(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self.allreduce_dgrad and in_tensor_parallel_group(self.tp_group):
+                self.allreduce_dgrad = False  # its input then goes through mappings.py instead
+
+        return __init__
+
+    _replace(_enabled, mappings, "_reduce", reduce)
+    for module in (mappings, layers):
+        _replace(_enabled, module, "dist_all_gather_func", by_level(levels.all_gather))
+        _replace(_enabled, module, "dist_reduce_scatter_func", by_level(levels.reduce_scatter))
+    _replace(_enabled, layers.ColumnParallelLinear, "__init__", without_overlap)
 
 
 def disable() -> None:

@@ -49,6 +49,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
             "multiples of 16, but a rank of Helix grid 1x2 holds 60 rows of linear_qkv",
         ),
         ("--fp8-format hybrid --bf16 --fp8-param-gather", "--fp8-param-gather"),
+        ("--helix-hierarchical-allreduce", "needs two levels, but Helix grid 1x2 has one"),
         ("--optimizer muon", "does not support --optimizer muon"),
         ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
     ],

@@ -29,6 +29,7 @@ def one_rank(train):
         ("1x4", 4, f"--tensor-model-parallel-size 4 {HELIX}"),
         ("3x2", 6, f"--tensor-model-parallel-size 6 {HELIX}"),
         ("1x8", 8, f"--tensor-model-parallel-size 8 {HELIX}"),
+        ("by level", 6, f"--tensor-model-parallel-size 6 {HELIX} --helix-hierarchical-allreduce"),
         ("1x4 summed scores", 4, f"--tensor-model-parallel-size 4 {HELIX} --helix-comm-type all_reduce"),
         ("pipeline", 8, f"--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 {HELIX}"),
         ("data", 8, f"--tensor-model-parallel-size 4 --use-distributed-optimizer {HELIX}"),
