@@ -1,4 +1,4 @@
-"""Tensor-parallel collectives level by level over a 3x2 grid: the flat results, fewer bytes between groups."""
+"""Tensor-parallel collectives level by level on a 3x2 grid: the flat results, fewer bytes between groups."""
 
 import torch
 from layer_worker import Groups, load, make_layer, run, start
