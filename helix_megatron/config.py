@@ -126,7 +126,9 @@ class HelixConfig:
         if placement == "auto":
             query_heads = num_attention_heads // grid.head_parallel_size
             whole_heads = query_heads % grid.dim_parallel_size == 0
-            placement = "heads" if whole_heads and comm_type == "a2a" else "dims"
+            # Summed scores need sliced queries: whole heads would be exchanged before and after.
+            summed = comm_type != "a2a" or self.kv_cache == "dim"
+            placement = "heads" if whole_heads and not summed else "dims"
         fused = self.core_attention == "auto"
         kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
         layout = HelixLayout(shape, grid, placement, per_slice)

@@ -96,6 +96,15 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
         }
 
 
+def test_a_step_over_the_cache_of_slices_has_one_collective_that_grows_with_the_context():
+    case = Case(8, 2, 16, seq=9, batch=3)
+    steps = run_ranks(count, 2, 2, case, HelixConfig(1, 2, kv_cache="dim"), 4, 64)[0][1:]
+    for length, step in enumerate(steps, start=5):  # and that of linear_proj
+        assert {name: entry["calls"] for name, entry in step.items()} == {"all_reduce x2": 2}
+        scores, projected = 3 * 8 * length, 3 * case.hidden
+        assert step["all_reduce x2"]["bytes"] == (scores + projected) * 4  # 2 (m-1)/m = 1
+
+
 def test_overlap_cuts_the_second_collective_and_sends_no_more():
     case = Case(8, 2, 16, seq=12, batch=5)
     whole, cut = (
