@@ -48,10 +48,11 @@ def decode_all(tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]]) -> list
     groups, found = Groups(), []
     for case, helix, prompt in jobs:
         name = f"{case} {helix} prompt {prompt}"
-        layer, _ = make(case, helix, tp, groups)
+        layer, layout = make(case, helix, tp, groups)
         context = StaticInferenceContext(case.batch, case.seq)
         out, _ = decode(layer, case, context, list(prompt))
-        expected = reference(case)["output"]
+        slices = layout.grid.dim_parallel_size if layout.per_slice else 1
+        expected = reference(case, slices)["output"]
         cached = sum(cache.nbytes for cache in context.key_value_memory_dict[1])
         error = ((out - expected).norm() / expected.norm()).item()
         found.append((name, error if torch.isfinite(out).all() else float("inf"), cached))

@@ -76,6 +76,12 @@ def test_the_cache_of_slices_is_still_there():
         assert rank[0][1] < 2e-6 and rank[0][2] == 2 * 10 * 2 * 2 * 16 * 4 // 2
 
 
+def test_slices_that_are_heads_of_their_own_are_cached_as_such():
+    jobs = [(Case(8, 2, 16, seq=10), HelixConfig(1, 2, softmax="per-slice"), [4])]
+    for rank in run_ranks(decode_all, 2, 2, jobs):
+        assert rank[0][1] < 2e-6 and rank[0][2] == 2 * 10 * 2 * 2 * 16 * 4 // 2
+
+
 # ---- collectives ----
 @pytest.mark.parametrize("placement", ["dims", "heads"])
 def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placement):
