@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_model
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
 from helix_megatron.generate import generate, model
-from helix_megatron.generate.engine import size_for
+from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
 from helix_megatron.launch import run_ranks
@@ -214,6 +215,14 @@ def test_kv_bytes_of_a_real_model():
 def test_the_cache_fits_those_that_run_at_once():
     size = size_for([1, 64, 10], 8, 2, 16)
     assert (size.blocks, size.requests, size.sequence) == (5 + 2, 2, 72)
+
+
+def test_a_step_has_room_for_the_padding_of_its_tokens():
+    config = SimpleNamespace(
+        tensor_model_parallel_size=3, num_query_groups=3, num_layers=1, kv_channels=8, params_dtype=torch.float32
+    )
+    found = inference_config(config, size_for([2100, 5], 7, 8, 16))
+    assert (found.max_tokens, found.max_requests, found.max_sequence_length) == (2112, 12, 2107)
 
 
 def test_prompts_come_from_the_command_line_and_files(tmp_path):

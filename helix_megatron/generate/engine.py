@@ -94,7 +94,7 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
         "buffer_size_gb": (size.blocks + 1.5) * one / 2**30,  # one block is Megatron's own
         "max_requests": requests,
         "max_sequence_length": size.sequence,
-        "max_tokens": max(size.step_tokens, requests),
+        "max_tokens": -(-max(size.step_tokens, requests) // 64) * 64,  # Megatron pads a step's tokens to 64s
         "unified_memory_level": 0,
         "use_flashinfer_fused_rope": False,
     }
