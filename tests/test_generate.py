@@ -219,7 +219,11 @@ def test_the_cache_fits_those_that_run_at_once():
 
 def test_a_step_has_room_for_the_padding_of_its_tokens():
     config = SimpleNamespace(
-        tensor_model_parallel_size=3, num_query_groups=3, num_layers=1, kv_channels=8, params_dtype=torch.float32
+        tensor_model_parallel_size=3,
+        num_query_groups=3,
+        num_layers=1,
+        kv_channels=8,
+        params_dtype=torch.float32,
     )
     found = inference_config(config, size_for([2100, 5], 7, 8, 16))
     assert (found.max_tokens, found.max_requests, found.max_sequence_length) == (2112, 12, 2107)
