@@ -20,7 +20,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
-suppress_warnings = ["docutils"]  # docstrings are text with tables, not reST
+suppress_warnings = ["toc.not_included", "docutils"]  # docstrings are text with tables, not reST
 
 
 def _links_into_the_repository(app, docname, source):
