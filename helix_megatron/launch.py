@@ -205,7 +205,8 @@ def _end(ranks) -> None:
         rank.process.join(10)
         _kill_group(rank.process.pid)  # what the rank has started, and the rank if it would not leave
         rank.process.join(10)
-        rank.process.close()
+        if not rank.process.is_alive():  # a killed one may take its time: not worth hiding the report
+            rank.process.close()
 
 
 def _kill_group(pid) -> None:
