@@ -1,6 +1,6 @@
 """Saving and loading a GPT with Helix attention against Megatron's own, in one run: time and peak memory.
 
-    python benchmarks/checkpoint.py [--layers 8] [--hidden 768] [--turns 7] [--out results.json]
+    python benchmarks/checkpoint.py [--layers 6] [--hidden 1536] [--turns 9] [--out results.json]
 
 Both models live in the same ranks (TP = 4: Megatron, and Helix 2x2) and take turns at
 `dist_checkpointing.save` and `load` of their model weights (torch_dist, standard layout). Helix loads with
@@ -117,9 +117,9 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--out", help="also write the JSON document here")
     options = parser.parse_args()
     from helix_megatron.launch import run_ranks

@@ -2,11 +2,11 @@
 
 What depends on the version is a column of `KNOWN`; other modules ask `megatron()` and never compare versions.
 
-    core   Python   megatron.training   pretrain(...) takes      dynamic engine with sliced heads
-    0.16   3.10+    not in the wheel    -                        refused
-    0.17   3.12+    yes                 argument parser's flags  refused
-    0.18   3.12+    yes                 container, model builder refused
-    0.19   3.12+    yes                 container                served
+    core   Python   megatron.training   dynamic engine with sliced heads
+    0.16   3.10+    not in the wheel    refused
+    0.19   3.12+    yes                 served
+
+0.17 and 0.18 call `pretrain` each in a way of its own and have never been run with Helix: they are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class Megatron:
 
     Args:
         training: the wheel carries megatron.training (entry points, flags, `helix compare`).
-        pretrain: how `megatron.training.pretrain` is called: "flags", "container and builder", "container".
         layer_arguments: what SelfAttention takes besides the arguments that all versions know.
         writer_queue: the function that makes the queue of checkpoint writers.
         forked_writer: the class of the background writer has a method that starts it.
@@ -33,7 +32,6 @@ class Megatron:
     """
 
     training: bool = True
-    pretrain: str = "container"
     layer_arguments: tuple[str, ...] = ("pp_layer_offset", "name")
     writer_queue: str = "get_write_results_queue"
     forked_writer: bool = True
@@ -47,8 +45,6 @@ KNOWN = {
         writer_queue="_get_write_results_queue",
         forked_writer=False,
     ),
-    "0.17": Megatron(pretrain="flags", layer_arguments=("pp_layer_offset",)),
-    "0.18": Megatron(pretrain="container and builder"),
     "0.19": Megatron(dynamic_engine=True),
 }
 NEWEST = "0.19"
