@@ -215,7 +215,12 @@ def rank_hangs_all(folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_ranks_end_with_their_caller(tmp_path, number):
     code = CALLER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    # In a background job SIGINT is ignored, and what it starts inherits that.
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + PATIENCE_S
     while len(recorded(tmp_path)) < 6 and time.monotonic() < deadline:
         time.sleep(0.2)

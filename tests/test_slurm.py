@@ -274,7 +274,13 @@ def local(tmp_path, *command, **variables):
     environment["SAVE_DIR"] = str(tmp_path / "checkpoints")
     command = ["scripts/run_local.sh", *map(str, command)]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
 
 

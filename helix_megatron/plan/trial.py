@@ -275,8 +275,8 @@ def _infer(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
             measured.comm = meter.as_json()
             cached = [tensor for pair in context.key_value_memory_dict.values() for tensor in pair]
             measured.memory = {
-                "parameters": memory._unseen(list(model.parameters()), set()),
-                "kv_cache": memory._unseen(cached, set()),
+                "parameters": memory.storage_bytes(list(model.parameters()), set()),
+                "kv_cache": memory.storage_bytes(cached, set()),
             }
     return measured
 
