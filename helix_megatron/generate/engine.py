@@ -88,13 +88,14 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
     ranks = config.tensor_model_parallel_size
     multiple = math.lcm(4, ranks)  # Megatron deals requests to its ranks, and pads them to fours
     requests = -(-size.requests // multiple) * multiple
+    pad = -(-64 // ranks) * ranks  # Megatron pads a step's tokens to these
     one = block_bytes(config, integrate._active is not None, size.block_tokens)
     settings = {
         "block_size_tokens": size.block_tokens,
         "buffer_size_gb": (size.blocks + 1.5) * one / 2**30,  # one block is Megatron's own
         "max_requests": requests,
         "max_sequence_length": size.sequence,
-        "max_tokens": -(-max(size.step_tokens, requests) // 64) * 64,  # Megatron pads a step's tokens to 64s
+        "max_tokens": -(-max(size.step_tokens, requests) // pad) * pad,
         "unified_memory_level": 0,
         "use_flashinfer_fused_rope": False,
     }
