@@ -123,7 +123,8 @@ def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.
 
 def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> Iterator[tuple]:
     """(index, Tensor or BytesIO, None) or (index, None, fault) for what is stored under the indices of
-    `names`, in the order of the files; one fault stands for all of a file that cannot be opened."""
+    `names`, in the order of the files; one fault stands for all of a file that cannot be opened. A tensor's
+    memory is the next one's too: copy it before going on."""
     by_file, buffer = defaultdict(list), bytearray()
     for index in sorted(names, key=lambda index: storage[index].offset):
         by_file[storage[index].relative_path].append(index)
