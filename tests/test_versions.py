@@ -30,7 +30,7 @@ def test_this_megatron_is_known():
 
 def test_another_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(compat, "version", lambda: "0.15.3")
-    with pytest.raises(HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.17"):
+    with pytest.raises(HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.19"):
         compat.megatron()
 
 
