@@ -13,7 +13,7 @@ project = "Helix for Megatron"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = project
-exclude_patterns = ["_flags.md"]
+exclude_patterns = ["_flags.md", "_paper.md"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 autodoc_member_order = "bysource"
@@ -56,6 +56,17 @@ def _flags(app):
     Path(app.srcdir, "_flags.md").write_text("\n".join(out), encoding="utf-8")
 
 
+def _paper(app):
+    """docs/_paper.md: the paper's statements, checked by helix_megatron.compare.paper."""
+    from helix_megatron.compare import paper
+
+    rows = [[check[key] for key in ("claim", "arithmetic", "verdict")] for check in paper.checks()]
+    head = [["the paper says", "arithmetic", "verdict"], ["---"] * 3]
+    lines = [f"| {' | '.join(row)} |" for row in [*head, *rows]]
+    Path(app.srcdir, "_paper.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
 def setup(app):
     app.connect("builder-inited", _flags)
+    app.connect("builder-inited", _paper)
     app.connect("source-read", _links_into_the_repository)

@@ -3,6 +3,7 @@
 #   PYTHON=python   whose packages (torch, Megatron ...) the environment sees, so that they are not installed twice
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="${PWD}"
 python="${PYTHON:-python}"
 work="$(mktemp -d)"
 trap 'rm -rf "${work}"' EXIT
@@ -28,40 +29,8 @@ python -c "
 import helix_megatron, sys
 sys.exit(0 if helix_megatron.__file__.startswith('${work}') else f'found {helix_megatron.__file__}')"
 helix doctor >doctor.txt || { cat doctor.txt && exit 1; }
-cat >run.yaml <<'YAML'
-MODEL_ARGS:
-  num-layers: 2
-  hidden-size: 36
-  num-attention-heads: 9
-  group-query-attention: true
-  num-query-groups: 3
-  kv-channels: 8
-  seq-length: 16
-  max-position-embeddings: 16
-  position-embedding-type: rope
-  micro-batch-size: 1
-  global-batch-size: 2
-  train-iters: 2
-  lr: 1.0e-3
-  transformer-impl: local
-  no-gradient-accumulation-fusion: true
-  no-masked-softmax-fusion: true
-  no-rope-fusion: true
-  no-bias-dropout-fusion: true
-  no-bias-gelu-fusion: true
-  no-persist-layer-norm: true
-  mock-data: true
-  tokenizer-type: NullTokenizer
-  vocab-size: 255
-  tensor-model-parallel-size: 2
-  attention-impl: helix
-  log-interval: 1
-  eval-iters: 0
-  eval-interval: 100
-  num-workers: 0
-YAML
 python -m helix_megatron.launch --nproc-per-node 2 --log-dir logs -m helix_megatron.pretrain_gpt \
-    --helix-host-mode --helix-config run.yaml >rank_0.log 2>&1 || { tail -n 30 rank_0.log && exit 1; }
+    --helix-host-mode --helix-config "${root}/configs/tiny.yaml" >rank_0.log 2>&1 || { tail -n 30 rank_0.log && exit 1; }
 grep -q 'Helix attention: ' rank_0.log
 grep -q 'iteration  *2/ .*lm loss: ' logs/rank_1.log
 echo "check_wheel: installed, fit, and two ranks have trained from it"

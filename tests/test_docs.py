@@ -24,6 +24,22 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
+def test_messages_of_the_troubleshooting_page_are_in_the_code():
+    """Every literal piece of a message; an ellipsis stands for what is filled in."""
+    import megatron.core.transformer as transformer
+
+    ours = [path for kind in ("helix_megatron/**/*.py", "scripts/slurm/*") for path in ROOT.glob(kind)]
+    theirs = Path(transformer.__file__).parent.glob("*config.py")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in [*ours, *theirs] if path.is_file())
+    code = re.sub(r"\"\s*\n\s*f?\"", "", code)  # literals that go on in the next line
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in row.split("`")[1::2]]
+    pieces = [piece.strip(" :;,()") for message in messages for piece in message.split("…")]
+    assert len(rows) > 30
+    assert [piece for piece in pieces if piece not in code] == ["Connection closed by peer"]  # gloo's
+
+
 def test_every_flag_is_in_the_readme():
     import argparse
 
@@ -34,9 +50,10 @@ def test_every_flag_is_in_the_readme():
         assert all(option in README for option in action.option_strings), action.option_strings
 
 
-def test_the_picture_is_drawn_from_the_layout():
+def test_the_pictures_are_drawn_from_the_layout():
     path = ROOT / "docs" / "make_picture.py"
     spec = importlib.util.spec_from_file_location("make_picture", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert path.with_name("layout.svg").read_text(encoding="utf-8") == module.picture()
+    for name, draw in module.PICTURES.items():
+        assert path.with_name(name).read_text(encoding="utf-8") == draw(), f"{name}: run docs/make_picture.py"
