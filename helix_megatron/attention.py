@@ -22,7 +22,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -200,17 +199,15 @@ class HelixParallelSelfAttention(SelfAttention):
         if self.helix_plan.is_megatron or self.helix_plan.layout.per_slice:
             return state
         layout, rank = self.helix_plan.layout, self.pg_collection.tp.rank()
-        rows, columns = layout.qkv_permutation(), layout.proj_permutation()
-        for name, permutation, dim in (
+        rows, columns = layout.qkv_rows(rank), layout.proj_columns(rank)
+        for name, local, dim in (
             ("linear_qkv.weight", rows, 0),
             ("linear_qkv.bias", rows, 0),
             ("linear_proj.weight", columns, 1),
         ):
             key = prefix + name
-            if key not in state:
-                continue
-            local = np.split(permutation, layout.grid.size)[rank]
-            state[key] = standard_layout(state[key], local, dim, len(sharded_offsets))
+            if key in state:
+                state[key] = standard_layout(state[key], local, dim, len(sharded_offsets))
         return state
 
 

@@ -129,6 +129,8 @@ def read_checkpoints(verify: bool = True) -> None:
             reader = original(*args, **kwargs)
             if isinstance(reader, FileSystemReader):  # other storage has its own reader
                 reader.read_data = functools.partial(integrity.read_shards, reader, verify=verify)
+                if verify:
+                    reader.read_metadata = functools.partial(integrity.metadata_of, reader)
             return reader
 
         return _get_filesystem_reader
@@ -143,6 +145,8 @@ def read_checkpoints(verify: bool = True) -> None:
                     if isinstance(failure, integrity.CheckpointError):
                         raise failure from None
                 raise
+            finally:
+                integrity.forget_metadata()
 
         return load
 

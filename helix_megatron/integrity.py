@@ -12,6 +12,7 @@ Note [Reading a shard once]
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from isal.isal_zlib import crc32  # zlib's checksum at memory speed
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 _ALLOWED_MODULES = (
     "torch.distributed.checkpoint.filesystem",
@@ -74,15 +76,34 @@ def read_metadata(folder: Path) -> Any:
         ) from error
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with the shards of a checkpoint, one line each; empty when all is well.
+@functools.lru_cache(maxsize=1)
+def _same_metadata(folder: Path, stamp: tuple[int, ...]) -> Any:
+    return read_metadata(folder)
 
-    Args:
-        folder: of one iteration, with .metadata and the shard files.
+
+def metadata_of(reader: Any, rank: int | None = None, **kwargs: Any) -> Any:
+    """torch's FileSystemReader.read_metadata by read_metadata, and once for all readers of an unchanged file
+    until forget_metadata; Megatron asks for it several times in one load.
+
+    Raises:
+        CheckpointError: as read_metadata.
     """
-    stored = read_metadata(folder).storage_data
-    names = {index: index.fqn for index in stored}
-    return [fault for _, _, fault in _stored(folder, stored, names, verify=True) if fault]
+    if rank is not None:  # an index per rank: torch's own, which Megatron does not write
+        return type(reader).read_metadata(reader, rank=rank, **kwargs)
+    folder = Path(reader.path)
+    try:
+        stat = os.stat(folder / ".metadata")
+        metadata = _same_metadata(folder, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    except FileNotFoundError:
+        metadata = read_metadata(folder)  # raises, in plain words
+    metadata.storage_meta = metadata.storage_meta or StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata
+
+
+def forget_metadata() -> None:
+    """Drop what metadata_of keeps."""
+    _same_metadata.cache_clear()
 
 
 def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.futures.Future:
@@ -125,7 +146,7 @@ def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> 
     """(index, Tensor or BytesIO, None) or (index, None, fault) for what is stored under the indices of
     `names`, in the order of the files; one fault stands for all of a file that cannot be opened. A tensor's
     memory is the next one's too: copy it before going on."""
-    by_file, buffer = defaultdict(list), bytearray()
+    by_file, buffer, described = defaultdict(list), bytearray(), {}
     for index in sorted(names, key=lambda index: storage[index].offset):
         by_file[storage[index].relative_path].append(index)
     for name, indices in by_file.items():
@@ -143,7 +164,7 @@ def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> 
                         archive = memoryview(buffer)[: info.length]
                         file.seek(info.offset)
                         file.readinto(archive)
-                        content = _content(archive, index, verify)
+                        content = _content(archive, index, verify, described)
                     except OSError:
                         raise
                     except Exception as error:  # damaged archives raise of all kinds
@@ -181,10 +202,15 @@ class _Reader(io.RawIOBase):
         return len(part)
 
 
-def _content(archive: memoryview, index: Any, verify: bool) -> Tensor | io.BytesIO:
+def _content(
+    archive: memoryview, index: Any, verify: bool, described: dict[bytes, tuple]
+) -> Tensor | io.BytesIO:
     """What torch.save wrote: the tensor, over the memory of `archive`; or a copy of the archive itself, where
     the index names an object.
 
+    Args:
+        described: kept between calls: what a pickle of a tensor's dtype and shape says. A model has few
+            different ones, and torch takes as long to read one as to read a megabyte of data.
     Raises: anything, when the archive is damaged.
     """
     with zipfile.ZipFile(_Reader(archive)) as parts:
@@ -197,12 +223,15 @@ def _content(archive: memoryview, index: Any, verify: bool) -> Tensor | io.Bytes
     if index.offset is None:  # an object: read by whoever asked for it
         torch._C.PyTorchFileReader(_Reader(archive))  # it reads parts of the archive that zipfile does not
         return io.BytesIO(archive)
-    with torch.serialization.skip_data():  # shape and strides: the data is in hand
-        tensor = torch.load(_Reader(archive), map_location="cpu", weights_only=True)
-    if not tensor.numel():
-        return tensor
-    whole = torch.frombuffer(data["data/0"], dtype=tensor.dtype)
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    description = bytes(data["data.pkl"]) + bytes(data.get("byteorder", b""))
+    if description not in described:
+        with torch.serialization.skip_data():  # shape and strides: the data is in hand
+            tensor = torch.load(_Reader(archive), map_location="cpu", weights_only=True)
+        described[description] = tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+    dtype, shape, stride, offset = described[description]
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data["data/0"], dtype=dtype).as_strided(shape, stride, offset)
 
 
 def _data(archive: memoryview, entry: zipfile.ZipInfo) -> memoryview:

@@ -1,6 +1,7 @@
 """Checkpoints are Megatron's standard layout: any grid, vanilla at any TP and PP, in both directions."""
 
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from training import HELIX, MODEL
 
 from helix_megatron.checkpoint import contiguous_runs
+from helix_megatron.integrity import read_shards
 from helix_megatron.launch import RankError
 
 # 48 query and 24 KV heads: vanilla runs at TP 1, 2 and 8, Helix on every grid below. Untied embeddings: with
@@ -80,8 +82,8 @@ def saved(train, folder, ten_steps):
     return save
 
 
-def tensors(checkpoint, iteration=5):
-    """Whole tensors of a torch_dist checkpoint, as torch itself reads them."""
+def tensors(checkpoint, iteration=5, *, verified=False):
+    """Whole tensors of a torch_dist checkpoint, as torch itself reads them, or as Helix does."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -92,6 +94,8 @@ def tensors(checkpoint, iteration=5):
         for name, entry in found.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith("rng_state")
     }
+    if verified:
+        reader.read_data = partial(read_shards, reader, verify=True)
     load(whole, storage_reader=reader, no_dist=True)
     return whole
 

@@ -10,9 +10,10 @@ import threading
 import pytest
 import torch
 from test_checkpoint import LAYOUTS, SHAPE, tensors
+from torch.distributed.checkpoint.api import CheckpointException
 from training import MODEL, rank_train
 
-from helix_megatron.integrity import CheckpointError, damage, read_metadata
+from helix_megatron.integrity import CheckpointError, read_metadata
 from helix_megatron.launch import RankError
 
 RANKS, HELIX_1X2 = LAYOUTS["Helix 1x2"]
@@ -114,22 +115,27 @@ def shard(folder):
     return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
+def flip(folder, path):
+    """Flip one bit in the middle of a linear_qkv weight of the shard `path`."""
+    info = next(
+        info
+        for index, info in read_metadata(folder).storage_data.items()
+        if index.fqn.endswith("linear_qkv.weight") and info.relative_path == path.name
+    )
+    with open(path, "r+b") as file:
+        file.seek(info.offset + info.length // 2)
+        byte = file.read(1)[0]
+        file.seek(info.offset + info.length // 2)
+        file.write(bytes([byte ^ 0x10]))
+
+
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "index"])
 def test_damaged_checkpoints_are_refused_with_the_file(run, copy, kind):
     path = shard(copy)
     if kind == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     elif kind == "flipped":
-        info = next(
-            info
-            for index, info in read_metadata(copy).storage_data.items()
-            if "linear_qkv.weight" in index.fqn and info.relative_path == path.name
-        )
-        with open(path, "r+b") as file:
-            file.seek(info.offset + info.length // 2)
-            byte = file.read(1)[0]
-            file.seek(info.offset + info.length // 2)
-            file.write(bytes([byte ^ 0x10]))
+        flip(copy, path)
     elif kind == "missing":
         path.unlink()
     else:
@@ -140,8 +146,14 @@ def test_damaged_checkpoints_are_refused_with_the_file(run, copy, kind):
     assert path.name in str(caught.value)
 
 
+def test_without_verification_a_damaged_checkpoint_loads(run, copy):
+    """As Megatron alone would do: what the flag is for."""
+    flip(copy, shard(copy))
+    assert list(run(f"--load {copy.parent} --helix-no-verify-checkpoint")) == list(range(3, 11))
+
+
 def test_every_flipped_bit_is_found_or_harmless(copy):
-    """One bit anywhere: the checksums notice, or the tensors are still the same."""
+    """One bit anywhere: the checksums notice, or the tensors that are loaded are still the same."""
     path, original = shard(copy), shard(copy).read_bytes()
     whole = tensors(copy.parent, 2)
     generator, found = random.Random(0), 0
@@ -149,10 +161,12 @@ def test_every_flipped_bit_is_found_or_harmless(copy):
         changed = bytearray(original)
         changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
         path.write_bytes(changed)
-        if damage(copy):
+        try:
+            now = tensors(copy.parent, 2, verified=True)
+        except CheckpointException as error:
+            assert any(isinstance(failure, CheckpointError) for failure, _ in error.failures.values())
             found += 1
         else:
-            now = tensors(copy.parent, 2)
             assert all(torch.equal(now[name], whole[name]) for name in whole)
     assert found >= 20
 
