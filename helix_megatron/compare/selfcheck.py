@@ -98,22 +98,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5, help="runs of each variant in a try")
     parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of a run, all of them one TP group")
     parser.add_argument("--out", default="runs/selfcheck")
+    parser.add_argument("--resume", action="store_true", help="go on after the runs that are in --out")
     options = parser.parse_args(argv)
     document = {
         "name": "self-check",
         "host": True,
+        "world_size": options.ranks,
         "runs": options.tries * options.runs,
         "iterations": options.iterations,
         "warmup_iterations": 5,
         "workloads": {"train": {}},
         "reference": False,
-        "MODEL_ARGS": _MODEL,
+        "MODEL_ARGS": _MODEL | {"tensor-model-parallel-size": options.ranks},
         "variants": [{"name": "A"}, {"name": "A again"}, {"name": "slowed", "slow_down": SLOW_DOWN}],
     }
     out = Path(options.out)
     config = configuration.parse(document, "selfcheck")
-    harness.compare(config, out, Console(), harness.Options(overwrite=True))
+    harness.compare(config, out, Console(), harness.Options(resume=options.resume, overwrite=not options.resume))
     results = json.loads((out / "results.json").read_text())
     train = [v["measured"]["workloads"]["train"] for v in results["variants"]]
     seconds = [[sum(s) / len(s) for s in one["samples_seconds"]] for one in train]
