@@ -2,11 +2,14 @@
 
 What depends on the version is a column of `KNOWN`; other modules ask `megatron()` and never compare versions.
 
-    core   Python   megatron.training   dynamic engine with sliced heads
-    0.16   3.10+    not in the wheel    refused
-    0.19   3.12+    yes                 served
+    core   Python   megatron.training   dynamic engine with sliced heads   tested
+    0.16   3.10+    not in the wheel    refused                            in every test run
+    0.17   3.12+    refused             refused                            by hand: 0.17.1
+    0.18   3.12+    refused             refused                            by hand: 0.18.2
+    0.19   3.12+    served              served                             in every test run
 
-0.17 and 0.18 call `pretrain` each in a way of its own and have never been run with Helix: they are refused.
+The training loops of 0.17 and 0.18 are configured and called each in a way of its own: Helix's flags and
+entry points are refused there. By hand is `HELIX_MEGATRON="0.17 0.18" scripts/test_oldest.sh`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Megatron:
     """What is particular to one minor version of megatron-core.
 
     Args:
-        training: the wheel carries megatron.training (entry points, flags, `helix compare`).
+        training: megatron.training is there and called as Helix does (entry points, flags, `helix compare`).
         layer_arguments: what SelfAttention takes besides the arguments that all versions know.
         writer_queue: the function that makes the queue of checkpoint writers.
         forked_writer: the class of the background writer has a method that starts it.
@@ -45,10 +48,12 @@ KNOWN = {
         writer_queue="_get_write_results_queue",
         forked_writer=False,
     ),
+    "0.17": Megatron(training=False, layer_arguments=("pp_layer_offset",)),
+    "0.18": Megatron(training=False),
     "0.19": Megatron(dynamic_engine=True),
 }
 NEWEST = "0.19"
-_TESTED = "0.16.1 (layers, checkpoints), 0.19.2 (everything)"
+_TESTED = "0.16.1, 0.17.1, 0.18.2 (layers, checkpoints), 0.19.2 (everything)"
 
 
 def version() -> str:
@@ -83,21 +88,24 @@ def megatron() -> Megatron:
 
 
 def has_training() -> bool:
-    """Whether megatron.training is there: in the wheel, or in a checkout on PYTHONPATH."""
-    return importlib.util.find_spec("megatron.training") is not None
+    """Whether megatron.training is there (in the wheel or a checkout on PYTHONPATH) and Helix serves it."""
+    row = KNOWN.get(".".join(version().split(".")[:2]))
+    return row is not None and row.training and importlib.util.find_spec("megatron.training") is not None
 
 
 def need_training() -> None:
-    """Refuse a Megatron without megatron.training, which the entry points and flags need.
+    """Refuse a Megatron without a megatron.training that the entry points and flags can use.
 
     Raises:
         HelixConfigError: with what works without it.
     """
     megatron()
     if not has_training():
+        there = importlib.util.find_spec("megatron.training") is not None
+        what = "has another megatron.training than Helix knows" if there else "has no megatron.training"
         raise HelixConfigError(
-            f"the wheel of megatron-core {version()} has no megatron.training, which Megatron's flags and "
-            f"training loop need; with Python 3.12 or newer, pip install 'megatron-core=={NEWEST}.*'. "
+            f"megatron-core {version()} {what}, which flags and entry points need; with Python 3.12 or "
+            f"newer, pip install 'megatron-core=={NEWEST}.*'. "
             "Layers, specs and checkpoints of models that you build yourself work with this version "
             "(helix_megatron.specs)"
         )

@@ -116,7 +116,7 @@ def _features(mode: str, versions: dict[str, str | None], gpus: int) -> dict[str
         "host": "no: no GPU that torch can use; fit for host mode only (--helix-host-mode)",
         "none": "no: see what is wrong",
     }
-    trains = "yes" if compat.has_training() else "no: this megatron-core has no megatron.training"
+    trains = "yes" if compat.has_training() else "no: this megatron-core has none that Helix serves"
     return {
         "Megatron's flags and training loop": trains if mode != "none" else "no",
         "training on GPUs": runs[mode],

@@ -43,11 +43,14 @@ else
         "it would be changed; ${way_out}"
 fi
 
+where="${tree} (Megatron-LM ${version})"
 case "${action} ${state}" in
-    "apply absent") try && echo "applied ${patch##*/} to ${tree}" ;;
-    "apply applied") echo "already applied to ${tree}" ;;
-    "check absent") echo "not applied to ${tree}; it fits" && exit 1 ;;
-    "check applied") echo "applied to ${tree}" ;;
-    "revert absent") echo "not applied to ${tree}: nothing to revert" ;;
-    "revert applied") try --reverse && echo "reverted in ${tree}" ;;
+    "apply absent") try && echo "applied ${patch##*/} to ${where}" ;;
+    "apply applied") echo "already applied to ${where}" ;;
+    "check absent") echo "not applied to ${where}; it fits" && exit 1 ;;
+    "check applied") echo "applied to ${where}" ;;
+    "revert absent") echo "not applied to ${where}: nothing to revert" ;;
+    "revert applied") try --reverse && echo "reverted in ${where}" ;;
 esac
+grep -qF " ${version}" < <(sed '/^diff /q' "${patch}") ||
+    echo "patch_megatron: it fits, but ${version} is not one of those that it was tried on: ${patch##*/} names them" >&2

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from helix_megatron import compat
+
 ROOT = Path(__file__).parents[1]
 PATCHED = "megatron/training/arguments.py"
 
@@ -40,12 +42,19 @@ def test_applies_once_and_comes_off(tree):
     after = (tree / PATCHED).read_bytes()
     assert after != before
     again = patch("apply", tree)
+    assert f"Megatron-LM {compat.version()}" in again.stdout and not again.stderr
     assert again.returncode == 0 and "already applied" in again.stdout
     assert (tree / PATCHED).read_bytes() == after
     assert patch("check", tree).returncode == 0
     assert patch("revert", tree).returncode == 0
     assert (tree / PATCHED).read_bytes() == before
     assert patch("revert", tree).returncode == 0
+
+
+def test_a_patch_release_that_it_was_not_tried_on_is_named(tree):
+    (tree / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 19\nPATCH = 9\n")
+    applied = patch("apply", tree)
+    assert applied.returncode == 0 and "0.19.9 is not one of those that it was tried on" in applied.stderr
 
 
 def test_a_checkout_inside_another_repository(tree):

@@ -30,13 +30,24 @@ def test_this_megatron_is_known():
 
 def test_another_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(compat, "version", lambda: "0.15.3")
-    with pytest.raises(HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.19"):
+    with pytest.raises(
+        HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.17, 0\.18, 0\.19"
+    ):
         compat.megatron()
 
 
 def test_without_megatron_training_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr(compat, "has_training", lambda: False)
-    with pytest.raises(HelixConfigError, match=r"no megatron\.training.*Python 3\.12"):
+    with pytest.raises(HelixConfigError, match=r"megatron\.training.*Python 3\.12"):
+        compat.need_training()
+
+
+@pytest.mark.parametrize("found", ["0.17.1", "0.18.2"])
+def test_a_training_loop_of_another_kind_is_refused(monkeypatch, found):
+    monkeypatch.setattr(compat, "version", lambda: found)
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: object())
+    assert not compat.has_training()
+    with pytest.raises(HelixConfigError, match=r"has another megatron\.training than Helix knows"):
         compat.need_training()
 
 
