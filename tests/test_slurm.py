@@ -1,6 +1,7 @@
 """The job scripts: on a real Slurm of two nodes on this machine, without Slurm, and their reading of logs."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from compare_fakes import document
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -126,6 +129,12 @@ class Cluster:
     def wait(self, job, *states, seconds=180):
         wait_until(lambda: self.state(job) in states, seconds, f"job {job} is not {' or '.join(states)}")
 
+    def start_again(self, job):
+        """Have a requeued job start now; Slurm would wait two minutes."""
+        self.wait(job, "PENDING")
+        time.sleep(4)  # the first start's credential is still revoked
+        self.control("scontrol", "update", f"JobId={job}", "StartTime=now")
+
     def control(self, *command):
         return self._output(*command)
 
@@ -136,7 +145,8 @@ class Cluster:
             try:
                 if f"SLURM_CONF={self.folder}".encode() in (entry / "environ").read_bytes():
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found += [int(entry.name)] if "pretrain_gpt" in line or "node.sh" in line else []
+                    started = ("pretrain_gpt", "node.sh", "helix_megatron", "multiprocessing")
+                    found += [int(entry.name)] if any(name in line for name in started) else []
             except OSError:
                 continue
         return found
@@ -189,10 +199,7 @@ def test_the_warning_before_the_time_limit_saves_and_the_requeued_job_goes_on(cl
     assert read(first / "state").strip() == "helix-train: time limit, saved"
     saved = int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt"))
     assert 1 <= saved < 30
-    cluster.wait(job, "PENDING")
-    # Slurm would wait two minutes; within seconds the first start's credential is still revoked.
-    time.sleep(4)
-    cluster.control("scontrol", "update", f"JobId={job}", "StartTime=now")
+    cluster.start_again(job)
     cluster.wait(job, "COMPLETED", "FAILED", seconds=500)
     assert read(second / "state").strip() == "helix-train: completed", read(second / "node_1.log")[-2000:]
     assert iterations(second / "node_1.log") == list(range(saved + 1, 31))
@@ -211,6 +218,48 @@ def test_a_cancelled_job_saves_and_leaves_nothing(cluster, tmp_path):
     assert read(tmp_path / "logs/0/state").strip() == "helix-train: cancelled, saved"
     wait_until(lambda: not cluster.processes(), 30, "processes are left")
     cluster.wait(job, "CANCELLED")
+
+
+@pytest.mark.timeout(1000)
+def test_a_requeued_comparison_goes_on_after_its_finished_runs(cluster, tmp_path):
+    """Taken off its node by the administrator while the second of two variants runs."""
+    variants = [{"name": "first"}, {"name": "second", "attention_impl": "helix"}]
+    small = {"warmup_iterations": 0, "iterations": 1, "workloads": {"train": {}}, "run_timeout_s": 300}
+    text = yaml.safe_dump(document(variants=variants, **small))
+    (tmp_path / "compare.yaml").write_text(text)
+    script = ["scripts/slurm/compare.sbatch", tmp_path / "compare.yaml", "--overwrite"]
+    job = cluster.submit(tmp_path, "--nodes=1", *script, OUT=str(tmp_path / "out"))
+    first = wait_until(lambda: [*tmp_path.glob("out/runs/first-*.json")], 500, "no finished run")[0]
+    measured = first.read_bytes()
+    assert not [*tmp_path.glob("out/runs/second-*.json")]
+    cluster.control("scontrol", "requeue", job)
+    cluster.start_again(job)
+    cluster.wait(job, "COMPLETED", "FAILED", seconds=500)
+    assert read(tmp_path / "logs/1/state").strip() == "helix-compare: completed", read(tmp_path / "job.log")
+    results = json.loads(read(tmp_path / "out/results.json"))
+    assert [variant["status"] for variant in results["variants"]] == ["ok", "ok"]
+    assert first.read_bytes() == measured
+    assert not re.search(r"^first, run 1:", read(tmp_path / "logs/1/node_0.log"), re.MULTILINE)
+    assert re.search(r"^second, run 1:", read(tmp_path / "logs/1/node_0.log"), re.MULTILINE)
+    wait_until(lambda: not cluster.processes(), 30, "processes are left")
+
+
+@pytest.mark.timeout(1000)
+def test_scaling_tells_the_time_of_each_size(cluster, tmp_path):
+    points = "1x1 --tensor-model-parallel-size 1; 2x1 --attention-impl helix --helix-dim-parallel-size 2 "
+    points += "--tensor-model-parallel-size 2"
+    path = flags(tmp_path, 3)[1]
+    script = ["scripts/slurm/scaling.sbatch", "--helix-config", path, "--mock-data"]
+    job = cluster.submit(tmp_path, "--nodes=2", *script, POINTS=points, SKIP="1")
+    cluster.wait(job, "COMPLETED", "FAILED", seconds=500)
+    rows = [line.split() for line in read(tmp_path / "logs/0/scaling.txt").splitlines()]
+    assert rows[0] == ["size", "state", "ms/iteration", "flags"], read(tmp_path / "job.log")
+    assert [row[:2] for row in rows[1:]] == [["1x1", "completed"], ["2x1", "completed"]]
+    for row, log in zip(rows[1:], ("1x1-1/node_0.log", "2x1-2/node_1.log")):
+        text = read(tmp_path / "logs/0" / log)
+        times = re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", text)
+        assert len(times) == 3 and row[2] == min(times[1:], key=float)
+    assert not cluster.processes()
 
 
 def state_of(folder, code, stopped=False, **logs):
@@ -296,7 +345,7 @@ def test_without_slurm_a_stop_saves(tmp_path):
 @pytest.mark.parametrize(
     "command, points, said",
     [
-        (["tune"], "", "there are train, compare and scaling"),
+        (["tune"], "", "there are train, compare, scaling and serve"),
         (["scaling"], "1x1; two", "POINTS has ' two'"),
         (["scaling"], "2x8", "needs 2 nodes, the job has 1"),
     ],
