@@ -118,7 +118,7 @@ def read_checkpoints(verify: bool = True) -> None:
     def index_first(original: Callable) -> Callable:  # Megatron reads the arguments before the weights
         @functools.wraps(original)
         def load_common_state_dict(checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-            integrity.read_metadata(Path(checkpoint_dir))
+            integrity.current_metadata(Path(checkpoint_dir))
             return original(checkpoint_dir, *args, **kwargs)
 
         return load_common_state_dict

@@ -76,33 +76,36 @@ def read_metadata(folder: Path) -> Any:
         ) from error
 
 
+def current_metadata(folder: Path) -> Any:
+    """read_metadata, but once for an unchanged file until forget_metadata: a load needs it several times."""
+    try:
+        stat = os.stat(folder / ".metadata")
+    except OSError:
+        return read_metadata(folder)  # raises, in plain words
+    return _same_metadata(folder, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
 @functools.lru_cache(maxsize=1)
 def _same_metadata(folder: Path, stamp: tuple[int, ...]) -> Any:
     return read_metadata(folder)
 
 
 def metadata_of(reader: Any, rank: int | None = None, **kwargs: Any) -> Any:
-    """torch's FileSystemReader.read_metadata by read_metadata, and once for all readers of an unchanged file
-    until forget_metadata; Megatron asks for it several times in one load.
+    """torch's FileSystemReader.read_metadata by current_metadata.
 
     Raises:
         CheckpointError: as read_metadata.
     """
     if rank is not None:  # an index per rank: torch's own, which Megatron does not write
         return type(reader).read_metadata(reader, rank=rank, **kwargs)
-    folder = Path(reader.path)
-    try:
-        stat = os.stat(folder / ".metadata")
-        metadata = _same_metadata(folder, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
-    except FileNotFoundError:
-        metadata = read_metadata(folder)  # raises, in plain words
+    metadata = current_metadata(Path(reader.path))
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     metadata.storage_meta.load_id = reader.load_id
     return metadata
 
 
 def forget_metadata() -> None:
-    """Drop what metadata_of keeps."""
+    """Drop what current_metadata keeps."""
     _same_metadata.cache_clear()
 
 
@@ -247,9 +250,13 @@ def _data(archive: memoryview, entry: zipfile.ZipInfo) -> memoryview:
 def _refuse(folder: Path, found: list[str], agree: bool) -> None:
     """Raise on all ranks when one of them has found damage."""
     if agree and dist.is_available() and dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, found)
-        found = sorted({line for lines in gathered for line in lines})
+        device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+        failed = torch.tensor([len(found)], device=device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed:  # the sound ranks learn the reason only then: gathering objects takes three collectives
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, found)
+            found = sorted({line for lines in gathered for line in lines})
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(
