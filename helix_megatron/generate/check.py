@@ -5,8 +5,11 @@
 A batch of prompts of different lengths is generated for greedily, in float32 on the host. T = 1 is vanilla
 Megatron, every other T Helix on the grid it chooses. Every step's logits are compared, not only the tokens:
 `sequence` in Megatron's dynamic engine, `dim` in its static context (where m > 1), in which a sequence that
-is still inside its prompt takes the prompt's next token instead of the chosen one. At the end, a sentence
-hidden in a long text is asked for (`--needle-tokens 0` leaves that out).
+is still inside its prompt takes the prompt's next token instead of the chosen one. Then a sentence hidden in
+a long text is asked for (`--needle-tokens 0` leaves that out).
+
+Every finding goes to the file `--out` at once, and one that is there already is not made again: a run that
+was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ LENGTHS = (2, 5, 9, 16, 23, 31, 40, 57)
 DEPTHS = (0.1, 0.5, 0.9)
 NEEDLE = " The secret number of the old library is 7481. "
 QUESTION = "\n\nQuestion: What is the secret number of the old library?\nAnswer: The secret number is"
+NEEDLE_TOKENS = 12
+"""Of the answer."""
 TOLERANCE = 5e-4
+KINDS = ("sequence", "dim", "needle")
 
 
 @dataclass(frozen=True)
@@ -136,25 +142,20 @@ def static(network: Any, expected: Reference) -> dict[str, Any]:
     }
 
 
-def rank_check(job: generate.Job, expected: Reference, dim: bool, needles: generate.Job | None) -> dict:
-    """In a rank: what is asked for with one loaded model."""
-    sequence = max(job.sequence, needles.sequence if needles else 0)
-    loaded = model.load(job.checkpoint, job.layout, None, sequence)
-    if dim:
-        return {"dim": static(loaded[0], expected)}
-    found = {"sequence": dynamic(loaded, job, expected)}
-    if needles:
-        found["needles"] = [output["tokens"] for output in generate.answer(*loaded, needles)["outputs"]]
-    return found
+def rank_check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
+    """In a rank: one finding. `kind` is one of KINDS; a needle needs no reference."""
+    loaded = model.load(job.checkpoint, job.layout, None, job.sequence)
+    if kind == "needle":
+        return {"tokens": [output["tokens"] for output in generate.answer(*loaded, job)["outputs"]]}
+    assert expected is not None
+    return static(loaded[0], expected) if kind == "dim" else dynamic(loaded, job, expected)
 
 
-def check(
-    job: generate.Job, expected: Reference, dim: bool = False, needles: generate.Job | None = None
-) -> dict[str, Any]:
-    """Rank 0's findings for one size and cache; the ranks have agreed on the tokens."""
+def check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
+    """Rank 0's finding for one size; the ranks have agreed on the tokens."""
     from helix_megatron.launch import run_ranks
 
-    return run_ranks(rank_check, job.layout.tensor_parallel, job, expected, dim, needles, timeout_s=7200)[0]
+    return run_ranks(rank_check, job.layout.tensor_parallel, job, expected, kind, timeout_s=7200)[0]
 
 
 def jobs_for(
@@ -176,6 +177,67 @@ def needle_prompts(tokenizer: Any, text: list[int], total: int) -> list[list[int
     return [[*hay[:cut], *needle, *hay[cut:], *question] for cut in cuts]
 
 
+class Results:
+    """The findings so far, in a file when there is one.
+
+    Args:
+        path: JSON; None keeps nothing.
+        settings: of the run. Findings of other settings are not mixed with these: ValueError.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]):
+        self._path, self._settings = path, json.loads(json.dumps(settings))
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] != self._settings:
+                raise ValueError(
+                    f"{path} holds findings of {found['settings']}, and this run is of {self._settings}; "
+                    "choose another --out, or remove the file"
+                )
+            self.rows = found["rows"]
+
+    def has(self, tp: int, kind: str) -> bool:
+        """Whether that finding is there."""
+        return any((row["tp"], row["kind"]) == (tp, kind) for row in self.rows)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all findings are what they should be; needles are compared with the smallest size's."""
+        needles = [row["tokens"] for row in self.rows if row["kind"] == "needle"]
+        return all(row["equal"] for row in self.rows if row["kind"] != "needle") and all(
+            tokens == needles[0] for tokens in needles
+        )
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a finding and write all of them."""
+        self.rows = sorted([*self.rows, row], key=lambda row: (KINDS.index(row["kind"]), row["tp"]))
+        if self._path is not None:
+            document = {"settings": self._settings, "equal": self.equal, "rows": self.rows}
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._path)
+
+
+def finding(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
+    """check(), and whether it is what it should be; of a needle, Results says that."""
+    row = {"tp": job.layout.tensor_parallel, "kind": kind, **check(job, expected, kind)}
+    if expected is not None:
+        row["same_tokens"] = row.pop("tokens") == expected.answers
+        row["equal"] = row["same_tokens"] and row["max_difference"] <= TOLERANCE
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    if row["kind"] == "needle":
+        return f"T={row['tp']} needle: {row['answers']}"
+    return (
+        f"T={row['tp']} {row['kind']}: tokens {'the same' if row['same_tokens'] else 'DIFFERENT'}, logits "
+        f"differ by at most {row['max_difference']:.1e}, {row['kv_bytes_per_token']:g} KV bytes a token and "
+        f"rank, {row['seconds']:.0f} s: {'equal' if row['equal'] else 'NOT EQUAL'}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 when anything differs."""
     from helix_megatron.convert.check import open_model, text_tokens
@@ -184,61 +246,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder or .gguf")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to find out")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--no-dim", action="store_true", help="leave the dim cache out")
     parser.add_argument("--needle-tokens", type=int, default=4096, help="0: no needle")
-    parser.add_argument("--needle-tp", type=int, nargs="+", help="sizes of the needle (default: all)")
     parser.add_argument("--cache-dir", type=Path, default=model.default_cache())
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON file of the results; what it holds is not done again")
     options = parser.parse_args(argv)
+    settings = {"model": options.model.name, "lengths": LENGTHS, "new_tokens": options.new_tokens}
+    settings |= {"tolerance": TOLERANCE, "needle_tokens": options.needle_tokens, "depths": DEPTHS}
+    results = Results(options.out, settings)
     checkpoint = model.prepared(options.model, "float32", options.cache_dir)
+    wanted = [
+        (tp, kind)
+        for tp in options.tp
+        for kind in options.kinds
+        if not results.has(tp, kind)
+        and (kind != "needle" or options.needle_tokens)
+        and (kind != "dim" or not _is_megatron(checkpoint, tp))
+    ]
     tokenizer = model.open_tokenizer(checkpoint, None)
     theirs, their_tokenizer = open_model(options.model)
     text = text_tokens(their_tokenizer, max(options.needle_tokens, 1024))
     starts = np.cumsum([0, *LENGTHS])
     prompts = [text[start : start + length] for start, length in zip(starts, LENGTHS, strict=False)]
-    hidden = needle_prompts(tokenizer, text, options.needle_tokens) if options.needle_tokens else []
-    rows, good, needle_of_1 = [], True, None
     with tempfile.TemporaryDirectory(prefix="helix-check-") as folder:
-        expected = reference(theirs, prompts, options.new_tokens, Path(folder, "logits.npy"))
+        expected = None
+        if any(kind != "needle" for _, kind in wanted):
+            expected = reference(theirs, prompts, options.new_tokens, Path(folder, "logits.npy"))
+            print(f"transformers: {len(prompts)} prompts of {LENGTHS} tokens, {options.new_tokens} new each")
         del theirs
-        print(f"transformers: {len(prompts)} prompts of {LENGTHS} tokens, {options.new_tokens} new each")
-        for tp in options.tp:
-            needles = None
-            if hidden and tp in (options.needle_tp or options.tp):
-                needles = replace(jobs_for(checkpoint, tp, hidden, 12), at_once=1)
-            job = jobs_for(checkpoint, tp, prompts, options.new_tokens)
-            found = check(job, expected, needles=needles)
-            if tp > 1 and not options.no_dim and not _is_megatron(checkpoint, tp):
-                dim_job = jobs_for(checkpoint, tp, prompts, options.new_tokens, dim=True)
-                found |= check(dim_job, expected, dim=True)
-            for kind in ("sequence", "dim"):
-                if kind in found:
-                    row = found[kind]
-                    same = row.pop("tokens") == expected.answers
-                    fine = same and row["max_difference"] <= TOLERANCE
-                    rows.append({"tp": tp, "cache": kind, "same_tokens": same, **row})
-                    good &= fine
-                    print(
-                        f"T={tp} {kind}: tokens {'the same' if same else 'DIFFERENT'}, logits differ by at "
-                        f"most {row['max_difference']:.1e}, {row['kv_bytes_per_token']:g} KV bytes a token "
-                        f"and rank, {row['seconds']:.0f} s: {'equal' if fine else 'NOT EQUAL'}",
-                        flush=True,
-                    )
-            if needles:
-                answers = [tokenizer.detokenize(tokens) for tokens in found["needles"]]
-                needle_of_1 = needle_of_1 or found["needles"]
-                same = found["needles"] == needle_of_1
-                good &= same
-                rows.append({"tp": tp, "needle_answers": answers, "same_as_first": same})
-                print(f"T={tp} needle: {answers} {'the same' if same else 'DIFFERENT'}", flush=True)
-    if options.out:
-        settings = {"lengths": LENGTHS, "new_tokens": options.new_tokens, "tolerance": TOLERANCE}
-        settings |= {"model": options.model.name, "needle_tokens": options.needle_tokens, "depths": DEPTHS}
-        options.out.write_text(
-            json.dumps({"settings": settings, "rows": rows, "equal": good}, indent=1) + "\n"
-        )
-    return 0 if good else 1
+        for tp, kind in wanted:
+            if kind == "needle":
+                hidden = needle_prompts(tokenizer, text, options.needle_tokens)
+                job = replace(jobs_for(checkpoint, tp, hidden, NEEDLE_TOKENS), at_once=1)
+                row = finding(job, None, kind)
+                row["answers"] = [tokenizer.detokenize(tokens) for tokens in row["tokens"]]
+            else:
+                row = finding(jobs_for(checkpoint, tp, prompts, options.new_tokens, kind == "dim"), expected, kind)
+            results.add(row)
+            print(_line(row), flush=True)
+    print(f"{len(results.rows)} findings: {'equal' if results.equal else 'NOT EQUAL'}")
+    return 0 if results.equal else 1
 
 
 def _is_megatron(checkpoint: Path, tp: int) -> bool:
