@@ -282,7 +282,9 @@ def main(argv: list[str] | None = None) -> int:
                 row = finding(job, None, kind)
                 row["answers"] = [tokenizer.detokenize(tokens) for tokens in row["tokens"]]
             else:
-                row = finding(jobs_for(checkpoint, tp, prompts, options.new_tokens, kind == "dim"), expected, kind)
+                row = finding(
+                    jobs_for(checkpoint, tp, prompts, options.new_tokens, kind == "dim"), expected, kind
+                )
             results.add(row)
             print(_line(row), flush=True)
     print(f"{len(results.rows)} findings: {'equal' if results.equal else 'NOT EQUAL'}")
