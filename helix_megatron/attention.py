@@ -126,7 +126,10 @@ class HelixParallelSelfAttention(SelfAttention):
                     rotary_pos_emb = (q_emb, k_slice)
                 else:
                     rotary_pos_emb = (k_slice if q_emb is k_emb else self._slice_rope(q_emb), k_slice)
-            if inference_context is not None and self.helix_plan.kv_cache == "sequence":
+            cache = self.helix_plan.kv_cache
+            if inference_context is not None and (
+                cache == "sequence" or (cache == "dim" and inference_context.is_dynamic_batching())
+            ):
                 return inference.forward_with_shards(
                     self, hidden_states, attention_mask, inference_context, rotary_pos_emb, *args, **kwargs
                 )

@@ -127,8 +127,7 @@ def all_to_all(
 def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
     """gather_slices for the few new tokens of an inference step; has no backward.
 
-    ONE all-gather; over gloo, an all-to-all of equal pieces. Bytes received are the same, but ranks send to
-    each other directly, where gloo's all-gather passes pieces around a ring in m-1 rounds.
+    ONE all-gather.
 
     Args:
         tensors: local tensors of any shapes, equally typed.
@@ -138,10 +137,7 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     m, sizes = group.size(), [tensor.numel() for tensor in tensors]
     packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
     gathered = packed.new_empty(m * packed.numel())
-    if dist.get_backend(group) == "gloo":
-        dist.all_to_all_single(gathered, packed.repeat(m), group=group)
-    else:
-        dist.all_gather_into_tensor(gathered, packed, group=group)
+    dist.all_gather_into_tensor(gathered, packed, group=group)
     return [
         part.reshape(m, *tensor.shape)
         for part, tensor in zip(gathered.view(m, -1).split(sizes, dim=1), tensors, strict=True)

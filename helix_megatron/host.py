@@ -17,7 +17,7 @@ from collections import defaultdict
 
 import torch
 
-from helix_megatron import host_rng
+from helix_megatron import host_collectives, host_rng
 
 _ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # megatron.core.jit compiles: minutes on the host, for nothing
@@ -292,3 +292,4 @@ def _patch_groups() -> None:
     )
     for module in (torch.distributed, c10d):
         _set(module, **patched)
+    host_collectives.patch_collectives()

@@ -1,4 +1,4 @@
-"""The sequence-sharded KV cache in Megatron's inference contexts; what depends on Megatron's version is here.
+"""The sharded KV cache in Megatron's inference contexts; what depends on Megatron's version is here.
 
 Note [The dynamic engine's cache is re-read, not re-made]
     Megatron's context is built for the derived model (H*m heads, G*m KV heads, d/m channels). It then sizes
@@ -23,10 +23,12 @@ from helix_megatron import compat
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups
-from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep, attend_with_shards
+from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep, attend_with_shards, own_slots
 from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.kv_slices import SlicedPages, attend_over_slices
 from helix_megatron.paged_attention import Requests
 from helix_megatron.sdpa import CAUSAL_TYPES
+from helix_megatron.slices import query_slices, whole_outputs
 
 
 def forward_with_shards(
@@ -42,7 +44,8 @@ def forward_with_shards(
     packed_seq_params: Any = None,
     sequence_len_offset: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A HelixParallelSelfAttention layer with an inference context and KV cache "sequence".
+    """A HelixParallelSelfAttention layer with an inference context and KV cache "sequence"; with the dynamic
+    engine, "dim" as well.
 
     Args:
         layer: the layer.
@@ -88,6 +91,9 @@ def forward_with_shards(
             cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
             query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
             key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
+        if plan.kv_cache == "dim":
+            out = _over_slices(layer, context, attention, query, key, value)
+            return layer.linear_proj(out.flatten(-2))
         step = _dynamic_step(layer, context, attention, plan, groups)
     out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
     return layer.linear_proj(out.flatten(-2))
@@ -96,8 +102,8 @@ def forward_with_shards(
 def _attention_of(core: Any, plan: HelixPlan) -> Attention:
     if core.attn_mask_type not in CAUSAL_TYPES:
         raise NotImplementedError(
-            f"Helix grid {plan.grid}: KV cache 'sequence' holds for causal attention, and this layer's is "
-            f"{core.attn_mask_type.name}; use --helix-kv-cache dim with the static context"
+            f"Helix grid {plan.grid}: KV cache '{plan.kv_cache}' holds for causal attention, and this "
+            f"layer's is {core.attn_mask_type.name}; use --helix-kv-cache dim with the static context"
         )
     left, right = core.window_size or (-1, 0)
     if right > 0:
@@ -181,8 +187,22 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan)
         original(self, model_config, inference_config)
+        if not plan.is_megatron:
+            self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
 
     return __init__
+
+
+def _next_step(context: Any, original: Callable) -> Callable:
+    """initialize_attention_state, after which what was computed for the last step's tokens is gone."""
+
+    @functools.wraps(original)
+    def initialize_attention_state(*args: Any, **kwargs: Any) -> Any:
+        context.helix_tokens = None
+        return original(*args, **kwargs)
+
+    context.helix_tokens = None
+    return initialize_attention_state
 
 
 def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) -> None:
@@ -191,7 +211,6 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
     reasons = {
-        "KV cache 'dim' (--helix-kv-cache dim; use sequence)": plan.kv_cache == "dim",
         "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": (
@@ -205,7 +224,7 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
                 f"Helix grid {plan.grid} does not support {feature} in the dynamic inference engine: heads "
                 "are sliced (m > 1). Turn it off, or choose a grid with m = 1"
             )
-    if exact:
+    if plan.kv_cache == "sequence":
         interleave_of_block(
             plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
         )
@@ -215,17 +234,12 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
     """Refuse a dynamic context that was built for other heads than this plan's slices.
 
     Raises:
-        HelixConfigError: with both shapes; or KV cache 'dim', which no dynamic context serves.
+        HelixConfigError: with both shapes; or a Megatron whose dynamic engine was never run with slices.
     """
     if not compat.megatron().dynamic_engine:
         raise HelixConfigError(
             f"Helix grid {plan.grid}: the dynamic inference engine of megatron-core {compat.version()} is "
             f"not served with sliced heads; use the static context, or megatron-core {compat.NEWEST}"
-        )
-    if plan.kv_cache == "dim":
-        raise HelixConfigError(
-            f"Helix grid {plan.grid}: KV cache 'dim' works with the static inference context only; use "
-            "--helix-kv-cache sequence with the dynamic engine"
         )
     expected = (plan.layout.kv_heads, plan.layout.slice_dim)
     found = tuple(context.memory_buffer.shape[-2:])
@@ -240,24 +254,58 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
 def _dynamic_step(
     layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
 ) -> PagedStep:
+    keys, values = _memory(layer, context)
+    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
+    interleave = interleave_of_block(m, plan.kv_interleave_size, block)
+    if context.helix_tokens is None:  # the same for every layer of a step
+        blocks, places, requests = _new_tokens(context)
+        spare_block = context.kv_block_allocator.dummy_block_idx
+        kept = own_slots(interleave, groups.dim_rank, blocks, places, spare_block)
+        context.helix_tokens = (*kept, requests)
+    pages = (-1, block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    return PagedStep(
+        keys.view(pages),
+        values.view(pages),
+        interleave,
+        groups.dim_rank,
+        attention,
+        *context.helix_tokens,
+        singles=context.is_decode_only(),
+    )
+
+
+def _over_slices(
+    layer: Any, context: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """KV cache "dim": Megatron's pages hold slices as they are."""
+    layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
+    keys, values = _memory(layer, context)
+    if context.helix_tokens is None:
+        blocks, places, requests = _new_tokens(context)
+        context.helix_tokens = (blocks.long(), places.long(), requests)
+    pages = SlicedPages(keys, values, attention, *context.helix_tokens)
+    if layout.query_placement == "dims":
+        return attend_over_slices(query, key, value, pages, group)
+    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
+    return whole_outputs(out, group)
+
+
+def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
+    """Block and place of each new token of a step, padding included, and whose they are."""
+    tokens, view = context.padded_active_token_count, context.gpu_view
+    metadata = context.active_attn_metadata["mha_metadata"].state_data
+    return (
+        view.token_to_block_idx[:tokens],
+        view.token_to_local_position_within_kv_block[:tokens],
+        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
+    )
+
+
+def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, [blocks, B, K, d_s] each, as Megatron has made them."""
     if context.using_cuda_graph_this_step():
         raise NotImplementedError(
             "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
         )
-    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
     number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
-    pages = (-1, block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
-    tokens, view = context.padded_active_token_count, context.gpu_view
-    metadata = context.active_attn_metadata["mha_metadata"].state_data
-    return PagedStep(
-        context.memory_buffer[0, number].view(pages),
-        context.memory_buffer[1, number].view(pages),
-        interleave_of_block(m, plan.kv_interleave_size, block),
-        groups.dim_rank,
-        attention,
-        context.kv_block_allocator.dummy_block_idx,
-        view.token_to_block_idx[:tokens],
-        view.token_to_local_position_within_kv_block[:tokens],
-        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
-        singles=context.is_decode_only(),
-    )
+    return context.memory_buffer[0, number], context.memory_buffer[1, number]

@@ -198,6 +198,21 @@ class SequenceStep:
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
 
+def own_slots(
+    interleave: KvInterleave, rank: int, blocks: Tensor, places: Tensor, spare_block: int
+) -> tuple[Tensor, Tensor]:
+    """Where `rank` keeps new tokens, without asking the device how many of them are its own.
+
+    Args:
+        blocks, places: [tokens] logical block of each and its place in there, 0 ... B-1.
+        spare_block: a block that belongs to no sequence; it takes the tokens of other ranks.
+    Returns:
+        [tokens] block and slot in there.
+    """
+    own = interleave.owner(places) == rank
+    return torch.where(own, blocks, spare_block).long(), torch.where(own, interleave.slot(places), 0).long()
+
+
 @dataclass(frozen=True)
 class PagedStep:
     """New tokens of packed requests, and this rank's part of a paged cache.
@@ -209,8 +224,7 @@ class PagedStep:
         interleave: how positions are dealt; whole cycles fill a block.
         rank: this rank in its dim group.
         attention: of the layer.
-        spare_block: a block that belongs to no sequence; it takes the tokens of other ranks.
-        blocks, places: [tokens] logical block of each new token and its place in there, 0 ... B-1.
+        blocks, slots: [tokens] where each new token is kept, as own_slots says.
         requests: whose tokens they are; tokens past the last request are padding.
         singles: row r is the only new token of request r.
     """
@@ -220,20 +234,17 @@ class PagedStep:
     interleave: KvInterleave
     rank: int
     attention: Attention
-    spare_block: int
     blocks: Tensor
-    places: Tensor
+    slots: Tensor
     requests: Requests
     singles: bool
     dim = 0
 
     def keep(self, key: Tensor, value: Tensor) -> None:
-        """As Step, key and value [tokens, 1, K, D], without asking the device how many are this rank's."""
-        own = self.interleave.owner(self.places) == self.rank
-        blocks = torch.where(own, self.blocks, self.spare_block).long()
-        slots = torch.where(own, self.interleave.slot(self.places), 0).long()
-        self.keys[blocks, slots] = key[: len(blocks), 0]
-        self.values[blocks, slots] = value[: len(blocks), 0]
+        """As Step, key and value [tokens, 1, K, D]."""
+        tokens = len(self.blocks)
+        self.keys[self.blocks, self.slots] = key[:tokens, 0]
+        self.values[self.blocks, self.slots] = value[:tokens, 0]
 
     def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """As Step; the rows are tokens, query [tokens, 1, N, D]."""

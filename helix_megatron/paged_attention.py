@@ -16,6 +16,7 @@ cache, `page` slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ class Requests:
     lengths: Tensor
     table: Tensor
 
+    @functools.cached_property
+    def on_host(self) -> tuple[list[int], list[int]]:
+        """query_ends and lengths; a device is waited for once, not for every layer."""
+        return self.query_ends.tolist(), self.lengths.tolist()
+
     def rows(self, start: int, stop: int) -> Requests:
         """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
         ends = self.query_ends.clamp(start, stop)
@@ -80,6 +86,8 @@ class Requests:
 
     def one_each(self, start: int, stop: int) -> Requests:
         """rows(start, stop) where row r is the only new token of request r."""
+        if start == 0 and stop >= len(self.lengths):
+            return self
         own = slice(start, stop)
         return Requests(self.query_ends[start : stop + 1] - start, self.lengths[own], self.table[own])
 
@@ -99,12 +107,14 @@ def paged_attention(
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
     slot_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.element_size()
     small = []  # (slots, row, request, first, last)
-    ends = requests.query_ends.tolist()
-    for request, length in enumerate(requests.lengths.tolist()):
+    ends, lengths = requests.on_host
+    for request, length in enumerate(lengths):
         begin, end = ends[request : request + 2]
         if end == begin + 1:
             first, last = sight.first(length - 1), sight.last(length - 1)
-            if last > first and (last - first) * slot_bytes <= _SMALL_BYTES:
+            if last <= first:
+                continue
+            if (last - first) * slot_bytes <= _SMALL_BYTES:
                 small.append((last - first, begin, request, first, last))
                 continue
         for row in range(begin, end, _ROWS):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from kv_cache_worker import context_refused, count, decode_all, generate, generate_without_cache, refused
 from reference import Case
 
-from helix_megatron import host_kernels
+from helix_megatron import host_kernels, kv_slices
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError
-from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep
+from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep, own_slots
 from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
 from helix_megatron.launch import run_ranks
 from helix_megatron.merge import merge_partials
@@ -94,9 +94,12 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
         t, d_s = tokens * batch, d // m
         share = hq * (d_s + 1) if placement == "dims" else hq // m * (d + 1)
         inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
-        assert {name: entry["calls"] for name, entry in inside.items()} == {"all_to_all x2": 2}
-        gathered = (m - 1) * t * (hq + 2 * hk) * d_s * 4
-        assert inside["all_to_all x2"]["bytes"] == gathered + (m - 1) * t * share * 4
+        assert {name: entry["calls"] for name, entry in inside.items()} == {
+            "all_gather x2": 1,
+            "all_to_all x2": 1,
+        }
+        assert inside["all_gather x2"]["bytes"] == (m - 1) * t * (hq + 2 * hk) * d_s * 4
+        assert inside["all_to_all x2"]["bytes"] == (m - 1) * t * share * 4
         assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
             "all_reduce x4": 1  # of linear_proj, as Megatron
         }
@@ -117,8 +120,9 @@ def test_overlap_cuts_the_second_collective_and_sends_no_more():
         run_ranks(count, 2, 2, case, HelixConfig(1, 2, overlap_chunks=chunks), 4, 64)[0] for chunks in (1, 3)
     )
     for one, three in zip(whole, cut, strict=True):
-        assert (one["all_to_all x2"]["calls"], three["all_to_all x2"]["calls"]) == (2, 4)
-        assert one["all_to_all x2"]["bytes"] == three["all_to_all x2"]["bytes"]
+        assert (one["all_to_all x2"]["calls"], three["all_to_all x2"]["calls"]) == (1, 3)
+        for name in ("all_gather x2", "all_to_all x2"):
+            assert one[name]["bytes"] == three[name]["bytes"]
 
 
 # ---- shards, in one process ----
@@ -147,9 +151,12 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
     tokens = torch.cat(blocks), torch.cat(places)
     requests = Requests(ends, torch.tensor(lengths), table)
     steps = [
-        PagedStep(*memory[rank], interleave, rank, Attention(0.5), SPARE, *tokens, requests, False)
+        PagedStep(
+            *memory[rank], interleave, rank, Attention(0.5), *own_slots(interleave, rank, *tokens, SPARE),
+            requests, False,
+        )
         for rank in range(ranks)
-    ]
+    ]  # fmt: skip
     for step in steps:
         step.keep(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
     return steps, keys, table
@@ -241,7 +248,7 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
         for step in found["collectives of decode steps"]
     ]
     gathered, returned = 12 * (2 + 2 * 1) * 4 * 4, 12 * 2 * (4 + 1) * 4
-    assert inside[0] == {"all_to_all x2": (4, 2 * (gathered + returned))}
+    assert inside[0] == {"all_gather x2": (2, 2 * gathered), "all_to_all x2": (2, 2 * returned)}
     assert all(step == inside[0] for step in inside)
 
 
@@ -268,6 +275,80 @@ def test_the_dynamic_engine_with(model, inference):
     for found in run_ranks(generate, 2, 2, helix, model, inference, timeout_s=150):
         assert found["tokens"] == vanilla["tokens"]
         assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
+
+
+@pytest.mark.dynamic_engine
+def test_the_dynamic_engine_with_a_cache_of_slices():
+    """The same prompts, in parts of few scores, with one collective a layer where they fit in one."""
+    vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
+    runs = [
+        (2, HelixConfig(1, 2, kv_cache="dim")),
+        (4, HelixConfig(2, 2, kv_cache="dim")),
+        (4, HelixConfig(2, 2, kv_cache="dim", query_placement="heads")),
+    ]
+    for ranks, helix in runs:
+        exchanged = {"all_to_all x2": 4} if helix.query_placement == "heads" else {}
+        for found in run_ranks(generate, ranks, ranks, helix, timeout_s=150):
+            assert found["tokens"] == vanilla["tokens"], helix
+            for name in ("block bytes", "bytes of a token"):
+                assert found[name] == vanilla[name] / ranks, name
+            for step in found["collectives of decode steps"]:  # of two layers
+                inside = {name: calls for name, calls, _ in step if name.endswith("x2")}
+                if ranks == 4:  # at 2 ranks linear_proj and the MLP reduce in the same group
+                    assert inside == {"all_reduce x2": 2} | exchanged
+    windowed = dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0))
+    chunked = dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4)
+    whole = run_ranks(generate, 1, 1, None, windowed, chunked, timeout_s=100)[0]
+    for found in run_ranks(generate, 2, 2, runs[0][1], windowed, chunked, timeout_s=100):
+        assert found["tokens"] == whole["tokens"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([None, 0, 5]),
+    st.sampled_from([2**9, 2**12, 2**26]), st.integers(0, 1000),
+)  # fmt: skip
+def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_bytes, seed):
+    """One rank with whole heads, whose all-reduce is nothing; scores in parts of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    block, new = 8, [1 + seed % length for length in lengths]
+    table, total = torch.full((len(lengths) + 1, 9), -1, dtype=torch.int32), 0
+    cache = torch.full((2, sum(-(-n // block) for n in lengths) + 1, block, 2, 4), torch.nan)
+    keys = [torch.randn(length, 2, 4, generator=generator) for length in lengths]
+    blocks, places = [], []
+    for request, (length, key) in enumerate(zip(lengths, keys, strict=True)):
+        needed = -(-length // block)
+        table[request, :needed] = torch.arange(total + 1, total + 1 + needed)
+        total += needed
+        positions = torch.arange(length)
+        where = table[request][positions // block].long(), positions % block
+        old = slice(0, length - new[request])
+        cache[0, where[0][old], where[1][old]], cache[1, where[0][old], where[1][old]] = key[old], -key[old]
+        blocks.append(where[0][old.stop :])
+        places.append(where[1][old.stop :])
+    pad = torch.zeros(2, dtype=torch.long)
+    ends = torch.tensor([0, *new, 0]).cumsum(0)
+    requests = Requests(ends, torch.tensor([*lengths, 0]), table)
+    fresh = torch.cat([*(key[-n:] for key, n in zip(keys, new, strict=True)), torch.ones(2, 2, 4)])[:, None]
+    query = torch.randn(len(fresh), 1, 4, 4, generator=generator)
+    pages = kv_slices.SlicedPages(
+        *cache, Attention(0.5, left), torch.cat([*blocks, pad]), torch.cat([*places, pad]), requests
+    )
+    sums = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_slices, "SCORE_BYTES", score_bytes)
+        patch.setattr(kv_slices, "all_reduce_sum", lambda scores, group: sums.append(scores) or scores)
+        out = kv_slices.attend_over_slices(query, fresh, -fresh, pages, None)
+    if score_bytes == 2**26:
+        assert len(sums) == 1
+    one_row = max(lengths)  # a part is one row at least
+    assert all(scores.nbytes <= max(score_bytes, 4 * 4 * one_row) for scores in sums)
+    assert out[-2:].abs().max() == 0
+    for request, key in enumerate(keys):
+        rows = slice(int(ends[request]), int(ends[request + 1]))
+        window = (-1 if left is None else left, 0)
+        expected, _ = host_kernels.attend(query[rows, 0], key, -key, 0.5, True, window)
+        torch.testing.assert_close(out[rows, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.dynamic_engine
@@ -306,7 +387,7 @@ def test_what_the_cache_does_not_serve_is_refused():
 @pytest.mark.dynamic_engine
 def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
     ways = [
-        (dict(kv_cache="dim"), {}, {}, "--helix-kv-cache dim"),
+        (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
         ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
         ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "use_flashinfer_fused_rope"),

@@ -2,11 +2,10 @@
 
     python -m helix_megatron.generate.check --model SmolLM2.gguf --tp 1 2 3 4 6 8 --out results.json
 
-A batch of prompts of different lengths is generated for greedily, in float32 on the host. T = 1 is vanilla
-Megatron, every other T Helix on the grid it chooses. Every step's logits are compared, not only the tokens:
-`sequence` in Megatron's dynamic engine, `dim` in its static context (where m > 1), in which a sequence that
-is still inside its prompt takes the prompt's next token instead of the chosen one. Then a sentence hidden in
-a long text is asked for (`--needle-tokens 0` leaves that out).
+A batch of prompts of different lengths is generated for greedily by Megatron's dynamic engine, in float32 on
+the host. T = 1 is vanilla Megatron, every other T Helix on the grid it chooses, with KV cache `sequence` and,
+where m > 1, `dim`. Every step's logits are compared, not only the tokens. Then a sentence hidden in a long
+text is asked for (`--needle-tokens 0` leaves that out).
 
 Every finding goes to the file `--out` at once, and one that is there already is not made again: a run that
 was interrupted goes on where it stopped.
@@ -18,7 +17,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,46 +107,13 @@ def dynamic(loaded: tuple[Any, Any], job: generate.Job, expected: Reference) -> 
     }
 
 
-def static(network: Any, expected: Reference) -> dict[str, Any]:
-    """In a rank: the batch in one static context, its prompts fed token by token after the shortest one's."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    comparison = _Comparison(expected)
-    prompts, new = expected.prompts, len(expected.answers[0])
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    context = StaticInferenceContext(len(prompts), longest + new)
-    tokens = torch.tensor([prompt[:shortest] for prompt in prompts])
-    started = time.perf_counter()
-    for end in range(shortest, longest + new):  # `end` tokens of every sequence are known to the model
-        begin = context.sequence_len_offset
-        positions = torch.arange(begin, end).expand(len(prompts), -1)
-        with torch.no_grad():
-            logits = network(tokens, positions, None, inference_context=context, runtime_gather_output=True)
-        context.sequence_len_offset = end
-        context.enable_decode_mode()
-        answering = [number for number, prompt in enumerate(prompts) if len(prompt) <= end]
-        comparison.see(answering, logits[answering, -1])
-        following = [
-            prompt[end] if end < len(prompt) else comparison.tokens[number][-1]
-            for number, prompt in enumerate(prompts)
-        ]
-        tokens = torch.tensor(following)[:, None]
-    cached = sum(cache.nbytes for pair in context.key_value_memory_dict.values() for cache in pair)
-    return {
-        "tokens": [tokens[:new] for tokens in comparison.tokens],
-        "max_difference": comparison.worst,
-        "seconds": time.perf_counter() - started,
-        "kv_bytes_per_token": cached / len(prompts) / (longest + new),
-    }
-
-
 def rank_check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
     """In a rank: one finding. `kind` is one of KINDS; a needle needs no reference."""
     loaded = model.load(job.checkpoint, job.layout, None, job.sequence)
     if kind == "needle":
         return {"tokens": [output["tokens"] for output in generate.answer(*loaded, job)["outputs"]]}
     assert expected is not None
-    return static(loaded[0], expected) if kind == "dim" else dynamic(loaded, job, expected)
+    return dynamic(loaded, job, expected)
 
 
 def check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
