@@ -30,7 +30,9 @@ def rank_collectives():
             version = mine._version
             dist.all_reduce(mine, op=op)
             found, right = mine[:, 0], combine(parts).to(dtype)
-            if not torch.allclose(found, right) or (elements < LARGE and not torch.equal(found, right)):
+            if not torch.allclose(found, right, atol=1e-4) or (
+                elements < LARGE and not torch.equal(found, right)
+            ):
                 wrong.append(("all_reduce", dtype, elements, op))
             if mine._version != version:  # what autograd has saved would count as changed
                 wrong.append(("version", dtype, elements, op))
