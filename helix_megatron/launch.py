@@ -7,6 +7,8 @@
 A fork server imports torch and Megatron and ranks are forked from it: neither the caller's threads nor its
 autograd state reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with
 what they have started (each rank leads a process group); a rank whose caller is gone kills its own group.
+SIGTERM is for the caller, and the fork server ignores it: batch systems and service managers send it to every
+process of a job at once, and ranks die with the server that they are forked from.
 """
 
 import argparse
@@ -278,6 +280,7 @@ def die_with_parent() -> None:
 
 def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
     """The whole life of one rank."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the fork server ignores
     die_with_parent()
     os.setpgid(0, 0)
     released = _watch_caller(connection)

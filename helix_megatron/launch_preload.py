@@ -6,8 +6,10 @@ Nothing is patched here: host mode is switched on in the ranks, by a call.
 import gc
 import logging
 import os
+import signal
 import warnings
 
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with its caller; ranks take the default again
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # of this process only: ranks bring their own environment
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports that there is no GPU
 with warnings.catch_warnings():

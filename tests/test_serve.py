@@ -169,11 +169,12 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_disturbs_nobody(server, e
     assert client.tokens(PROMPTS[0]) == expected[:1]
 
 
-def test_sigterm_leaves_no_rank_and_no_port(server):
+def test_sigterm_to_every_process_leaves_no_rank_and_no_port(server):
     process, client = server
     below = descendants(process.pid)
     assert len(below) >= 6  # the fork server, 4 ranks, the coordinator, the front end
-    process.send_signal(signal.SIGTERM)
+    for pid in [*below, process.pid]:  # to all of them, as Slurm and service managers do
+        os.kill(pid, signal.SIGTERM)
     assert process.wait(timeout=90) == 0
     deadline = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}") for pid in below) and time.monotonic() < deadline:

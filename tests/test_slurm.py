@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import tiny_model
 import yaml
 from compare_fakes import document
 
@@ -260,6 +262,29 @@ def test_scaling_tells_the_time_of_each_size(cluster, tmp_path):
         times = re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", text)
         assert len(times) == 3 and row[2] == min(times[1:], key=float)
     assert not cluster.processes()
+
+
+@pytest.mark.timeout(1000)
+def test_a_server_answers_and_ends_with_scancel(cluster, tmp_path):
+    port = free_port()
+    model = tiny_model.make(tmp_path / "model")
+    script = ["scripts/slurm/serve.sbatch", "--model", model, "--port", port]
+    script += ["--cache-dir", tmp_path / "cache", "--max-sequence-length", 128, "--max-batch-size", 1]
+    job = cluster.submit(tmp_path, "--nodes=1", *script)
+    url, log = f"http://127.0.0.1:{port}/v1/completions", tmp_path / "logs/0/node_0.log"
+    wait_until(lambda: url in read(log) or read(tmp_path / "logs/0/state"), 500, "the server is not there")
+    assert url in read(log), read(log)
+    body = json.dumps({"prompt": "hello there", "max_tokens": 4, "temperature": 0}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        choice = json.loads(answer.read())["choices"][0]
+    assert choice["generation_token_ids"] == tiny_model.greedy(model, ["hello there"], 4)[0]
+    cluster.control("scancel", job)
+    wait_until(lambda: read(tmp_path / "logs/0/state"), 120, "the server did not end in order")
+    assert read(tmp_path / "logs/0/state").strip() == "helix-serve: cancelled"
+    assert "has stopped, exit code 0" in read(log), read(log)
+    wait_until(lambda: not cluster.processes(), 30, "processes are left")
+    cluster.wait(job, "CANCELLED")
 
 
 def state_of(folder, code, stopped=False, **logs):

@@ -2,12 +2,14 @@
 
 The engine, its coordinator and the HTTP front end are Megatron's (MegatronAsyncLLM); here are the model they
 get, a check of every request (requests.py), and the end: SIGTERM or SIGINT, once, lets the engine finish its
-step and leave on all ranks; a second one kills them.
+step and leave on all ranks; a second one kills them. Slurm and service managers send it to all processes of a
+job at once: the coordinator, and ranks that have stopped serving, ignore it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -73,13 +75,16 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     blocks = server.at_once * -(-server.sequence // block)
     size = engines.CacheSize(block, blocks, server.at_once, server.sequence, max(2048, server.sequence))
     endpoints.__all__.append(guard(Limits(server.sequence, vocabulary, server.queue)))
+    default = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the coordinator, which starts now
     llm = MegatronAsyncLLM(
         model=model,
         tokenizer=tokenizer,
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
+    signal.signal(signal.SIGTERM, default)
     asyncio.run(_serve(llm, server, terminal))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 async def _serve(llm: Any, server: Server, terminal: TextIO) -> None:
@@ -124,7 +129,8 @@ def stop_gently(pid_file: Path) -> None:
             signal.signal(signal_number, _end)
         if not pid_file.exists():
             _end(number, frame)
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has been told by others too
+            os.kill(int(pid_file.read_text()), signal.SIGTERM)
 
     def _end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -40,13 +40,16 @@ esac
 # shellcheck disable=SC2317  # called by the traps
 stop() {
     echo "helix: node ${NODE_RANK} received $1; its ranks are told to save and stop"
+    stopped="$1"
+    # Slurm's TERM has reached the ranks and `helix` as well; a second one would end them at once.
+    [ "${what} $1 ${SLURM_JOB_ID:+slurm}" != "serve TERM slurm" ] || return 0
     if [ "${what}" = train ] || { [ "${what}" = serve ] && [ "${HELIX_HOST_MODE}" = 0 ]; }; then
         pkill -TERM -P "${child}" || true # torchrun itself would kill them after 30 s
     else
         kill -TERM "${child}" 2>/dev/null || true
     fi
 }
-child=""
+child="" stopped=""
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 # Some of Slurm's process trackers signal every process of the job: USR1 must not end torchrun or a rank.
@@ -61,4 +64,5 @@ while :; do # a trapped signal ends `wait`, not the child
     kill -0 "${child}" 2>/dev/null || break
 done
 rm -rf "${ranks_logs}"
+[ -z "${stopped}" ] || echo "helix: node ${NODE_RANK} has stopped, exit code ${status}"
 exit "${status}"
