@@ -94,7 +94,7 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
     import torch
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from helix_megatron.generate.engine import CacheSize, build, cancel, tokens_of
+    from helix_megatron.generate.engine import CacheSize, block_bytes, build, cancel, tokens_of
 
     wanted = requests(count, seed, longest)
     margins: dict[int, list[float]] = {}
@@ -110,7 +110,10 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
     paused, cancelled, due = 0, [], {}
     with torch.inference_mode():
         size = CacheSize(BLOCK, blocks, 32, LONGEST + 64, LONGEST + 64)
-        engine = build(tiny_model(tp), _Numbers(), size, watch)
+        model = tiny_model(tp)
+        # A quarter of the blocks is for requests that are paused; without it they are evicted at once.
+        waiting = (blocks // 4 + 0.5) * block_bytes(model.config, tp > 1, BLOCK) / 2**30
+        engine = build(model, _Numbers(), size, watch, paused_buffer_size_gb=waiting)
         context = engine.context
         while following < count or engine.requests:
             while following < count and wanted[following].arrives <= step:

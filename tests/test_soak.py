@@ -13,7 +13,7 @@ def test_random_requests_and_cancellations(monkeypatch):
 
     found = soak_inference.run(60, 1, longest=300, blocks=24)
     assert found["failures"] == [], found
-    assert found["cancelled"] > 2 and found["paused"] + found["evicted"] > 0 and found["ties"] <= 2, found
+    assert found["cancelled"] > 2 and found["paused"] > 0 and found["ties"] <= 2, found
     assert found["tokens"] > 600
 
 
