@@ -172,7 +172,8 @@ class HelixParallelSelfAttention(SelfAttention):
         """Query, key and value of this rank.
 
         Returns:
-            query [s, b, hq, d_s] ("dims") or [s, b, hq/m, d] ("heads"); key and value [s, b, hk, d_s].
+            query [s, b, hq, d_s] ("dims") or [s, b, hq/m, d] ("heads"); key and value [s, b, hk, d_s]; with
+            `output_gate` the gate too, shaped as the query.
         """
         if self.helix_plan.is_megatron or not self._whole_query_heads:
             return super().get_query_key_value_tensors(
@@ -182,14 +183,19 @@ class HelixParallelSelfAttention(SelfAttention):
         mixed_qkv, _ = self.linear_qkv(hidden_states)
         heads = layout.query_heads // layout.grid.dim_parallel_size
         kv = layout.kv_heads * layout.slice_dim
-        query, key, value = mixed_qkv.split([heads * layout.shape.kv_channels, kv, kv], dim=-1)
+        queries = heads * layout.shape.kv_channels
+        gate = None
+        if output_gate:
+            query, gate, key, value = mixed_qkv.split([queries, queries, kv, kv], dim=-1)
+        else:
+            query, key, value = mixed_qkv.split([queries, kv, kv], dim=-1)
         query = query.unflatten(-1, (heads, -1))
         key, value = key.unflatten(-1, (layout.kv_heads, -1)), value.unflatten(-1, (layout.kv_heads, -1))
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return query, key, value
+        return (query, key, value) if gate is None else (query, key, value, gate.unflatten(-1, (heads, -1)))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -222,6 +228,7 @@ def plan_for(helix: HelixConfig, config: TransformerConfig, tp_size: int) -> Hel
         config.kv_channels,
         tp_size,
         config.rotary_interleaved,
+        bool(_setting(config, "attention_output_gate")),
     )
 
 
@@ -251,10 +258,18 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
     softmax_type = value("softmax_type", "vanilla")
     reasons = {
         "multi-latent attention (--multi-latent-attention)": value("multi_latent_attention"),
-        "context parallelism (--context-parallel-size > 1)": value("context_parallel_size", 1) > 1,
-        "the attention output gate (--attention-output-gate)": value("attention_output_gate"),
+        "context parallelism (--context-parallel-size > 1) with per-slice softmax or --helix-comm-type "
+        "all_reduce": value("context_parallel_size", 1) > 1 and plan.comm_type != "a2a",
+        "the attention output gate (--attention-output-gate) with per-slice softmax": per_slice
+        and value("attention_output_gate"),
         "QK clipping (--qk-clip)": value("qk_clip"),
-        f"softmax type {softmax_type!r} (--softmax-type)": softmax_type != "vanilla" and not per_slice,
+        f"softmax type {softmax_type!r} (--softmax-type) with --helix-comm-type all_reduce": (
+            softmax_type != "vanilla" and plan.comm_type == "all_reduce"
+        ),
+        f"softmax type {softmax_type!r} (--softmax-type) where m does not divide the query heads of a group "
+        "(ranks that share a head would each train its sink)": (
+            softmax_type == "learnable" and plan.comm_type == "a2a" and plan.layout.position_parts > 1
+        ),
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
@@ -285,7 +300,7 @@ def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
         )
     shape, size = plan.layout.shape, plan.grid.size
     parts = {
-        "rows of linear_qkv": (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels,
+        "rows of linear_qkv": len(plan.layout.qkv_rows(0)) * size,
         "columns of linear_proj": shape.num_attention_heads * shape.kv_channels,
     }
     multiple = 32 if value("fp8_recipe", "") == "mxfp8" else 16

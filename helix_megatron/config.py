@@ -104,6 +104,7 @@ class HelixConfig:
         kv_channels: int,
         tensor_model_parallel_size: int,
         rotary_interleaved: bool = False,
+        output_gate: bool = False,
     ) -> HelixPlan:
         """Settle every choice for one layer.
 
@@ -131,7 +132,7 @@ class HelixConfig:
             placement = "heads" if whole_heads and not summed else "dims"
         fused = self.core_attention == "auto"
         kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
-        layout = HelixLayout(shape, grid, placement, per_slice)
+        layout = HelixLayout(shape, grid, placement, per_slice, output_gate)
         return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size, self.overlap_chunks)
 
 

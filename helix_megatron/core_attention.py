@@ -7,6 +7,8 @@ Note [Exact attention over slices]
     a2a         all-gather K and V, all-to-all Q: whole heads (and, when m does not divide the query heads
                 of a group, a zigzag share of the query positions), then any attention core, then the
                 output goes back by all-to-all. With "heads" placement the queries are whole already.
+                Context parallelism: K and V are then gathered over its group too (whatever cp_comm_type
+                says); the queries of a rank are a zigzag share already.
     all_reduce  the partial scores of the slices are summed in fp32; softmax; times the local slice of V.
                 The two-level formula taken literally and made exact; needs S^2 memory.
     A cache of slices (KV cache "dim"; fewer queries than keys) always sums partial scores: B N L scores are
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,15 +36,16 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from helix_megatron.config import HelixPlan
-from helix_megatron.exchange import all_reduce_sum
+from helix_megatron.exchange import all_reduce_sum, gather_slices
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, seed_of_dim_group
-from helix_megatron.layout import position_chunks
+from helix_megatron.layout import global_chunks
 from helix_megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention, bottom_right_causal_mask
 from helix_megatron.slices import (
     gather_keys_values,
     output_slices,
     query_slices,
+    restore_positions,
     select_positions,
     whole_outputs,
     whole_queries,
@@ -87,10 +91,20 @@ class HelixCoreAttention(torch.nn.Module):
         self.position_part = groups.dim_rank % self.layout.position_parts
         if self.whole_query_heads:
             parts, part, self.position_parts, self.position_part = self.group.size(), groups.dim_rank, 1, 0
+        self.cp_group = core_kwargs["pg_collection"].cp if config.context_parallel_size > 1 else None
+        self.shares_positions = self.position_parts > 1 or self.cp_group is not None
+        self.has_sinks = getattr(config, "softmax_type", "vanilla") != "vanilla"
+        if self.shares_positions and self.window_size is not None and self.window_size[1] != 0:
+            raise HelixConfigError(
+                f"sliding window {self.window_size} looks ahead, which a share of the query positions (grid "
+                f"{self.layout.grid} for {self.layout.shape}, context-parallel size "
+                f"{config.context_parallel_size}) does not serve; use a window (left, 0)"
+            )
         self.kv_slice, self.kv_repeat = _kv_heads_needed(self.layout.kv_head_of(part, parts))
         self.core = None
         if self.comm_type == "a2a":
             core_config = copy.copy(config)  # this rank's whole heads, as Megatron's core counts them
+            core_config.context_parallel_size = 1  # the core is given all keys
             core_config.num_attention_heads = self.layout.query_heads // parts * self.layout.grid.size
             kv_heads = len(range(*self.kv_slice.indices(self.layout.kv_heads)))
             core_config.num_query_groups = (sum(self.kv_repeat) if self.kv_repeat else kv_heads) * (
@@ -101,16 +115,17 @@ class HelixCoreAttention(torch.nn.Module):
                 config=core_config,
                 layer_number=layer_number,
                 # A share of the positions needs an explicit mask, which a "causal" local core ignores.
-                attn_mask_type=AttnMaskType.padding if self.position_parts > 1 and local else attn_mask_type,
+                attn_mask_type=AttnMaskType.padding if self.shares_positions and local else attn_mask_type,
                 **core_kwargs,
             )
             self.core_is_local = isinstance(self.core, DotProductAttention)
             self.core_needs_mask = self.core_is_local and not isinstance(self.core, ScaledDotProductAttention)
-            if self.position_parts > 1 and not (self.core_is_local or _is_te(self.core)):
+            if self.shares_positions and not (self.core_is_local or _is_te(self.core)):
                 raise HelixConfigError(
                     f"core attention {type(self.core).__name__} cannot be given a share of the query "
-                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape}; use a grid "
-                    f"whose m divides the query heads of a group, or the local or Transformer Engine core"
+                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape} with context-"
+                    f"parallel size {config.context_parallel_size}; use a grid whose m divides the query "
+                    f"heads of a group without context parallelism, or the local or Transformer Engine core"
                 )
         else:
             self.core_is_local = _is_local(core_builder)
@@ -148,9 +163,7 @@ class HelixCoreAttention(torch.nn.Module):
         if attention_bias is not None:
             raise NotImplementedError("Helix: attention_bias is not supported when heads are sliced (m > 1)")
         if packed_seq_params is not None:
-            raise NotImplementedError(
-                "Helix: packed sequences (thd) are not supported when heads are sliced (m > 1)"
-            )
+            return self._packed(query, key, value, attn_mask_type, packed_seq_params)
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
         mask = attention_mask
         if not self.core_is_local and mask_type in (AttnMaskType.causal, AttnMaskType.no_mask):
@@ -162,12 +175,45 @@ class HelixCoreAttention(torch.nn.Module):
             out = self._whole_heads(query, key, value, mask, mask_type)
         return out.flatten(-2)
 
+    def _packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask_type: AttnMaskType | None,
+        packed: PackedSeqParams,
+    ) -> Tensor:
+        """Sequences one after another, without a batch dimension: [S, N, d_s] -> [S, N * d_s].
+
+        The exchange does not look at positions: it is that of one long sequence. The core tells them apart.
+        """
+        if self.comm_type != "a2a" or self.shares_positions or query.shape[0] != key.shape[0]:
+            raise NotImplementedError(
+                f"Helix grid {self.layout.grid}: packed sequences (thd) need --helix-comm-type a2a, no "
+                "context parallelism, no cache of slices, and an m that divides the query heads of a group; "
+                "use a grid with such an m, or m = 1"
+            )
+        mask_type = mask_type if mask_type is not None else self.attn_mask_type
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        return self._whole_heads(query, key, value, None, mask_type, packed).flatten(-2).squeeze(1)
+
     # ---- a2a ----
     def _whole_heads(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        mask_type: AttnMaskType,
+        packed: PackedSeqParams | None = None,
     ) -> Tensor:
         length = query.shape[0]
         key, value = gather_keys_values(key, value, self.kv_slice, self.layout, self.group)
+        if self.cp_group is not None:
+            key, value = (
+                restore_positions(list(shares), length * self.cp_group.size())
+                for shares in gather_slices([key, value], self.cp_group)
+            )
         if self.kv_repeat:
             repeats = torch.tensor(self.kv_repeat, device=key.device)
             key = key.repeat_interleave(repeats, dim=2)
@@ -175,7 +221,10 @@ class HelixCoreAttention(torch.nn.Module):
         if not self.whole_query_heads:
             query = whole_queries(query, self.layout, self.group)  # [S_p, B, N/a, D]
         heads, dim = query.shape[2:]
-        if self.position_parts == 1:
+        if packed is not None:
+            out = self.core(*(x.squeeze(1) for x in (query, key, value)), None, attn_mask_type=mask_type,
+                            attention_bias=None, packed_seq_params=packed).unsqueeze(1)  # fmt: skip
+        elif not self.shares_positions:
             out = self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
                             packed_seq_params=None)  # fmt: skip
         else:
@@ -199,6 +248,8 @@ class HelixCoreAttention(torch.nn.Module):
         Causal positions look at their prefix only, so each zigzag chunk runs on its own with a causal
         mask aligned to the bottom right.
         """
+        if self.window_size is not None and self.core_is_local:  # it looks at the window alone
+            mask, mask_type = None, AttnMaskType.causal
         if mask is not None:
             if mask_type is AttnMaskType.padding and not self.core_is_local:
                 raise NotImplementedError(
@@ -211,12 +262,14 @@ class HelixCoreAttention(torch.nn.Module):
             return self._core_or_empty(query, key, value, mask, mask_type)
         if mask_type not in CAUSAL_TYPES:
             return self._core_or_empty(query, key, value, None, mask_type)
-        chunks = position_chunks(length, self.position_part, self.position_parts)
+        cp = self.cp_group
+        owner, owners = (cp.rank(), cp.size()) if cp is not None else (0, 1)
+        chunks = global_chunks(length, self.position_part, self.position_parts, owner, owners)
         queries = query.split([stop - start for start, stop in chunks])
         outs = []
         for (start, stop), chunk in zip(chunks, queries, strict=True):
             mask = None
-            if self.core_needs_mask and stop > start:
+            if self.core_needs_mask and self.window_size is None and stop > start:
                 mask = bottom_right_causal_mask(stop - start, stop, key.device)
             outs.append(
                 self._core_or_empty(chunk, key[:stop], value[:stop], mask, AttnMaskType.causal_bottom_right)
@@ -240,6 +293,11 @@ class HelixCoreAttention(torch.nn.Module):
     def _summed_scores(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cached: bool
     ) -> Tensor:
+        if self.has_sinks or self.cp_group is not None:
+            raise NotImplementedError(
+                "Helix: attention sinks (--softmax-type) and context parallelism are not served by summed "
+                "scores, which a cache of slices needs (m > 1)"
+            )
         if self.whole_query_heads:
             query = query_slices(query, self.layout, self.group)
         s, length, heads = query.shape[0], key.shape[0], query.shape[2]

@@ -69,6 +69,12 @@ def forward_with_shards(
         "attention_bias": attention_bias,
         "packed_seq_params": packed_seq_params,
     }
+    if layer.config.context_parallel_size > 1:
+        others["context parallelism"] = True
+    if getattr(layer.config, "attention_output_gate", False):
+        others["an output gate (--attention-output-gate)"] = True
+    if layer.core_attention.has_sinks:
+        others["attention sinks (--softmax-type)"] = True
     if layer.config.cuda_graph_impl == "local":
         others["CUDA graphs (--cuda-graph-impl local)"] = True
     given = [name for name, value in others.items() if value is not None]

@@ -204,6 +204,7 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
         rotary_interleaved=args.rotary_interleaved,
+        attention_output_gate=getattr(args, "attention_output_gate", False),
     )
     plan = plan_for(helix, shape, args.tensor_model_parallel_size)
     if plan.is_megatron:
@@ -215,6 +216,9 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     unsafe = {
         "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
         "themselves (use local)": by_level and args.transformer_impl != "local",
+        "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (
+            by_level and args.tp_comm_overlap
+        ),
         f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
             saves and args.ckpt_format != "torch_dist"
         ),

@@ -43,12 +43,14 @@ class HelixLayout:
         query_placement: "dims" (rank (i, j) holds slice j of all H/n query heads of group i) or
             "heads" (it holds H/(n*m) whole query heads; needs m | H/n). K and V are always sliced.
         per_slice: slices are independent heads (the paper's formula), hence contiguous.
+        output_gate: every query head has as many gate rows, which multiply its output.
     """
 
     shape: AttentionShape
     grid: HelixGrid
     query_placement: str = "dims"
     per_slice: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         if self.query_placement not in ("dims", "heads"):
@@ -136,8 +138,10 @@ class HelixLayout:
 
         Local order: "dims": for each KV head of the group [query slices | k slice | v slice];
         "heads": [whole query heads | k slices of all KV heads | v slices of all KV heads].
+        With m = 1, Megatron's order, which is that of "dims". Gates follow the query heads they belong to,
+        sliced like the output they multiply.
 
-        Returns: [(H + 2G) d / T] int64.
+        Returns: [(H + 2G) d / T] int64; [(2H + 2G) d / T] with an output gate.
         """
         d = self.shape.kv_channels
         ratio = self.shape.num_attention_heads // self.shape.num_query_groups
@@ -146,18 +150,23 @@ class HelixLayout:
         groups = range(i * self.kv_heads, (i + 1) * self.kv_heads)
 
         def row(group: int, head: int) -> int:  # first row of a head inside the block of a KV head
-            return (group * (ratio + 2) + head) * d
+            return (group * (values + 1) + head) * d
 
-        if self.query_placement == "heads":
+        gates = ratio if self.output_gate else 0  # of a KV head; then come its key and value
+        keys, values = ratio + gates, ratio + gates + 1
+        if self.query_placement == "heads" and self.grid.dim_parallel_size > 1:
             heads = self.local_query_heads(rank)
             blocks = [row(int(h) // ratio, int(h) % ratio) + np.arange(d) for h in heads]
-            blocks += [row(g, ratio) + key_dims for g in groups]
-            blocks += [row(g, ratio + 1) + value_dims for g in groups]
+            if gates:
+                blocks += [row(int(h) // ratio, ratio + int(h) % ratio) + np.arange(d) for h in heads]
+            blocks += [row(g, keys) + key_dims for g in groups]
+            blocks += [row(g, values) + value_dims for g in groups]
         else:
             blocks = []
             for g in groups:
                 blocks += [row(g, h) + key_dims for h in range(ratio)]
-                blocks += [row(g, ratio) + key_dims, row(g, ratio + 1) + value_dims]
+                blocks += [row(g, ratio + h) + value_dims for h in range(gates)]
+                blocks += [row(g, keys) + key_dims, row(g, values) + value_dims]
         return np.concatenate(blocks)
 
     def proj_columns(self, rank: int) -> Indices:
@@ -194,3 +203,20 @@ def position_chunks(length: int, part: int, parts: int) -> list[tuple[int, int]]
 def part_length(length: int, part: int, parts: int) -> int:
     """Number of positions in one part."""
     return sum(stop - start for start, stop in position_chunks(length, part, parts))
+
+
+def global_chunks(length: int, part: int, parts: int, owner: int, owners: int) -> list[tuple[int, int]]:
+    """position_chunks of a share of the sequence, as positions in the whole of it.
+
+    `length` positions are the zigzag share of one of several owners (context parallelism); chunks are cut
+    where neighbours in the share are none in the sequence.
+    """
+    shares = position_chunks(length * owners, owner, owners)
+    offset, found = 0, []
+    for start, stop in shares:
+        for first, last in position_chunks(length, part, parts):
+            low, high = max(first, offset), min(last, offset + stop - start)
+            found.append((start + low - offset, start + max(low, high) - offset))
+        offset += stop - start
+    order = sorted(chunk for chunk in found if chunk[1] > chunk[0])
+    return order or [(0, 0)]

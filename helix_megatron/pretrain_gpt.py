@@ -27,8 +27,6 @@ _UNSUPPORTED = {
     "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
     "hybrid_context_parallel": "--hybrid-context-parallel",
     "logits_load_dir": "--logits-load-dir",
-    "mtp_num_layers": "--mtp-num-layers",
-    "num_experts": "--num-experts",
     "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
     "perform_rl_step": "--perform-rl-step",
     "per_dataset_sequences_path": "--per-dataset-sequences-path",
@@ -55,6 +53,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
     stage (vp_stage: the virtual one, or None) does not need is None.
     """
     from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
@@ -79,7 +78,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, torch.Tenso
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=mtp_on_this_rank(None, args.mtp_num_layers, vp_stage=vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),

@@ -62,7 +62,7 @@ def select_positions(tensor: Tensor, part: int, parts: int, dim: int = 0) -> Ten
     return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in chunks], dim=dim)
 
 
-def _restore_positions(parts: list[Tensor], length: int) -> Tensor:
+def restore_positions(parts: list[Tensor], length: int) -> Tensor:
     """Inverse of select_positions over dim 0, given all parts in order."""
     if len(parts) == 1:
         return parts[0]
@@ -106,7 +106,7 @@ def output_slices(out: Tensor, length: int, layout: HelixLayout, group: dist.Pro
     _, b, heads, _ = out.shape
     shapes = [(part_length(length, p, c), b, heads, layout.slice_dim) for _ in range(a) for p in range(c)]
     received = all_to_all(out.chunk(layout.grid.dim_parallel_size, dim=-1), shapes, group)
-    parts = [_restore_positions(received[u * c : (u + 1) * c], length) for u in range(a)]
+    parts = [restore_positions(received[u * c : (u + 1) * c], length) for u in range(a)]
     return torch.cat(parts, dim=2)
 
 

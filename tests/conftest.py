@@ -21,8 +21,8 @@ def pytest_report_header():
 
 # Files go to the workers of `-n 2` as a whole (their fixtures are shared), in this order: what takes long
 # starts first, so that the workers end together.
-LONG = """real_models slurm checkpoint faults kv_cache training generate compare_harness attention_exact
-    launch""".split()
+LONG = """features real_models slurm checkpoint faults kv_cache training generate compare_harness
+    attention_exact launch""".split()
 
 
 def pytest_collection_modifyitems(items):

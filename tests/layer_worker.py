@@ -63,6 +63,8 @@ def make_config(case: Case, tp: int, **overrides) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         attention_softmax_in_fp32=True,
+        attention_output_gate=case.gate,
+        softmax_type="learnable" if case.sinks else "vanilla",
     )
     return TransformerConfig(**{**settings, **overrides})
 
@@ -134,6 +136,13 @@ def load(layer, case: Case, rows, columns, dtype) -> None:
         if case.qk_norm in ("RMSNorm", "LayerNorm"):
             layer.q_layernorm.weight.copy_(case.tensors["q_norm"].to(dtype))
             layer.k_layernorm.weight.copy_(case.tensors["k_norm"].to(dtype))
+        if case.sinks:
+            layer.core_attention.core.softmax_offset.copy_(_own_heads(layer, case.tensors["sinks"]))
+
+
+def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
+    """This rank's share of one number per head, as the ranks hold them in order."""
+    return per_head.chunk(layer.helix_plan.grid.size)[layer.pg_collection.tp.rank()]
 
 
 def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False) -> dict[str, torch.Tensor]:
@@ -160,6 +169,8 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
     }
     if case.bias:
         result["qkv_bias"] = layer.linear_qkv.bias.grad
+    if case.sinks:
+        result["sinks"] = layer.core_attention.core.softmax_offset.grad
     if case.qk_norm in ("RMSNorm", "LayerNorm"):
         for name, norm in (("q_norm", layer.q_layernorm), ("k_norm", layer.k_layernorm)):
             grad = norm.weight.grad.clone()
@@ -175,6 +186,8 @@ def errors(found: dict, expected: dict, rows, columns) -> dict[str, float]:
         want = expected[name]
         if name in ("qkv_weight", "qkv_bias"):
             want = want[rows]
+        if name == "sinks":
+            want = want.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
         if name == "proj_weight":
             want = want[:, columns]
         scale = want.norm().item() or 1.0

@@ -27,6 +27,8 @@ class Case:
     bias: bool = True
     qk_norm: str | None = None  # "RMSNorm", "LayerNorm" or "L2Norm"
     window: tuple[int, int] | None = None
+    gate: bool = False  # a sigmoid gate on the output, from rows of its own behind the query heads
+    sinks: bool = False  # a learned logit per head, of which nothing is read
     mask: str = "causal"  # "causal" (made by the core), "padding" or "arbitrary" (a tensor), "none"
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Case:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator) * scale).double()
 
-        rows = (self.heads + 2 * self.groups) * self.dim
+        rows = ((2 if self.gate else 1) * self.heads + 2 * self.groups) * self.dim
         self.tensors = {
             "hidden": normal(self.seq, self.batch, self.hidden),
             "qkv_weight": normal(rows, self.hidden, scale=1.5 / math.sqrt(self.hidden)),
@@ -51,6 +53,7 @@ class Case:
             "q_norm": 1 + normal(self.dim, scale=0.2),
             "k_norm": 1 + normal(self.dim, scale=0.2),
             "loss": normal(self.seq, self.batch, self.hidden),
+            "sinks": normal(self.heads),
         }
         return self.tensors
 
@@ -111,13 +114,14 @@ def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
     slices > 1: the paper's formula instead, softmax(Q_j K_j^T / sqrt(d/slices)) V_j for each contiguous
     slice j of a head, each slice rotated as a head of its own dimension.
     """
-    names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm")
+    names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
     t = {name: case.tensors[name].clone().requires_grad_() for name in names}
     s, b, ratio = case.seq, case.batch, case.heads // case.groups
     qkv = t["hidden"] @ t["qkv_weight"].T + t["qkv_bias"]
-    qkv = qkv.view(s, b, case.groups, ratio + 2, case.dim)
+    qkv = qkv.view(s, b, case.groups, -1, case.dim)
+    gate = qkv[:, :, :, ratio : 2 * ratio].reshape(s, b, -1)
     query = qkv[:, :, :, :ratio].reshape(s, b, case.heads, case.dim)
-    key, value = qkv[:, :, :, ratio], qkv[:, :, :, ratio + 1]
+    key, value = qkv[:, :, :, -2], qkv[:, :, :, -1]
     query = normalise(query, t["q_norm"], case.qk_norm)
     key = normalise(key, t["k_norm"], case.qk_norm)
     key, value = key.repeat_interleave(ratio, 2), value.repeat_interleave(ratio, 2)
@@ -138,8 +142,14 @@ def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
         mask = torch.ones(s, s, dtype=torch.bool).triu(1)
     if mask is not None:
         scores = scores.masked_fill(mask, float("-inf"))
-    out = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value)
-    out = out.reshape(s, b, -1) @ t["proj_weight"].T
+    probs = scores.softmax(-1)
+    if case.sinks:
+        column = t["sinks"][:, None, None].expand(b, -1, s, 1)
+        probs = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    out = torch.einsum("bhst,tbhd->sbhd", probs, value).reshape(s, b, -1)
+    if case.gate:
+        out = out * gate.sigmoid()
+    out = out @ t["proj_weight"].T
     (out * case.tensors["loss"]).sum().backward()
     grads = {name: x.grad for name, x in t.items() if x.grad is not None}
     return {"output": out.detach(), **grads}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_worker import Groups, errors, inferring, load, make_layer, run, start
+from layer_worker import Groups, all_settings, check_all, errors, inferring, load, make_layer, run, start
 from reference import Case, reference
 
 from helix_megatron.config import HelixConfig
@@ -211,6 +211,7 @@ def test_recompute_draws_the_same_dropout(comm_type):
 def _decode(tp: int, jobs: list) -> list[float]:
     """Largest relative difference between token-by-token decoding and one pass over the sequence."""
     from megatron.core.inference.contexts import StaticInferenceContext
+
     start(tp)
     groups, found = Groups(), []
     rank = torch.distributed.get_rank()
@@ -245,6 +246,80 @@ def test_decoding_with_a_cache_of_slices_is_exact():
         assert max(rank) < 2e-6, rank
 
 
+# ---- gates and sinks ----
+def test_output_gates_and_attention_sinks_are_exact():
+    jobs = []
+    for features in (dict(gate=True), dict(gate=True, qk_norm="RMSNorm", interleaved=True), dict(sinks=True)):
+        for shape in ((8, 2), (9, 3), (8, 4)):
+            case = Case(*shape, 16, **features)
+            for helix in all_settings(case, 4):
+                shared = helix.resolve(*shape, 16, 4).layout.position_parts > 1
+                if not case.sinks or (helix.comm_type == "a2a" and not shared):
+                    jobs.append((case, helix, {}))
+    assert sum(case.sinks for case, _, _ in jobs) >= 6
+    for rank in run_ranks(check_all, 4, 4, jobs):
+        for label, found in rank:
+            assert max(found.values()) < 1e-5, (label, found)
+            assert ("sinks" in found) is ("sinks=True" in label)
+
+
+# ---- packed sequences ----
+DOCUMENTS = (5, 1, 10)
+
+
+def _packed(tp: int) -> list[tuple[str, dict[str, float]]]:
+    """Errors of packed documents against each document alone, in float64."""
+    import dataclasses
+    from itertools import accumulate, pairwise
+
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    start(tp)
+    groups, found, rank = Groups(), [], torch.distributed.get_rank()
+    ends = list(accumulate(DOCUMENTS, initial=0))
+    bounds = torch.tensor(ends, dtype=torch.int32)
+    longest = max(DOCUMENTS)
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    for case in (Case(8, 2, 16, seq=sum(DOCUMENTS), batch=1), Case(8, 4, 16, seq=16, batch=1, gate=True)):
+        case.draw()
+        parts = []
+        for begin, stop in pairwise(ends):
+            alone = dataclasses.replace(case, seq=stop - begin)
+            share = {name: case.tensors[name][begin:stop] for name in ("hidden", "loss")}
+            alone.tensors = {**case.tensors, **share}
+            parts.append(reference(alone))
+        expected = {
+            name: torch.cat([part[name] for part in parts])
+            if name in ("output", "hidden")
+            else sum(part[name] for part in parts)
+            for name in ("output", "hidden", "qkv_weight", "qkv_bias", "proj_weight")
+        }
+        for helix in all_settings(case, tp, cores=("auto",)):
+            plan = helix.resolve(case.heads, case.groups, case.dim, tp, output_gate=case.gate)
+            layout = plan.layout
+            if plan.comm_type != "a2a" or layout.position_parts > 1:
+                continue
+            layer = make_layer(case, helix, tp, groups.of(plan.grid))
+            rows, columns = layout.qkv_rows(rank), layout.proj_columns(rank)
+            load(layer, case, rows, columns, torch.float32)
+            hidden = case.tensors["hidden"].float().requires_grad_()
+            out, _ = layer(hidden, None, rotary_pos_emb=case.rope_table(), packed_seq_params=packed)
+            (out.double() * case.tensors["loss"]).sum().backward()
+            result = {
+                "output": out.detach(), "hidden": hidden.grad, "qkv_weight": layer.linear_qkv.weight.grad,
+                "qkv_bias": layer.linear_qkv.bias.grad, "proj_weight": layer.linear_proj.weight.grad,
+            }  # fmt: skip
+            found.append((plan.describe(), errors(result, expected, rows, columns)))
+    return found
+
+
+def test_packed_sequences_are_each_sequence_alone():
+    for rank in run_ranks(_packed, 4, 4):
+        assert len(rank) >= 4
+        for label, found in rank:
+            assert max(found.values()) < 1e-5, (label, found)
+
+
 # ---- refusals ----
 def _refused(tp: int, overrides: dict) -> str:
     start(tp)
@@ -260,13 +335,9 @@ def _refused(tp: int, overrides: dict) -> str:
 @pytest.mark.parametrize(
     "overrides, name",
     [
-        (dict(attention_output_gate=True), "--attention-output-gate"),
-        (dict(softmax_type="learnable"), "--softmax-type"),
-        (dict(softmax_type="off-by-one"), "--softmax-type"),
         (dict(qk_clip=True), "--qk-clip"),
         (dict(flash_decode=True), "--flash-decode"),
         (dict(test_mode=True), "--test-mode"),
-        (dict(context_parallel_size=2), "--context-parallel-size"),
     ],
 )
 def test_features_that_cannot_work_are_refused_by_name(overrides, name):
@@ -308,4 +379,3 @@ def _other_attention_classes() -> list[str]:
 def test_cross_attention_is_refused():
     (messages,) = run_ranks(_other_attention_classes, 1)
     assert messages and "CrossAttention" in messages[0]
-

@@ -17,7 +17,7 @@ from helix_megatron.grid import (
     illegal_reason,
     legal_grids,
 )
-from helix_megatron.layout import HelixLayout, part_length, position_chunks
+from helix_megatron.layout import HelixLayout, global_chunks, part_length, position_chunks
 
 
 @st.composite
@@ -31,14 +31,20 @@ def layouts(draw):
     shape = AttentionShape(n * hk * ratio, n * hk, rotary + rest, rotary, draw(st.booleans()))
     per_slice = draw(st.booleans())
     heads = not per_slice and (hk * ratio) % m == 0 and draw(st.booleans())
-    return HelixLayout(shape, HelixGrid(n, m), "heads" if heads else "dims", per_slice)
+    gate = draw(st.booleans())
+    return HelixLayout(shape, HelixGrid(n, m), "heads" if heads else "dims", per_slice, gate)
+
+
+def rows_per_kv_head(layout):
+    ratio = layout.shape.num_attention_heads // layout.shape.num_query_groups
+    return ((2 if layout.output_gate else 1) * ratio + 2) * layout.shape.kv_channels
 
 
 @given(layouts())
 @settings(max_examples=300, deadline=None)
 def test_ranks_tile_the_weights_exactly_once(layout):
     shape = layout.shape
-    rows = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    rows = shape.num_query_groups * rows_per_kv_head(layout)
     assert np.array_equal(np.sort(layout.qkv_permutation()), np.arange(rows))
     columns = shape.num_attention_heads * shape.kv_channels
     assert np.array_equal(np.sort(layout.proj_permutation()), np.arange(columns))
@@ -64,16 +70,16 @@ def test_slices_hold_whole_rotary_pairs(layout):
 @given(layouts())
 @settings(max_examples=200, deadline=None)
 def test_a_rank_holds_only_its_head_group(layout):
-    shape = layout.shape
-    block = (shape.num_attention_heads // shape.num_query_groups + 2) * shape.kv_channels
+    block = rows_per_kv_head(layout)
     for rank in range(layout.grid.size):
         i, _ = layout.grid.coordinate(rank)
         groups = set((layout.qkv_rows(rank) // block).tolist())
         assert groups <= set(range(i * layout.kv_heads, (i + 1) * layout.kv_heads))
 
 
-def test_one_slice_is_megatrons_own_layout():
-    layout = HelixLayout(AttentionShape(8, 4, 6, 4), HelixGrid(4, 1))
+@pytest.mark.parametrize("placement", ["dims", "heads"])
+def test_one_slice_is_megatrons_own_layout(placement):
+    layout = HelixLayout(AttentionShape(8, 4, 6, 4), HelixGrid(4, 1), placement)
     assert np.array_equal(layout.qkv_permutation(), np.arange(16 * 6))
     assert np.array_equal(layout.proj_permutation(), np.arange(8 * 6))
 
@@ -187,3 +193,17 @@ def test_placement_is_settled_by_what_is_legal():
         HelixConfig(query_placement="heads").resolve(9, 3, 64, 8)
     with pytest.raises(HelixConfigError, match="per-slice softmax works on slices"):
         HelixConfig(query_placement="heads", softmax="per-slice").resolve(64, 8, 128, 16)
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_global_chunks_are_the_positions_of_a_share_of_a_share(half, owners, parts):
+    length, seen = 2 * half, []
+    for owner in range(owners):
+        share = [x for a, b in position_chunks(length * owners, owner, owners) for x in range(a, b)]
+        for part in range(parts):
+            local = [share[x] for a, b in position_chunks(length, part, parts) for x in range(a, b)]
+            chunks = global_chunks(length, part, parts, owner, owners)
+            assert [x for a, b in chunks for x in range(a, b)] == local
+            seen += local
+    assert sorted(seen) == list(range(length * owners))

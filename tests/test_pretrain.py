@@ -119,7 +119,7 @@ def refusal(arguments):
         (["--num-layer", "2"], ["no flag --num-layer; did you mean --num-layers?"]),
         (["--mock-data", "--sft"], ["--sft is not supported", "-m helix_megatron.run"]),
         (["--mock-data", "--fim-data"], ["--fim-data is not supported"]),
-        (["--mock-data", "--num-experts", "2"], ["--num-experts is not supported"]),
+        (["--mock-data", "--perform-rl-step"], ["--perform-rl-step is not supported"]),
         (["--mock-data", "--tensor-model-parallel-size", "2"], ["world size (1) is not divisible"]),
         (
             ["--mock-data", "--attention-impl", "helix", "--helix-head-parallel-size", "3"],

@@ -42,7 +42,9 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--helix-softmax per-slice --helix-comm-type a2a", "per-slice softmax, which exchanges nothing"),
         ("--multi-latent-attention", "does not support --multi-latent-attention"),
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
-        ("--attention-output-gate", "--attention-output-gate"),
+        ("--attention-output-gate --helix-softmax per-slice", "--attention-output-gate"),
+        ("--softmax-type learnable", "m does not divide the query heads"),
+        ("--softmax-type learnable --helix-comm-type all_reduce", "--softmax-type"),
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
         (
             "--fp8-format hybrid --bf16 --transformer-impl transformer_engine --kv-channels 8",
@@ -61,8 +63,9 @@ def test_one_line_and_exit_code_2(flags, message):
         assert len(printed.strip().splitlines()) == 1
 
 
-def test_context_parallelism_is_refused():
-    arguments = f"--tensor-model-parallel-size 2 --context-parallel-size 2 {HELIX}".split()
+def test_context_parallelism_is_refused_where_scores_are_summed():
+    layout = "--tensor-model-parallel-size 2 --context-parallel-size 2 --helix-comm-type all_reduce"
+    arguments = f"{layout} {HELIX}".split()
     for code, printed in run_ranks(rank_main, 4, arguments, host_mode=False):
         assert code == 2 and "--context-parallel-size" in printed
 

@@ -1,11 +1,12 @@
-"""Twenty steps of Megatron's own training loop: every Helix layout trains as vanilla Megatron on one rank."""
+"""Twenty steps of Megatron's own training loop: every Helix layout trains as vanilla Megatron on one rank.
+
+Features (recompute, experts, ...) have their few steps in test_features.py.
+"""
 
 import pytest
 from training import HELIX, MODEL
 
 from helix_megatron.launch import RankError
-
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,6 @@ def one_rank(train):
         ("pipeline", 8, f"--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 {HELIX}"),
         ("data", 8, f"--tensor-model-parallel-size 4 --use-distributed-optimizer {HELIX}"),
         ("sequence parallel", 4, f"--tensor-model-parallel-size 4 --sequence-parallel {HELIX}"),
-        ("full recompute", 4, f"--tensor-model-parallel-size 4 {RECOMPUTE} {HELIX}"),
-        ("selective recompute", 2, f"--tensor-model-parallel-size 2 --recompute-activations {HELIX}"),
     ],
 )
 def test_losses_of_one_vanilla_rank(train, one_rank, name, ranks, flags):
