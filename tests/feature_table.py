@@ -212,6 +212,7 @@ def _outcome(vanilla: dict, helix: dict) -> dict:
     error = helix.get("error")
     if error is not None:
         name, _, text = error.partition(": ")
+        text = text or name
         if name == "HelixConfigError":
             return {"kind": "refused", "text": text}
         if vanilla.get("error"):

@@ -33,8 +33,6 @@ def one_rank(train):
         ("by level", 6, f"--tensor-model-parallel-size 6 {HELIX} --helix-hierarchical-allreduce"),
         ("1x4 summed scores", 4, f"--tensor-model-parallel-size 4 {HELIX} --helix-comm-type all_reduce"),
         ("pipeline", 8, f"--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 {HELIX}"),
-        ("data", 8, f"--tensor-model-parallel-size 4 --use-distributed-optimizer {HELIX}"),
-        ("sequence parallel", 4, f"--tensor-model-parallel-size 4 --sequence-parallel {HELIX}"),
     ],
 )
 def test_losses_of_one_vanilla_rank(train, one_rank, name, ranks, flags):
