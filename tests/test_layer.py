@@ -263,6 +263,31 @@ def test_output_gates_and_attention_sinks_are_exact():
             assert ("sinks" in found) is ("sinks=True" in label)
 
 
+def _saved(tp: int) -> dict:
+    """Where this rank's sinks and gated QKV rows stand in what is saved: {name: [(whole, start, length)]}."""
+    from megatron.core import parallel_state
+
+    start(tp)
+    case, helix = Case(8, 2, 16, gate=True, sinks=True), HelixConfig(2, 2)
+    layer = make_layer(case, helix, tp, Groups().of(helix.resolve(8, 2, 16, tp).grid))
+    cp_and_dp = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state, found = layer.sharded_state_dict(metadata={"dp_cp_group": cp_and_dp}), {}
+    for name in ("core_attention.softmax_offset", "linear_qkv.weight"):
+        pieces = state[name].build() if hasattr(state[name], "build") else [state[name]]
+        found[name] = [(p.global_shape[0], p.global_offset[0], p.local_shape[0]) for p in pieces]
+    return found
+
+
+def test_sinks_and_gates_are_saved_as_one_rank_would():
+    ranks = run_ranks(_saved, 4, 4)
+    for name, rows in (("core_attention.softmax_offset", 8), ("linear_qkv.weight", (2 * 8 + 2 * 2) * 16)):
+        pieces = [piece for rank in ranks for piece in rank[name]]
+        assert {whole for whole, _, _ in pieces} == {rows}
+        covered = sorted(x for _, first, length in pieces for x in range(first, first + length))
+        assert covered == list(range(rows))
+    assert [rank["core_attention.softmax_offset"][0][1] for rank in ranks] == [0, 2, 4, 6]
+
+
 # ---- packed sequences ----
 DOCUMENTS = (5, 1, 10)
 
