@@ -238,7 +238,10 @@ def main(argv: list[str] | None = None) -> int:
         expected = None
         if any(kind != "needle" for _, kind in wanted):
             expected = reference(theirs, prompts, options.new_tokens, Path(folder, "logits.npy"))
-            print(f"transformers: {len(prompts)} prompts of {LENGTHS} tokens, {options.new_tokens} new each")
+            print(
+                f"transformers: {len(prompts)} prompts of {LENGTHS} tokens, {options.new_tokens} new each",
+                flush=True,
+            )
         del theirs
         for tp, kind in wanted:
             if kind == "needle":
