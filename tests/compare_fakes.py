@@ -49,6 +49,9 @@ DOCUMENT = {
 }
 
 
+SIZES = {"micro_batch_size": 1, "global_batch_size": 2, "seq_length": 16}
+
+
 def document(**changes):
     return {**copy.deepcopy(DOCUMENT), **changes}
 
@@ -68,7 +71,8 @@ def samples(rank, shift=0.0, slower=1.0):
     }
     return {
         "layers": 2,
-        "args": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1},
+        "args": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "data_parallel_size": 1}
+        | SIZES,
         "helix": None,
         "workloads": {"train": train},
         "memory_bytes": {"parameters": 1e6 * (rank + 1), "saved_for_backward": 1e6},
@@ -98,7 +102,7 @@ def rich_samples(ranks, factor, tp=16, pp=1, dp=1, grid=None):
         "pipeline_model_parallel_size": pp,
         "data_parallel_size": dp,
         "context_parallel_size": 1,
-    }
+    } | SIZES
     if grid:
         sample["helix"] = {"n": grid[0], "m": grid[1], "comm": "a2a", "placement": "heads"}
     sample["error"] = {"relative": 3e-7, "max_abs": 2e-6}

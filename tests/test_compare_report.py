@@ -10,8 +10,11 @@ import pytest
 from compare_fakes import compare, document, install, rich_samples, variant
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import paper, plots, scaling
+from helix_megatron.compare import paper, plots, predicted, scaling
 from helix_megatron.compare.variants import TP
+from helix_megatron.grid import HelixGrid
+from helix_megatron.plan.layout import Layout, Problem, Workload
+from helix_megatron.plan.timing import predict
 
 # name, seed, attention_impl, how slow, layout
 VARIANTS = [
@@ -41,7 +44,9 @@ def report(tmp_path_factory):
     items = [variant(name, seed, attention_impl=impl, may_fail=True) for name, seed, impl, *_ in VARIANTS]
     with pytest.MonkeyPatch.context() as patch:
         install(patch, answer, page=True)
-        code, results, text, _ = compare(out, variants=items, runs=3, world_size=16, paper=True)
+        sizes = {"num-attention-heads": 32, "hidden-size": 64}
+        changes = {"MODEL_ARGS": document()["MODEL_ARGS"] | sizes, "batch_size": 2, "cluster": "dgx-h100"}
+        code, results, text, _ = compare(out, variants=items, runs=3, world_size=16, paper=True, **changes)
     assert code == 0
     return out, results, text
 
@@ -134,6 +139,47 @@ def test_markdown_has_the_same_numbers(report):
     assert "SLOWER" in row
     assert 0.4 < ratio["ratio"] < 0.43  # 1 / 2.4
     assert results["schema"] == 2
+
+
+def test_predictions_stand_beside_the_measured(report):
+    out, results, text = report
+    assert results["prediction"]["cluster"] == "dgx-h100"
+    rows = {(row[0], row[1]): row[2:] for row in predicted.rows(results)}
+    measured, *_, ratio = rows["Helix 8x2", "train"]
+    entry = next(v for v in results["variants"] if v["name"] == "Helix 8x2")
+    mean = entry["measured"]["workloads"]["train"]["iteration_seconds"]["mean"]
+    seconds = entry["predicted"]["workloads"]["train"]
+    assert measured == f"{1e3 * mean:,.4g}"
+    assert ratio == f"{seconds / mean:.2f}"
+    shape = predicted.inputs.model_of_flags(
+        {"--num-layers": 2, "--hidden-size": 64, "--num-attention-heads": 32, "--seq-length": 16,
+         "--max-position-embeddings": 16, "--padded-vocab-size": 272, "--position-embedding-type": "rope"},
+        "", "",
+    )  # fmt: skip
+    layout = Layout(16, helix=True, grid=HelixGrid(8, 2), comm_type="a2a", placement="heads",
+                    kv_cache="sequence")  # fmt: skip
+    problem = Problem(shape, layout, Workload("train", 2, 16, "fp32", fused=False))
+    assert seconds == predict(problem, predicted.inputs.cluster("dgx-h100")).seconds
+    page = (out / "report.html").read_text()
+    for output in (text, page):
+        assert "NVIDIA H100 SXM data sheet" in output
+        assert "Beside the planner" in output
+    assert '<span class="tag">measured and predicted</span>' in page
+
+
+def test_what_the_planner_cannot_predict_is_said(tmp_path, monkeypatch):
+    install(monkeypatch)
+    items = [variant("two context ranks", "0")]
+    items[0]["args"]["context-parallel-size"] = 2
+    _, results, text, _ = compare(tmp_path / "one", variants=items)
+    assert results["variants"][0]["predicted"] == {"cause": "the planner does not model context parallelism."}
+    assert "the planner does not model context parallelism." in text
+    with pytest.raises(ValueError, match=r"dgx-h1000.*did you mean"):
+        compare(tmp_path / "two", variants=items, cluster="dgx-h1000")
+    monkeypatch.setattr(predicted.inputs, "of_cores", lambda: predicted.inputs.of_gpus([("unknown", 1, 0)]))
+    _, results, text, _ = compare(tmp_path / "three", variants=items)
+    assert "no preset fits this machine's GPUs" in results["prediction"]["cause"]
+    assert "predicted" not in results["variants"][0]
 
 
 # ---- the paper's numbers

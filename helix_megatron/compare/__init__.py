@@ -17,9 +17,11 @@ accuracy.py       logits against the same weights on one rank in fp32
 comm.py           counts every collective: calls, bytes, seconds
 memory.py         bytes that a rank holds
 nvml.py           what the GPU says of itself
+kernels.py        where a GPU's time goes, from the profiler's kernels
 stats.py        the statistics, pure
 selfcheck.py    can the harness tell a difference, and can it tell none?
 summary.py      from samples to numbers
+predicted.py    what the planner predicts of the same
 comparisons.py  who is faster, and whether that is more than noise
 findings.py     what the numbers say, in sentences
 paper.py        the paper's numbers, checked by arithmetic

@@ -25,6 +25,8 @@ def add_compare(subparsers: Any) -> None:
     add("--runs", type=int, metavar="N", help="independent runs of every variant, in place of the file's")
     add("--preset", metavar="MODEL", help="a model's shape in place of the file's, such as llama-3-8b")
     add("--scale", type=float, metavar="F", help="multiply the widths of the preset, to fit the machine")
+    add("--cluster", metavar="NAME", help="whose times `helix plan` predicts beside the measured ones: a "
+        "preset, or a file of `helix plan --probe` (default: this machine)")  # fmt: skip
     add("--scaling", choices=["weak", "strong"], help="every variant at several numbers of ranks")
     add("--sizes", metavar="N,N,...", help="those numbers (default: 1,2,4,8; on GPUs 8,16,32)")
     disk = parser.add_mutually_exclusive_group()
@@ -44,7 +46,7 @@ def _compare(options: argparse.Namespace) -> int:
     from helix_megatron.compare import config as configuration
     from helix_megatron.compare import harness, scaling
 
-    given = {key: getattr(options, key) for key in ("runs", "preset", "scale")}
+    given = {key: getattr(options, key) for key in ("runs", "preset", "scale", "cluster")}
     changes = {key: value for key, value in given.items() if value is not None}
     config = configuration.load(options.config, changes)
     config = harness.only(config, options.only or [], options.config)

@@ -93,6 +93,9 @@ class CompareConfig:
     """Show the paper's numbers beside the measured ones, and check them by arithmetic."""
     peak_tflops: float | None = None
     """Peak of one rank, for MFU; by default the GPU's dense bf16 peak, and no MFU where it is not known."""
+    cluster: str | None = None
+    """Of which `helix plan` predicts what stands beside the measured: a preset's name, or a YAML file as
+    `helix plan --probe` writes it; by default this machine (for a host: rough constants)."""
     preset: str | None = None
     """The shape that MODEL_ARGS started from."""
     scale: float | None = None
@@ -142,6 +145,8 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
         if not isinstance(document.get(name, False), bool):
             yes, no = ("CPU", "GPUs") if name == "host" else ("show it", "leave it out")
             raise ValueError(f"{where}: {name} is {document[name]!r}; it is true ({yes}) or false ({no}).")
+    if not isinstance(document.get("cluster", ""), str):
+        raise ValueError(f"{where}: cluster is {document['cluster']!r}; it is a name or a path.")
     plain = {keys[k]: v for k, v in document.items() if keys[k] and k not in _PARSED}
     config = CompareConfig(
         **{"name": Path(where).stem, **plain},

@@ -15,6 +15,8 @@ def findings(results: dict[str, Any]) -> list[str]:
             said.append(f"{variant['name']}: {variant['status']}: {variant.get('cause', 'not yet')}")
         for name, cause in variant.get("measured", {}).get("causes", {}).items():
             said.append(f"{variant['name']}: no {WORKLOADS[name]}: {cause}")
+        for error in variant.get("measured", {}).get("gpu", {}).get("errors", []):
+            said.append(f"{variant['name']}: NVML stopped answering, so that number is absent: {error}")
     return said + losses(results) + errors(results) + decoded(finished(results)) + noise(results)
 
 

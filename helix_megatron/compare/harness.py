@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from helix_megatron import data, yaml_config
-from helix_megatron.compare import launching, machine, records, reporting, summary
+from helix_megatron.compare import launching, machine, predicted, records, reporting, summary
 from helix_megatron.compare.config import CompareConfig, as_json
 from helix_megatron.compare.measure import Task
 from helix_megatron.compare.nodes import Nodes
@@ -71,6 +71,8 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
     """
     if config.host and config.nnodes > 1:
         raise ValueError(f"nnodes is {config.nnodes}: host mode runs on one machine.")
+    if config.cluster:
+        predicted.cluster(config)  # refuse a name that is none
     nodes = Nodes(config.nnodes, options.node_rank, options.rdzv_endpoint)
     known = megatron_flags()
     reference_runs = references(config) if config.reference else {}
@@ -272,7 +274,9 @@ class Session:
             "mixed": mixed,
             "config": as_json(self.config),
         }
-        return summary.complete(results, self.config, found, self.reference_runs)
+        summary.complete(results, self.config, found, self.reference_runs)
+        predicted.add(self.config, results)
+        return results
 
 
 def _dtype(config: CompareConfig, variant: Variant) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from helix_megatron.compare import markdown, paper, plots, scaling, tables
+from helix_megatron.compare import markdown, paper, plots, predicted, scaling, tables
 from helix_megatron.compare.comparisons import finished
 from helix_megatron.compare.findings import findings, tiny
 
@@ -46,6 +46,7 @@ def report(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         figures=drawn,
         speeds=tables.speeds(results),
         more=_more(results),
+        predicted=predicted.said(results),
         paper=[list(check.values()) for check in paper.checks()] if results["config"]["paper"] else None,
         beside=paper.beside(results),
         beside_headings=paper.BESIDE,
@@ -78,19 +79,21 @@ def _kept(results: dict[str, Any], columns: tuple) -> tuple[list[str], list[list
     return tables.headings(kept), tables.rows(results, kept)
 
 
-def _more(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings, rows of the tables below the figures; those without rows are left out."""
+def _more(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """Title, headings, rows, what the numbers are, of the tables below the figures; none without rows."""
+    both = "measured and predicted"
     memory_headings, memory_rows = _kept(results, tables.MEMORY)
     found = [
         ("Comparisons in full", tables.COMPARISONS, tables.comparisons(results)),
         ("Scaling", scaling.ROWS, scaling.rows(results)),
         ("Spread over the runs", tables.SPREAD, tables.spread(results)),
         ("Memory of the fullest rank, MB", memory_headings, memory_rows),
-        ("Beside Megatron's own estimate, MB", tables.ESTIMATE, tables.estimate(results)),
+        ("Beside the planner's predictions", predicted.ROWS, predicted.rows(results), both),
+        ("Memory beside estimates, MB", tables.ESTIMATE, tables.estimate(results), both),
         ("Collectives of one iteration, mean rank", tables.COLLECTIVES, tables.collectives(results)),
         ("GPU, by NVML", tables.GPU, tables.gpu(results)),
     ]
-    return [entry for entry in found if entry[2]]
+    return [(*entry, "measured")[:4] for entry in found if entry[2]]
 
 
 def cards(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.compare import paper, scaling, tables
+from helix_megatron.compare import paper, predicted, scaling, tables
 from helix_megatron.compare.findings import findings
 
 BYTES_MEAN = (
@@ -88,7 +88,10 @@ def report(results: dict[str, Any]) -> str:
     kept = tables.used(results, tables.MEMORY)
     lines += ["## Memory of the fullest rank, MB (measured)", ""]
     lines += [*_table(tables.headings(kept), tables.rows(results, kept)), ""]
-    lines += ["## Beside Megatron's own estimate, MB (measured and predicted)", ""]
+    if predicted.rows(results):
+        lines += ["## Beside the planner's predictions (measured and predicted)", ""]
+        lines += [predicted.said(results), "", *_table(predicted.ROWS, predicted.rows(results)), ""]
+    lines += ["## Memory beside the planner's and Megatron's estimates, MB (measured and predicted)", ""]
     lines += [*_table(tables.ESTIMATE, tables.estimate(results)), ""]
     if tables.gpu(results):
         lines += ["## GPU, by NVML (measured)", "", *_table(tables.GPU, tables.gpu(results)), ""]

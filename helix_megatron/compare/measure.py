@@ -107,8 +107,8 @@ def measure(task: Task, progress: Path | None) -> dict[str, Any]:
     with (
         same_weights_at_any_layout(seed),
         accuracy.compared_at_start(task, result, workloads.random_tokens),
-        recorded_training(recorder, meter, say),
-        nvml.watched(result, task.host),
+        nvml.watched(result, task.host) as watch,
+        recorded_training(recorder, meter, say, watch),
     ):
         try:
             pretrain_gpt.train(argv)
@@ -214,8 +214,13 @@ def layer_numbers(model: list[torch.nn.Module]) -> list[int]:
 
 
 @contextmanager
-def recorded_training(recorder: Recorder, meter: CommMeter, say: Callable[[str], None]) -> Iterator[None]:
-    """Wrap Megatron's `train_step` while entered: each call is one iteration of the recorder's samples."""
+def recorded_training(
+    recorder: Recorder, meter: CommMeter, say: Callable[[str], None], watch: nvml.Watch | None = None
+) -> Iterator[None]:
+    """Wrap Megatron's `train_step` while entered: each call is one iteration of the recorder's samples.
+
+    `watch` begins anew with the first measured one.
+    """
     from megatron.training import training
 
     original = training.train_step
@@ -223,6 +228,8 @@ def recorded_training(recorder: Recorder, meter: CommMeter, say: Callable[[str],
     def train_step(*args: Any, **kwargs: Any) -> Any:
         say(f"training step {len(recorder.samples.all_seconds) + 1}")
         recorder.model, recorder.optimizer = args[2], args[3]
+        if watch is not None and len(recorder.samples.all_seconds) == recorder.samples.warmup:
+            watch.restart()
         result = recorder.samples.iteration(lambda: original(*args, **kwargs), meter)
         if "lm loss" in result[0]:
             recorder.losses.append(result[0]["lm loss"].item())

@@ -10,6 +10,8 @@ with t_r in the iteration and c_r in collectives, and T the slowest rank's t,
     communication   min over ranks of c     what the rank that waits for nobody spends
     idle            (c_r - min c) + (T - t_r)   waiting for others, in a collective or after the end
     compute         t_r - c_r
+
+On GPUs it is taken from the kernels of one profiled iteration (kernels.py), mean over ranks and runs.
 """
 
 from __future__ import annotations
@@ -152,6 +154,9 @@ def workload(
     if host:
         splits = [split(ranks) for ranks in per_run]
         found["split_seconds"] = {part: fmean(s[part] for s in splits) for part in splits[0]}
+    elif all("split_seconds" in rank for ranks in per_run for rank in ranks):
+        profiled = [rank["split_seconds"] for ranks in per_run for rank in ranks]
+        found["split_seconds"] = {part: fmean(s[part] for s in profiled) for part in profiled[0]}
     for key in ("first_token_seconds", "token_seconds"):
         if key in per_run[0][0]:
             slowest = [[max(column) for column in zip(*(rank[key] for rank in ranks))] for ranks in per_run]
@@ -223,12 +228,14 @@ def decoded_tokens(ranks: list[dict[str, Any]]) -> list[list[int]]:
 
 def gpu(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """What NVML said, mean over ranks and runs; what it did not say is absent."""
-    keys = [k for k in ("gpu_busy_percent", "memory_busy_percent", "watts") if all(k in r for r in ranks)]
+    names = ("gpu_busy_percent", "memory_busy_percent", "memory_bandwidth_percent", "watts")
+    keys = [k for k in names if all(k in r for r in ranks)]
     found: dict[str, Any] = {key: fmean(rank[key] for rank in ranks) for key in keys}
     if all("nvlink_bytes" in rank for rank in ranks):
         links = [rank["nvlink_bytes"] for rank in ranks]
         found["nvlink_bytes"] = {key: fmean(link[key] for link in links) for key in links[0]}
-    return found
+    errors = sorted({f"{what}: {error}" for rank in ranks for what, error in rank.get("errors", {}).items()})
+    return found | ({"errors": errors} if errors else {})
 
 
 def loss_difference(losses: list[float], reference: list[float]) -> float:

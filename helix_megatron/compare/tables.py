@@ -229,38 +229,44 @@ SPREAD = ["variant", "workload", "runs", "tok/s", "sd", "CV", "95 % interval"]
 
 
 def estimate(results: dict[str, Any]) -> list[list[str]]:
-    """variant, and of weights with optimizer and of activations: measured, Megatron's own estimate."""
+    """variant, then of weights with optimizer, of activations and of the KV cache, in MB: measured, the
+    planner's prediction, and (not of the cache) Megatron's own estimate."""
     found = []
     for variant in (v for v in results["variants"] if "measured" in v):
         held = variant["measured"]["memory_bytes_of_fullest_rank"]
         theirs = variant["measured"]["megatron_estimate_bytes"]
-        weights = sum(held.get(key, 0) for key in ("parameters", "gradients", "optimizer"))
-        numbers = (
-            weights,
-            theirs["weights_and_optimizer"],
-            held["saved_for_backward"],
-            theirs["activations"],
-        )
-        found.append([variant["name"], *(f"{number / 1e6:,.2f}" for number in numbers)])
+        planned = variant.get("predicted", {}).get("memory_bytes", {})
+        weights = [_sum(sizes, ("parameters", "gradients", "optimizer")) for sizes in (held, planned)]
+        kept = [_sum(sizes, ("saved_for_backward",)) for sizes in (held, planned)]
+        cache = [_sum(sizes, ("kv_cache",)) for sizes in (held, planned)]
+        numbers = (*weights, theirs["weights_and_optimizer"], *kept, theirs["activations"], *cache)
+        found.append([variant["name"], *("-" if n is None else f"{n / 1e6:,.2f}" for n in numbers)])
     return found
 
 
+def _sum(sizes: dict[str, float], names: tuple[str, ...]) -> float | None:
+    return sum(sizes.get(name, 0) for name in names) if names[0] in sizes else None
+
+
 ESTIMATE = [
-    *("variant", "weights, gradients, optimizer", "Megatron estimates (for bf16)"),
-    *("activations", "Megatron estimates"),
+    *("variant", "weights, gradients, optimizer", "planner", "Megatron estimates (for bf16)"),
+    *("activations", "planner", "Megatron estimates", "KV cache", "planner"),
 ]
 
 
 def gpu(results: dict[str, Any]) -> list[list[str]]:
-    """variant, busy %, memory busy %, watts, NVLink GB received: mean rank; no rows without NVML."""
+    """variant, busy %, memory busy %, memory bandwidth %, watts, NVLink GB received: mean rank."""
     found = []
     for variant in (v for v in results["variants"] if "gpu" in v.get("measured", {})):
         said = variant["measured"]["gpu"]
-        keys = ("gpu_busy_percent", "memory_busy_percent", "watts")
+        keys = ("gpu_busy_percent", "memory_busy_percent", "memory_bandwidth_percent", "watts")
         link = said.get("nvlink_bytes")
         row = [f"{said[key]:.0f}" if key in said else "-" for key in keys]
         found.append([variant["name"], *row, f"{link['received'] / 1e9:.1f}" if link else "-"])
     return found
 
 
-GPU = ["variant", "GPU busy %", "memory busy %", "watts", "NVLink GB received"]
+GPU = [
+    *("variant", "GPU busy %", "memory busy %", "memory bandwidth, % of peak", "watts"),
+    "NVLink GB received",
+]

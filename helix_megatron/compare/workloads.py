@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from helix_megatron import pretrain_gpt
+from helix_megatron.compare import kernels
 from helix_megatron.compare.comm import CommMeter
 from helix_megatron.compare.decode import Session
 
@@ -26,21 +27,25 @@ class Samples:
         self.comm_seconds: list[float] = []
         self.comm: dict[str, dict[str, float]] = {}
         self.counted = 0
+        self.split: dict[str, float] | None = None
 
     def iteration(self, body: Callable[[], Any], meter: CommMeter) -> Any:
         """Run `body` once, timed; returns what it returns.
 
         On the host every iteration is both timed and counted (counting costs microseconds). On GPUs the
-        measured ones run untouched, and the last warm-up iteration is the counted one, each collective on
-        its own.
+        measured ones run untouched: the last warm-up iteration is the counted one, each collective on its
+        own, and the one before it runs under the profiler (kernels.py).
         """
         number = len(self.all_seconds)
         counts = self.host or number == self.warmup - 1
+        profiles = not self.host and number == self.warmup - 2
         torch.cuda.synchronize()
         start = time.perf_counter()
         if counts:
             with meter.counting(blocking=not self.host):
                 result = body()
+        elif profiles:
+            result, self.split = kernels.profiled(body)
         else:
             result = body()
         torch.cuda.synchronize()
@@ -62,9 +67,10 @@ class Samples:
     def as_json(self, tokens: float, flops: float) -> dict[str, Any]:
         """tokens, flops: of one iteration, on all ranks together.
 
-        comm holds sums over comm_iterations iterations; comm_seconds the total of each of them.
+        comm holds sums over comm_iterations iterations; comm_seconds the total of each of them; split_seconds
+        is there where the profiler saw kernels.
         """
-        return {
+        return ({"split_seconds": self.split} if self.split else {}) | {
             "warmup_seconds": self.all_seconds[: self.warmup],
             "seconds": self.all_seconds[self.warmup :],
             "comm": self.comm,
