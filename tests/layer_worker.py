@@ -137,7 +137,12 @@ def load(layer, case: Case, rows, columns, dtype) -> None:
             layer.q_layernorm.weight.copy_(case.tensors["q_norm"].to(dtype))
             layer.k_layernorm.weight.copy_(case.tensors["k_norm"].to(dtype))
         if case.sinks:
-            layer.core_attention.core.softmax_offset.copy_(_own_heads(layer, case.tensors["sinks"]))
+            _sinks(layer).copy_(_own_heads(layer, case.tensors["sinks"]))
+
+
+def _sinks(layer) -> torch.nn.Parameter:
+    """With m = 1 the core attention is Megatron's own."""
+    return getattr(layer.core_attention, "core", layer.core_attention).softmax_offset
 
 
 def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
@@ -170,7 +175,7 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
     if case.bias:
         result["qkv_bias"] = layer.linear_qkv.bias.grad
     if case.sinks:
-        result["sinks"] = layer.core_attention.core.softmax_offset.grad
+        result["sinks"] = _sinks(layer).grad
     if case.qk_norm in ("RMSNorm", "LayerNorm"):
         for name, norm in (("q_norm", layer.q_layernorm), ("k_norm", layer.k_layernorm)):
             grad = norm.weight.grad.clone()
