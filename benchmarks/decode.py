@@ -206,6 +206,7 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
                     assert error < (1e-4 if dtype is torch.float32 else 3e-2), f"{name} {length}: {error}"
                 for turn in range(turns):
                     for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+                        sides[name].at(batch, length)  # a new step: its first layer does the step's own work
                         samples[name].append(_seconds(sides[name], hidden, rope, layers, device))
                 for name, side in sides.items():
                     rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))

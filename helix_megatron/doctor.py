@@ -116,9 +116,11 @@ def _features(mode: str, versions: dict[str, str | None], gpus: int) -> dict[str
         "host": "no: no GPU that torch can use; fit for host mode only (--helix-host-mode)",
         "none": "no: see what is wrong",
     }
-    trains = "yes" if compat.has_training() else "no: this megatron-core has none that Helix serves"
+    trains = "no"
+    if mode != "none":
+        trains = "yes" if compat.has_training() else "no: this megatron-core has none that Helix serves"
     return {
-        "Megatron's flags and training loop": trains if mode != "none" else "no",
+        "Megatron's flags and training loop": trains,
         "training on GPUs": runs[mode],
         "host mode": {"gpu": "refused where a GPU is", "host": "yes", "none": "no"}[mode],
         "Transformer Engine's attention and fp8": "yes"

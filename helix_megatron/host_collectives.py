@@ -12,7 +12,8 @@ Note [Messages are what costs]
     in the order of the ranks: all of them compute the same sum. Above LIMIT_BYTES bytes matter, and gloo's
     ring is left to do it.
 
-Everybody's collectives go this way, Megatron's own as well as Helix's.
+Everybody's collectives go this way, Megatron's own as well as Helix's. All ranks must call alike, as ever;
+here that includes `async_op`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _COMBINED = {
 def patch_collectives() -> None:
     """Wrap torch's ProcessGroup, through which Python's collectives pass."""
     methods = vars(ProcessGroup)
+    assert "all_gather_single" in methods or "_allgather_base" in methods, "torch renamed it once more"
     swap = methods["alltoall_base"]
     wrappers = {"allreduce": _all_reduce, "all_gather_single": _all_gather, "_allgather_base": _all_gather}
     for name, wrapper in wrappers.items():
@@ -50,8 +52,10 @@ def _small(group: Any, tensor: torch.Tensor) -> bool:
 
 def _all_reduce(original: Callable, swap: Callable) -> Callable:
     @functools.wraps(original)
-    def allreduce(group: Any, tensors: list[torch.Tensor], options: Any) -> Any:
-        tensor = tensors[0]
+    def allreduce(group: Any, tensors: Any, *rest: Any, **named: Any) -> Any:
+        if named or len(rest) != 1 or not hasattr(rest[0], "reduceOp") or isinstance(tensors, torch.Tensor):
+            return original(group, tensors, *rest, **named)  # a form that Python's collectives do not use
+        tensor, options = tensors[0], rest[0]
         combine = next((c for op, c in _COMBINED.items() if options.reduceOp == op), None)
         later = getattr(options, "asyncOp", True)  # the sum is made here, not when somebody waits
         if later or combine is None or len(tensors) > 1 or not _small(group, tensor):

@@ -249,7 +249,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
     expected = (plan.layout.kv_heads, plan.layout.slice_dim)
     found = tuple(context.memory_buffer.shape[-2:])
-    if found != expected:
+    if found != expected or not hasattr(context, "helix_tokens"):
         raise HelixConfigError(
             f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
             f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "

@@ -109,6 +109,7 @@ def read_checkpoints(verify: bool = True) -> None:
     if _reading:
         return
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.api import CheckpointException
@@ -123,12 +124,14 @@ def read_checkpoints(verify: bool = True) -> None:
 
         return load_common_state_dict
 
-    def each_once(original: Callable) -> Callable:
+    def each_once(original: Callable, agree: bool = True) -> Callable:
         @functools.wraps(original)
         def _get_filesystem_reader(*args: Any, **kwargs: Any) -> Any:
             reader = original(*args, **kwargs)
             if isinstance(reader, FileSystemReader):  # other storage has its own reader
-                reader.read_data = functools.partial(integrity.read_shards, reader, verify=verify)
+                reader.read_data = functools.partial(
+                    integrity.read_shards, reader, verify=verify, agree=agree
+                )
                 if verify:
                     reader.read_metadata = functools.partial(integrity.metadata_of, reader)
             return reader
@@ -152,7 +155,11 @@ def read_checkpoints(verify: bool = True) -> None:
 
     if verify:
         _replace(_reading, dist_checkpointing, "load_common_state_dict", index_first)
+        _replace(_reading, dist_checkpointing, "load_common_state_dict", in_plain_words)
     _replace(_reading, torch_strategy, "_get_filesystem_reader", each_once)
+    if hasattr(serialization, "_get_filesystem_reader"):  # of arguments and counters; one rank may read alone
+        alone = functools.partial(each_once, agree=False)
+        _replace(_reading, serialization, "_get_filesystem_reader", alone)
     _replace(_reading, dist_checkpointing, "load", in_plain_words)
 
 

@@ -109,13 +109,16 @@ def forget_metadata() -> None:
     _same_metadata.cache_clear()
 
 
-def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.futures.Future:
-    """torch's FileSystemReader.read_data, but reading each stored tensor once. Collective with `verify`.
+def read_shards(
+    reader: Any, plan: Any, planner: Any, *, verify: bool, agree: bool = True
+) -> torch.futures.Future:
+    """torch's FileSystemReader.read_data, but reading each stored tensor once. Collective with both flags.
 
     Args:
         reader: a FileSystemReader with its metadata set.
         plan, planner: a LoadPlan and its LoadPlanner.
-        verify: compare checksums; all ranks raise when one of them finds damage.
+        verify: compare checksums.
+        agree: all ranks raise when one of them finds damage; off where one rank may read alone.
     Raises:
         CheckpointError: naming the damaged or missing files.
     """
@@ -123,26 +126,40 @@ def read_shards(reader: Any, plan: Any, planner: Any, *, verify: bool) -> torch.
     for item in plan.items:
         wanted[item.storage_index].append(item)
     names = {index: items[0].dest_index.fqn for index, items in wanted.items()}
-    found = []
+    found: list[str] = []
+    refused: Exception | None = None  # by whoever unpickles an object; not damage
     for index, content, fault in _stored(Path(reader.path), reader.storage_data, names, verify):
+        try:
+            for item in [] if fault else wanted[index]:
+                _hand_over(content, item, planner)
+        except Exception as error:  # no rank may miss the agreement below
+            if index.offset is None:
+                refused = refused or error
+            else:
+                path = Path(reader.path) / reader.storage_data[index].relative_path
+                reason = str(error).splitlines()[0]
+                fault = f"{path}: not what the index says: {reason} (in {names[index]})"
         if fault:
             found.append(fault)
-            continue
-        for item in wanted[index]:
-            if isinstance(content, io.BytesIO):
-                planner.load_bytes(item, content)
-                continue
-            piece = content
-            for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                piece = piece.narrow(dim, offset, length)
-            target = planner.resolve_tensor(item).detach()
-            assert target.shape == piece.shape, "torch plans pieces of equal shapes"
-            target.copy_(piece)
-            planner.commit_tensor(item, target)
-    _refuse(Path(reader.path), found, verify)
+    _refuse(Path(reader.path), found, verify and agree)
+    if refused is not None:
+        raise refused
     done: torch.futures.Future = torch.futures.Future()
     done.set_result(None)
     return done
+
+
+def _hand_over(content: Tensor | io.BytesIO, item: Any, planner: Any) -> None:
+    """Give the planner the piece of `content` that it wants for a ReadItem."""
+    if isinstance(content, io.BytesIO):
+        planner.load_bytes(item, content)
+        return
+    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        content = content.narrow(dim, offset, length)
+    target = planner.resolve_tensor(item).detach()
+    assert target.shape == content.shape, "torch plans pieces of equal shapes"
+    target.copy_(content)
+    planner.commit_tensor(item, target)
 
 
 def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> Iterator[tuple]:

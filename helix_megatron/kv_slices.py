@@ -28,7 +28,7 @@ from helix_megatron.exchange import all_reduce_sum
 from helix_megatron.kv_cache import Attention
 from helix_megatron.paged_attention import Requests
 
-SCORE_BYTES = 2**26  # fp32 scores that exist at a time
+SCORE_BYTES = 2**26  # fp32 scores of a part; about four times as much exists while it is computed
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,18 @@ fi
 
 where="${tree} (Megatron-LM ${version})"
 case "${action} ${state}" in
-    "apply absent") try && echo "applied ${patch##*/} to ${where}" ;;
+    "apply absent")
+        try || fail "git apply could not write to ${tree}"
+        echo "applied ${patch##*/} to ${where}"
+        ;;
     "apply applied") echo "already applied to ${where}" ;;
     "check absent") echo "not applied to ${where}; it fits" && exit 1 ;;
     "check applied") echo "applied to ${where}" ;;
     "revert absent") echo "not applied to ${where}: nothing to revert" ;;
-    "revert applied") try --reverse && echo "reverted in ${where}" ;;
+    "revert applied")
+        try --reverse || fail "git apply could not write to ${tree}"
+        echo "reverted in ${where}"
+        ;;
 esac
-grep -qF " ${version}" < <(sed '/^diff /q' "${patch}") ||
+grep -qE " ${version//./\\.}([^0-9]|\$)" < <(sed '/^diff /q' "${patch}") ||
     echo "patch_megatron: it fits, but ${version} is not one of those that it was tried on: ${patch##*/} names them" >&2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helix_megatron import cli, compat, doctor
+from helix_megatron.grid import HelixConfigError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
@@ -52,6 +53,15 @@ def test_an_unsupported_megatron_is_not_fit(no_driver, monkeypatch, capsys):
     assert cli.main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["mode"] == "none" and "which knows 0.99" in report["problems"][0]
+
+
+def test_a_broken_megatron_is_not_fit(no_driver, monkeypatch, capsys):
+    def version():
+        raise HelixConfigError("megatron.core cannot be imported")
+
+    monkeypatch.setattr(compat, "version", version)
+    assert cli.main(["doctor"]) == 1
+    assert "megatron.core cannot be imported" in capsys.readouterr().out
 
 
 def test_a_broken_torch_is_not_fit(no_driver, monkeypatch, capsys):

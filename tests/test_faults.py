@@ -13,6 +13,7 @@ from test_checkpoint import LAYOUTS, SHAPE, tensors
 from torch.distributed.checkpoint.api import CheckpointException
 from training import MODEL, rank_train
 
+from helix_megatron import integrate
 from helix_megatron.integrity import CheckpointError, read_metadata
 from helix_megatron.launch import RankError
 
@@ -115,18 +116,15 @@ def shard(folder):
     return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
-def flip(folder, path):
-    """Flip one bit in the middle of a linear_qkv weight of the shard `path`."""
-    info = next(
-        info
-        for index, info in read_metadata(folder).storage_data.items()
-        if index.fqn.endswith("linear_qkv.weight") and info.relative_path == path.name
-    )
-    with open(path, "r+b") as file:
-        file.seek(info.offset + info.length // 2)
-        byte = file.read(1)[0]
-        file.seek(info.offset + info.length // 2)
-        file.write(bytes([byte ^ 0x10]))
+def flip(folder, name, at=0.5):
+    """Flip one bit in what is stored under a name that ends so; the file."""
+    stored = read_metadata(folder).storage_data
+    info = next(info for index, info in stored.items() if index.fqn.endswith(name))
+    path, place = folder / info.relative_path, info.offset + int(info.length * at)
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+    return path
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "index"])
@@ -135,7 +133,7 @@ def test_damaged_checkpoints_are_refused_with_the_file(run, copy, kind):
     if kind == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     elif kind == "flipped":
-        flip(copy, path)
+        path = flip(copy, "linear_qkv.weight")
     elif kind == "missing":
         path.unlink()
     else:
@@ -148,8 +146,34 @@ def test_damaged_checkpoints_are_refused_with_the_file(run, copy, kind):
 
 def test_without_verification_a_damaged_checkpoint_loads(run, copy):
     """As Megatron alone would do: what the flag is for."""
-    flip(copy, shard(copy))
+    flip(copy, "linear_qkv.weight")
     assert list(run(f"--load {copy.parent} --helix-no-verify-checkpoint")) == list(range(3, 11))
+
+
+def test_damaged_arguments_and_counters_are_refused(copy):
+    from megatron.core import dist_checkpointing
+
+    name = next(index.fqn for index in read_metadata(copy).storage_data if "common" in index.fqn)
+    integrate.read_checkpoints()
+    try:
+        assert dist_checkpointing.load_common_state_dict(copy)["args"].seed == 7
+        path = flip(copy, name)
+        with pytest.raises(CheckpointError, match=rf"{path.name}: damaged: .* \(in {name}\)"):
+            dist_checkpointing.load_common_state_dict(copy)
+    finally:
+        integrate.uninstall()
+
+
+def test_tensors_of_other_shapes_than_the_index_says_are_refused(copy):
+    """Sound checksums, and rows of another checkpoint: shapes are compared before ranks agree."""
+    metadata = read_metadata(copy)
+    stored = metadata.storage_data
+    a, b = (next(i for i in stored if i.fqn.endswith(name)) for name in ("fc1.weight", "fc2.weight"))
+    stored[a], stored[b] = stored[b], stored[a]
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointException) as caught:
+        tensors(copy.parent, 2, verified=True)
+    assert "not what the index says" in str(caught.value.failures)
 
 
 def test_every_flipped_bit_is_found_or_harmless(copy):

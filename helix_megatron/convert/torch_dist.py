@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from helix_megatron import integrity
 from helix_megatron.convert.mapping import EXTRA_STATES, Entry
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -154,7 +155,7 @@ class Checkpoint:
             raise ValueError(f"{self.folder} holds no Megatron arguments, so its architecture is unknown.")
         self.args: Namespace = common["args"]
         self._reader = FileSystemReader(self.folder)
-        metadata = self._reader.read_metadata()
+        metadata = integrity.metadata_of(self._reader)
         self._reader.read_metadata = lambda *_, **__: metadata  # once, not once a tensor
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: stored
