@@ -18,6 +18,7 @@ from rich.console import Console
 
 from helix_megatron.compare import config as configuration
 from helix_megatron.compare import harness, launching
+from helix_megatron.compare import variants as layouts
 from helix_megatron.launch import run_ranks
 
 # ---- what is counted
@@ -196,6 +197,17 @@ def test_which_variants_are_the_same_model():
     keys = [config.model_key(variant) for variant in config.variants]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4
+    assert layouts.per_slice_grid({**flags(config, 3), "--helix-dim-parallel-size": None}, "helix") == (2, 1)
+    assert [layouts.per_slice_grid(flags(config, k), "helix") for k in (1, 3)] == [None, (1, 2)]
+    found = harness.references(config)
+    assert len(found) == 4  # one of each model
+    assert found[keys[3]].args["--num-attention-heads"] == 8  # four heads in two slices
+    assert (found[keys[3]].args["--kv-channels"], found[keys[3]].args["--num-query-groups"]) == (4, 8)
+    assert "--num-attention-heads" not in found[keys[0]].args
+
+
+def flags(config, number):
+    return {**config.model_args, **config.variants[number].args}
 
 
 def test_the_default_variants():

@@ -69,7 +69,7 @@ def decode_step(model: Any, tokens: torch.Tensor, context: Any, pp: Any, args: A
 
     At the end of the pipeline `pp` the tokens [b, 1] (int64) are broadcast to its other stages.
     """
-    output = through_pipeline(model, tokens, context, context.sequence_len_offset, pp, args)
+    output = through_pipeline([model], tokens, context, context.sequence_len_offset, pp, args)
     stage, last = pp.rank(), pp.size() - 1
     if stage < last:
         chosen = torch.empty((tokens.shape[0], 1), dtype=torch.int64, device=tokens.device)
@@ -83,24 +83,26 @@ def decode_step(model: Any, tokens: torch.Tensor, context: Any, pp: Any, args: A
 
 
 def through_pipeline(
-    model: Any, tokens: torch.Tensor, context: Any, done: int, pp: Any, args: Any
+    models: list[Any], tokens: torch.Tensor, context: Any, done: int, pp: Any, args: Any
 ) -> torch.Tensor:
     """Forward of tokens [b, s] at positions done … done + s - 1; the last stage returns logits [b, s, V].
 
-    Point to point along `pp`: hidden states [s, b, h] of the parameters' dtype, s / TP of them with sequence
-    parallelism and no context. Other stages return what they have sent.
+    models: this rank's chunks, one for each virtual pipeline stage: all stages pass their first chunk, then
+    all their second, and so on. Point to point around `pp`: hidden states [s, b, h] of the parameters' dtype,
+    s / TP of them with sequence parallelism and no context. Other stages return what they have sent.
     """
     b, s = tokens.shape
     positions = torch.arange(done, done + s, device=tokens.device).expand(b, s)
     ranks = torch.distributed.get_process_group_ranks(pp)
     stage, last = pp.rank(), pp.size() - 1
-    if stage:
-        split = args.tensor_model_parallel_size if args.sequence_parallel and context is None else 1
-        shape = (s // split, b, args.hidden_size)
-        hidden = torch.empty(shape, dtype=args.params_dtype, device=tokens.device)
-        torch.distributed.recv(hidden, ranks[stage - 1], group=pp)
-        model.set_input_tensor(hidden)
-    output = model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
-    if stage < last:
-        torch.distributed.send(output.contiguous(), ranks[stage + 1], group=pp)
+    split = args.tensor_model_parallel_size if args.sequence_parallel and context is None else 1
+    shape = (s // split, b, args.hidden_size)
+    for number, model in enumerate(models):
+        if stage or number:
+            hidden = torch.empty(shape, dtype=args.params_dtype, device=tokens.device)
+            torch.distributed.recv(hidden, ranks[stage - 1], group=pp)  # the first's are from the last
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, None, inference_context=context, runtime_gather_output=True)
+        if stage < last or number < len(models) - 1:
+            torch.distributed.send(output.contiguous(), ranks[(stage + 1) % len(ranks)], group=pp)
     return output

@@ -28,7 +28,7 @@ from helix_megatron.compare.config import CompareConfig, as_json
 from helix_megatron.compare.measure import Task
 from helix_megatron.compare.nodes import Nodes
 from helix_megatron.compare.progress import Progress
-from helix_megatron.compare.variants import PP, TP, Variant
+from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
 
 _DATA_FLAGS = (
     "--data-path",
@@ -36,6 +36,16 @@ _DATA_FLAGS = (
     "--data-args-path",
     "--train-data-path",
     "--per-split-data-args-path",
+)
+
+
+_NOT_ON_ONE_RANK = (
+    "--bf16",
+    "--fp16",
+    "--fp8-format",
+    "--sequence-parallel",
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
 )
 
 
@@ -93,17 +103,26 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
 
 
 def references(config: CompareConfig) -> dict[str, Variant]:
-    """model key → the variant that runs it on one rank in fp32. Per-slice models have no such form."""
+    """model key → the variant that runs it on one rank in fp32.
+
+    Of a per-slice model that is Megatron with m times as many heads of 1/m of the dimension; there is none
+    where the flags do not say the heads.
+    """
     found: dict[str, Variant] = {}
     for variant in config.variants:
         key = config.model_key(variant)
-        if key in found or "per-slice" in key:
+        if key in found:
+            continue
+        given = {**config.model_args, **variant.args}
+        grid = per_slice_grid(given, variant.attention_impl)
+        heads = smaller_heads(given, grid[1]) if grid else {}
+        if heads is None:
             continue
         flags = {k: v for k, v in variant.args.items() if not k.startswith("--helix-")}
-        off = {"--bf16": False, "--fp16": False, "--sequence-parallel": False, "--fp8-format": False}
+        off = dict.fromkeys(_NOT_ON_ONE_RANK, False)
         single = {TP: 1, PP: 1, "--context-parallel-size": 1, "--skip-train": True}
         name = f"fp32 reference of {variant.name}"
-        found[key] = Variant(name, args={**flags, **off, **single}, may_fail=True, ranks=1)
+        found[key] = Variant(name, args={**flags, **off, **single, **heads}, may_fail=True, ranks=1)
     return found
 
 
@@ -202,10 +221,12 @@ class Session:
     def _task(self, variant: Variant, run: int) -> Task:
         config = self.config
         key = config.model_key(variant)
-        dtype = None
+        dtype = grid = None
         if variant.name in {v.name for v in self.reference_runs.values()}:
             key = next(k for k, v in self.reference_runs.items() if v.name == variant.name)
-            dtype = next(_dtype(config, v) for v in config.variants if config.model_key(v) == key)
+            of = next(v for v in config.variants if config.model_key(v) == key)
+            dtype = _dtype(config, of)
+            grid = per_slice_grid({**config.model_args, **of.args}, of.attention_impl)
         reference = self.reference_runs.get(key)
         path = self.out / "reference" / f"{records.slug(reference.name)}.npy" if reference else None
         return Task(
@@ -219,6 +240,7 @@ class Session:
             slow_down=variant.slow_down,
             reference=str(path) if path else None,
             reference_of=dtype,
+            reference_grid=list(grid) if grid else None,
         )
 
     def _run(self, variant: Variant, run: int, progress: Progress) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Task:
     """Path of the fp32 reference's logits, to write or to compare with; None for neither."""
     reference_of: str | None = None
     """This run is the reference, of a model whose weights have this torch dtype."""
+    reference_grid: list[int] | None = None
+    """And (n, m) of the grid when that model has per-slice softmax."""
 
     def count(self, name: str) -> int:
         """Iterations of a workload, warm-up included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ _LAYOUT_FLAGS = (
     "--pipeline-model-parallel-size",
     "--context-parallel-size",
     "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
     "--micro-batch-size",
     "--sequence-parallel",
     "--use-distributed-optimizer",
@@ -54,9 +56,38 @@ def model_key(flags: Mapping[str, Any], attention_impl: str) -> str:
     The per-slice softmax is a model of its own for every number of slices.
     """
     kept = {k: v for k, v in flags.items() if k not in _LAYOUT_FLAGS and not k.startswith("--helix-")}
-    if attention_impl == "helix" and flags.get("--helix-softmax") == "per-slice":
-        kept["per-slice"] = flags.get("--helix-dim-parallel-size")
+    grid = per_slice_grid(flags, attention_impl)
+    if grid is not None:
+        kept["per-slice"] = grid[1]
     return json.dumps(kept, sort_keys=True, default=str)
+
+
+def per_slice_grid(flags: Mapping[str, Any], attention_impl: str) -> tuple[int, int] | None:
+    """(n, m) of a variant with per-slice softmax, as Helix chooses what is not given; None for others."""
+    if attention_impl != "helix" or flags.get("--helix-softmax") != "per-slice":
+        return None
+    tp, shape = flags.get(TP, 1), attention_shape(flags)
+    m = flags.get("--helix-dim-parallel-size")
+    n = flags.get("--helix-head-parallel-size") or (tp // m if m else None)
+    if n is None:
+        n = math.gcd(shape.num_query_groups, tp) if shape else tp
+    return n, m or max(1, tp // n)
+
+
+def smaller_heads(flags: Mapping[str, Any], m: int) -> dict[str, Any] | None:
+    """Flags of the model that per-slice softmax over m slices is: H m heads of d / m, G m for K and V.
+
+    None when the flags do not say the heads, or m does not divide d.
+    """
+    shape = attention_shape(flags)
+    if shape is None or shape.kv_channels % m:
+        return None
+    return {
+        "--num-attention-heads": shape.num_attention_heads * m,
+        "--group-query-attention": True,
+        "--num-query-groups": shape.num_query_groups * m,
+        "--kv-channels": shape.kv_channels // m,
+    }
 
 
 def attention_shape(flags: Mapping[str, Any]) -> AttentionShape | None:
