@@ -192,20 +192,22 @@ def iterations(log):
 
 @pytest.mark.timeout(1500)
 def test_the_warning_before_the_time_limit_saves_and_the_requeued_job_goes_on(cluster, tmp_path):
-    """The warning as Slurm sends it: USR1 to the processes of the steps, on both nodes."""
-    job = cluster.submit(tmp_path, "--nodes=2", "scripts/slurm/train.sbatch", *flags(tmp_path, 30))
+    """The warning as Slurm sends it: USR1 to the processes of the steps, on both nodes of eight ranks."""
+    more = "--tensor-model-parallel-size 16 --num-attention-heads 16 --kv-channels 8".split()
+    script = ["scripts/slurm/train.sbatch", *flags(tmp_path, 20, *more)]
+    job = cluster.submit(tmp_path, "--nodes=2", *script, RANKS_PER_NODE="8")
     first, second = tmp_path / "logs/0", tmp_path / "logs/1"
     wait_until(lambda: iterations(first / "node_1.log"), 500, "no iteration")
     cluster.control("scancel", "--signal=USR1", job)
     wait_until(lambda: read(first / "state"), 180, "the warning did not end the run")
     assert read(first / "state").strip() == "helix-train: time limit, saved"
     saved = int(read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt"))
-    assert 1 <= saved < 30
+    assert 1 <= saved < 20
     cluster.start_again(job)
     cluster.wait(job, "COMPLETED", "FAILED", seconds=500)
     assert read(second / "state").strip() == "helix-train: completed", read(second / "node_1.log")[-2000:]
-    assert iterations(second / "node_1.log") == list(range(saved + 1, 31))
-    assert read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt") == "30"
+    assert iterations(second / "node_1.log") == list(range(saved + 1, 21))
+    assert read(tmp_path / "checkpoints/latest_checkpointed_iteration.txt") == "20"
     assert not cluster.processes()
 
 
