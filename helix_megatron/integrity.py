@@ -137,8 +137,7 @@ def read_shards(
                 refused = refused or error
             else:
                 path = Path(reader.path) / reader.storage_data[index].relative_path
-                reason = str(error).splitlines()[0]
-                fault = f"{path}: not what the index says: {reason} (in {names[index]})"
+                fault = f"{path}: not what the index says: {_first_line(error)} (in {names[index]})"
         if fault:
             found.append(fault)
     _refuse(Path(reader.path), found, verify and agree)
@@ -147,6 +146,11 @@ def read_shards(
     done: torch.futures.Future = torch.futures.Future()
     done.set_result(None)
     return done
+
+
+def _first_line(error: Exception) -> str:
+    """Of its message, or its name where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _hand_over(content: Tensor | io.BytesIO, item: Any, planner: Any) -> None:
@@ -188,8 +192,7 @@ def _stored(folder: Path, storage: Any, names: dict[Any, str], verify: bool) -> 
                     except OSError:
                         raise
                     except Exception as error:  # damaged archives raise of all kinds
-                        reason = (str(error) or type(error).__name__).splitlines()[0]
-                        fault = f"{path}: damaged: {reason} (in {names[index]})"
+                        fault = f"{path}: damaged: {_first_line(error)} (in {names[index]})"
                     yield index, content, fault
         except OSError as error:
             yield indices[0], None, f"{path}: {error.strerror}"

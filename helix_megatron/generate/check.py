@@ -8,13 +8,14 @@ where m > 1, `dim`. Every step's logits are compared, not only the tokens. Then 
 text is asked for (`--needle-tokens 0` leaves that out).
 
 Every finding goes to the file `--out` at once, and one that is there already is not made again: a run that
-was interrupted goes on where it stopped.
+was interrupted goes on where it stopped. Findings of another code, or of other versions, are refused there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -74,7 +75,6 @@ class _Comparison:
 
     def __init__(self, expected: Reference):
         self._expected, self._theirs = expected, np.load(expected.logits_file, mmap_mode="r")
-        self._steps = [0] * len(expected.prompts)
         self.worst = 0.0
         self.tokens: list[list[int]] = [[] for _ in expected.prompts]
 
@@ -85,7 +85,8 @@ class _Comparison:
             same_so_far = self.tokens[request] == self._expected.answers[request][:step]
             if step < self._theirs.shape[1] and same_so_far:
                 theirs = torch.from_numpy(self._theirs[request, step].copy())
-                self.worst = max(self.worst, float((row[: len(theirs)].float() - theirs).abs().max()))
+                difference = float((row[: len(theirs)].float() - theirs).abs().max())
+                self.worst = max(self.worst, math.inf if math.isnan(difference) else difference)
             self.tokens[request].append(int(row.argmax()))
 
 
@@ -168,11 +169,11 @@ class Results:
 
     @property
     def equal(self) -> bool:
-        """Whether all findings are what they should be; needles are compared with the smallest size's."""
+        """Whether there are findings and all are what they should be; needles are compared with the smallest
+        size's."""
         needles = [row["tokens"] for row in self.rows if row["kind"] == "needle"]
-        return all(row["equal"] for row in self.rows if row["kind"] != "needle") and all(
-            tokens == needles[0] for tokens in needles
-        )
+        batches = [row["equal"] for row in self.rows if row["kind"] != "needle"]
+        return bool(self.rows) and all(batches) and all(tokens == needles[0] for tokens in needles)
 
     def add(self, row: dict[str, Any]) -> None:
         """Take a finding and write all of them."""
@@ -205,6 +206,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 when anything differs."""
+    from helix_megatron.compare import machine
     from helix_megatron.convert.check import open_model, text_tokens
 
     parser = argparse.ArgumentParser(prog="python -m helix_megatron.generate.check", description=__doc__)
@@ -219,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     settings = {"model": options.model.name, "lengths": LENGTHS, "new_tokens": options.new_tokens}
     settings |= {"tolerance": TOLERANCE, "needle_tokens": options.needle_tokens, "depths": DEPTHS}
+    settings |= {"source": machine.source_digest(), "versions": machine.versions()}
     results = Results(options.out, settings)
     checkpoint = model.prepared(options.model, "float32", options.cache_dir)
     wanted = [
