@@ -5,6 +5,7 @@ The megatron-core wheel carries the checkout's megatron/training byte for byte, 
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,22 @@ def test_a_patch_release_that_it_was_not_tried_on_is_named(tree):
     (tree / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 19\nPATCH = 9\n")
     applied = patch("apply", tree)
     assert applied.returncode == 0 and "0.19.9 is not one of those that it was tried on" in applied.stderr
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_a_tree_that_cannot_be_written_is_an_error(tree, tmp_path_factory, monkeypatch, action):
+    """As on a full disk: the patch fits, and git fails when it writes."""
+    if action == "revert":
+        assert patch("apply", tree).returncode == 0
+    before = (tree / PATCHED).read_bytes()
+    folder = tmp_path_factory.mktemp("bin")
+    git = folder / "git"
+    git.write_text(f'#!/bin/sh\ncase "$*" in *--check*) exec {shutil.which("git")} "$@" ;; esac\nexit 1\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    failed = patch(action, tree)
+    assert failed.returncode == 2 and f"could not write to {tree}" in failed.stderr
+    assert (tree / PATCHED).read_bytes() == before
 
 
 def test_a_checkout_inside_another_repository(tree):
