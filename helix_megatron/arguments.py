@@ -11,6 +11,7 @@ from helix_megatron.config import (
     QUERY_PLACEMENTS,
     SOFTMAX_KINDS,
     HelixConfig,
+    parse_weights,
 )
 from helix_megatron.grid import HelixConfigError
 
@@ -37,6 +38,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=None,
         metavar="M",
         help="Slices of each head's dimension (second level). M=1 is Megatron's own attention.",
+    )
+    group.add_argument(
+        "--helix-slice-weights",
+        nargs="+",
+        default=None,
+        metavar="W,W,...",
+        help="M positive numbers, sizes of the slices in proportion, for devices of unequal speed: 2,1,1. "
+        "Default: as equal as whole rotary pairs allow.",
     )
     group.add_argument(
         "--helix-softmax",
@@ -117,6 +126,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         given = {
             "--helix-head-parallel-size": args.helix_head_parallel_size is not None,
             "--helix-dim-parallel-size": args.helix_dim_parallel_size is not None,
+            "--helix-slice-weights": args.helix_slice_weights is not None,
             "--helix-softmax": args.helix_softmax != "exact",
             "--helix-comm-type": args.helix_comm_type != "auto",
             "--helix-query-placement": args.helix_query_placement != "auto",
@@ -155,9 +165,11 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "per-slice softmax with --position-embedding-type yarn: YaRN's frequencies depend on the head "
             "dimension and cannot be those of a slice; use rope"
         )
+    weights = args.helix_slice_weights
     return HelixConfig(
         head_parallel_size=args.helix_head_parallel_size,
         dim_parallel_size=args.helix_dim_parallel_size,
+        slice_weights=parse_weights(",".join(weights)) if weights is not None else None,
         softmax=args.helix_softmax,
         comm_type=args.helix_comm_type,
         query_placement=args.helix_query_placement,

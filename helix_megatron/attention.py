@@ -1,7 +1,8 @@
 """`HelixParallelSelfAttention`: Megatron's SelfAttention on slices of heads.
 
 Note [What is Megatron's and what is ours]
-    A derived TransformerConfig with H*m heads, G*m KV heads and d/m channels makes Megatron's own
+    A derived TransformerConfig with H*m heads, G*m KV heads and d/m channels (a rank's own d_s where slices
+    are uneven) makes Megatron's own
     SelfAttention project, split, rotate and cache SLICES: its modules (ColumnParallelLinear,
     TELayerNormColumnParallelLinear, RowParallelLinear ...) are untouched, so fp8, sequence parallelism,
     wgrad fusion and communication overlap keep working. We change four things:
@@ -92,7 +93,9 @@ class HelixParallelSelfAttention(SelfAttention):
                 f"the layer needs grid {plan.grid}, but the process groups are those of {groups.grid}"
             )
         super().__init__(
-            derived_config(config, plan), _slice_submodules(submodules, config, plan, groups), **layer
+            derived_config(config, plan, plan.layout.slice_dims(groups.dim_rank)),
+            _slice_submodules(submodules, config, plan, groups),
+            **layer,
         )
         self.helix_plan, self.helix_groups = plan, groups
         layout, dim_rank = plan.layout, groups.dim_rank
@@ -182,7 +185,7 @@ class HelixParallelSelfAttention(SelfAttention):
         layout = self.helix_plan.layout
         mixed_qkv, _ = self.linear_qkv(hidden_states)
         heads = layout.query_heads // layout.grid.dim_parallel_size
-        kv = layout.kv_heads * layout.slice_dim
+        kv = layout.kv_heads * layout.slice_dims(self.helix_groups.dim_rank)
         queries = heads * layout.shape.kv_channels
         gate = None
         if output_gate:
@@ -209,14 +212,15 @@ class HelixParallelSelfAttention(SelfAttention):
             return state
         layout, rank = self.helix_plan.layout, self.pg_collection.tp.rank()
         rows, columns = layout.qkv_rows(rank), layout.proj_columns(rank)
-        for name, local, dim in (
-            ("linear_qkv.weight", rows, 0),
-            ("linear_qkv.bias", rows, 0),
-            ("linear_proj.weight", columns, 1),
+        all_rows, all_columns = len(layout.qkv_permutation()), len(layout.proj_permutation())
+        for name, local, whole, dim in (
+            ("linear_qkv.weight", rows, all_rows, 0),
+            ("linear_qkv.bias", rows, all_rows, 0),
+            ("linear_proj.weight", columns, all_columns, 1),
         ):
             key = prefix + name
             if key in state:
-                state[key] = standard_layout(state[key], local, dim, len(sharded_offsets))
+                state[key] = standard_layout(state[key], local, whole, dim, len(sharded_offsets))
         return state
 
 
@@ -232,13 +236,17 @@ def plan_for(helix: HelixConfig, config: TransformerConfig, tp_size: int) -> Hel
     )
 
 
-def derived_config(config: TransformerConfig, plan: HelixPlan) -> TransformerConfig:
-    """The configuration whose heads are this model's slices: H*m heads, G*m KV heads, d/m channels."""
+def derived_config(config: TransformerConfig, plan: HelixPlan, channels: int) -> TransformerConfig:
+    """The configuration whose heads are this model's slices: H*m heads, G*m KV heads of `channels`, d/m.
+
+    Where slices are uneven every rank has its own, as if all were as long as its slice: Megatron's modules
+    divide what they are told by T, and only their local sizes are real.
+    """
     m = plan.grid.dim_parallel_size
     derived = copy.copy(config)
     derived.num_attention_heads = config.num_attention_heads * m
     derived.num_query_groups = config.num_query_groups * m
-    derived.kv_channels = config.kv_channels // m
+    derived.kv_channels = channels
     return derived
 
 
@@ -298,28 +306,32 @@ def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
             f"Helix grid {plan.grid} slices heads (m > 1), which weights kept in FP8 or FP4 "
             "(--fp8-param-gather, --fp4-param-gather) were never run with; leave them in half precision"
         )
-    shape, size = plan.layout.shape, plan.grid.size
-    parts = {
-        "rows of linear_qkv": len(plan.layout.qkv_rows(0)) * size,
-        "columns of linear_proj": shape.num_attention_heads * shape.kv_channels,
-    }
+    layout = plan.layout
     multiple = 32 if value("fp8_recipe", "") == "mxfp8" else 16
-    for name, whole in parts.items():
-        if whole // size % multiple:
-            raise HelixConfigError(
-                f"FP8 and FP4 need multiples of {multiple}, but a rank of Helix grid {plan.grid} holds "
-                f"{whole // size} {name} of {shape}; use a smaller tensor-parallel size, or no FP8"
-            )
+    for rank in range(plan.grid.dim_parallel_size):  # other head groups hold as much
+        parts = {
+            "rows of linear_qkv": len(layout.qkv_rows(rank)),
+            "columns of linear_proj": len(layout.proj_columns(rank)),
+        }
+        for name, held in parts.items():
+            if held % multiple:
+                raise HelixConfigError(
+                    f"FP8 and FP4 need multiples of {multiple}, but rank {rank} of Helix grid {plan.grid} "
+                    f"holds {held} {name} of {layout.shape}; use a smaller tensor-parallel size, or no FP8"
+                )
 
 
 def _slice_submodules(
     submodules: SelfAttentionSubmodules, config: TransformerConfig, plan: HelixPlan, groups: HelixGroups
 ) -> SelfAttentionSubmodules:
     """The spec's submodules, built for slices instead of heads."""
-    layout = plan.layout
+    layout, tp = plan.layout, plan.grid.size
+    rank = groups.head_rank * plan.grid.dim_parallel_size + groups.dim_rank
+    rows = Slices(layout.qkv_permutation(), layout.qkv_rows(rank), 0, config)
+    columns = Slices(layout.proj_permutation(), layout.proj_columns(rank), 1, config)
     changes: dict[str, Any] = {
-        "linear_qkv": _sliced(submodules.linear_qkv, Slices(layout.qkv_permutation(), 0, config)),
-        "linear_proj": _sliced(submodules.linear_proj, Slices(layout.proj_permutation(), 1, config)),
+        "linear_qkv": _sliced(submodules.linear_qkv, rows, rank, tp),
+        "linear_proj": _sliced(submodules.linear_proj, columns, rank, tp),
     }
     if not layout.per_slice:
 
@@ -377,24 +389,32 @@ def _build_qk_norm(
     )
 
 
-def _sliced(builder: Callable, slices: Slices) -> Callable:
+def _sliced(builder: Callable, slices: Slices, rank: int, tp: int) -> Callable:
     """Wrap a linear layer's builder: it is marked, and a rank initialises ITS rows of the master weight.
 
-    With `--use-cpu-initialization` Megatron draws the whole master weight on every rank and keeps the
-    rank's contiguous chunk. Permuting the master right after the draw makes that chunk the rows (dim 0)
-    or columns (dim 1) of this rank's slices: the model is the same at every grid. A local draw (GPU
+    Megatron divides a layer's size by T, so it is told T times what this rank holds (the whole layer, where
+    slices are even). With `--use-cpu-initialization` it draws the whole master weight on every rank and keeps
+    the rank's contiguous chunk. Here the true master is drawn, and that chunk is made the rows (dim 0) or
+    columns (dim 1) of this rank's slices: the model is the same at every grid. A local draw (GPU
     initialisation) is left alone, its entries are independent.
     """
+    held, dim = len(slices.own), slices.dim
 
     def build(*args: Any, init_method: Callable[[Tensor], Any], **kwargs: Any) -> torch.nn.Module:
         def init(weight: Tensor) -> Any:
-            result = init_method(weight)
-            if weight.shape[slices.dim] == len(slices.permutation):
-                with torch.no_grad():
-                    index = torch.from_numpy(slices.permutation).to(weight.device)
-                    weight.copy_(weight.index_select(slices.dim, index))
+            if weight.shape[dim] != held * tp:
+                return init_method(weight)
+            shape = list(weight.shape)
+            shape[dim] = len(slices.permutation)
+            master = weight.new_empty(shape)
+            result = init_method(master)
+            with torch.no_grad():
+                index = torch.from_numpy(slices.own).to(weight.device)
+                weight.narrow(dim, rank * held, held).copy_(master.index_select(dim, index))
             return result
 
-        return mark(builder(*args, init_method=init, **kwargs), slices)
+        sizes = list(args[:2])  # of the input and of the output
+        sizes[1 - dim] = held * tp
+        return mark(builder(*sizes, *args[2:], init_method=init, **kwargs), slices)
 
     return build

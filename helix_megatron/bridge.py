@@ -79,6 +79,13 @@ def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
     if provider.num_query_groups is None:
         provider.num_query_groups = provider.num_attention_heads
     plan = plan_for(helix, provider, provider.tensor_model_parallel_size)
+    if not plan.layout.is_even:
+        sizes = ", ".join(map(str, plan.layout.all_slice_dims))
+        raise HelixConfigError(
+            f"Helix grid {plan.grid} has slices of {sizes} dimensions, but Megatron-Bridge deals every "
+            "weight out in equal parts; use a grid whose m divides the head dimension and its rotary pairs, "
+            "without slice weights, or convert with `helix convert`"
+        )
     integrate.enable(helix, plan.grid)
     provider.transformer_layer_spec = _with_helix_spec(provider.transformer_layer_spec, helix)
     _teach()

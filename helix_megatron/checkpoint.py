@@ -31,7 +31,7 @@ def contiguous_runs(indices: Indices) -> list[tuple[int, int]]:
 
 
 def standard_layout(
-    sharded: ShardedTensor, indices: Indices, dim: int, prepended: int
+    sharded: ShardedTensor, indices: Indices, whole: int, dim: int, prepended: int
 ) -> ShardedTensorFactory:
     """Re-describe a rank's tensor as pieces of the standard tensor.
 
@@ -41,10 +41,13 @@ def standard_layout(
     Args:
         sharded: as Megatron describes it: the rank's contiguous chunk along `dim`.
         indices: where each local row (dim 0) or column (dim 1) stands in the standard tensor.
+        whole: how many of these the standard tensor has.
         dim: the tensor-parallel dimension of the local tensor.
         prepended: number of layer axes in front of the local tensor's own.
     """
     runs = contiguous_runs(indices)
+    global_shape = list(sharded.global_shape)
+    global_shape[dim + prepended] = whole  # Megatron's is T times the local size, and slices may be uneven
 
     @torch.no_grad()
     def build(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
@@ -60,7 +63,7 @@ def standard_layout(
                     local,
                     local.dtype,
                     tuple(local.shape),
-                    sharded.global_shape,
+                    tuple(global_shape),
                     tuple(offset),
                     axis_fragmentations=None,
                     replica_id=replica_id,

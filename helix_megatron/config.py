@@ -5,6 +5,7 @@ Pure arithmetic: no torch, no Megatron.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from helix_megatron.grid import AttentionShape, HelixConfigError, HelixGrid, check_grid
@@ -26,6 +27,9 @@ class HelixConfig:
 
     dim_parallel_size: int | None = None
     """m, slices of each head. None: likewise."""
+
+    slice_weights: tuple[float, ...] | None = None
+    """m positive numbers: sizes of the slices, for ranks of unequal speed. None: as equal as can be."""
 
     softmax: str = "exact"
     """"exact": ordinary attention over the whole head. "per-slice": softmax inside each slice, the
@@ -72,6 +76,12 @@ class HelixConfig:
                 raise HelixConfigError(
                     f"helix {name} {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}"
                 )
+        _check_weights(self.slice_weights)
+        if self.slice_weights is not None and self.softmax == "per-slice":
+            raise HelixConfigError(
+                f"slice weights {_listed(self.slice_weights)} were given with per-slice softmax, whose "
+                "slices are heads and hence equal; leave them out"
+            )
         if self.softmax == "per-slice" and self.comm_type != "auto":
             raise HelixConfigError(
                 f"comm type {self.comm_type!r} was given with per-slice softmax, which exchanges nothing; "
@@ -115,13 +125,15 @@ class HelixConfig:
         shape = AttentionShape(
             num_attention_heads, num_query_groups, kv_channels, rotary_dim, rotary_interleaved
         )
-        grid = check_grid(shape, tensor_model_parallel_size, self.head_parallel_size, self.dim_parallel_size)
+        per_slice = self.softmax == "per-slice"
+        sizes = self.head_parallel_size, self.dim_parallel_size
+        grid = check_grid(shape, tensor_model_parallel_size, *sizes, even=per_slice)
+        self._check_count_of_weights(grid)
         if self.hierarchical_allreduce and 1 in (grid.head_parallel_size, grid.dim_parallel_size):
             raise HelixConfigError(
                 f"--helix-hierarchical-allreduce needs two levels, but Helix grid {grid} has one; leave it "
                 "out, or choose a grid with n > 1 and m > 1"
             )
-        per_slice = self.softmax == "per-slice"
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
         placement = self.query_placement
         if placement == "auto":
@@ -129,11 +141,57 @@ class HelixConfig:
             whole_heads = query_heads % grid.dim_parallel_size == 0
             # Summed scores need sliced queries: whole heads would be exchanged before and after.
             summed = comm_type != "a2a" or self.kv_cache == "dim"
-            placement = "heads" if whole_heads and not summed else "dims"
+            # Weights are to share out all of the projections, not those of K and V alone.
+            weighted = self.slice_weights is not None
+            placement = "heads" if whole_heads and not summed and not weighted else "dims"
         fused = self.core_attention == "auto"
         kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
-        layout = HelixLayout(shape, grid, placement, per_slice, output_gate)
+        layout = HelixLayout(shape, grid, placement, per_slice, output_gate, self.slice_weights)
         return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size, self.overlap_chunks)
+
+    def _check_count_of_weights(self, grid: HelixGrid) -> None:
+        weights, m = self.slice_weights, grid.dim_parallel_size
+        if weights is None or len(weights) == m > 1:
+            return
+        what = "does not slice heads" if m == 1 else f"has {m} slices"
+        way_out = "leave the weights out, or choose a grid with" if m == 1 else f"give {m} weights, or choose"
+        raise HelixConfigError(
+            f"{len(weights)} slice weights ({_listed(weights)}) were given, but Helix grid {grid} {what}; "
+            f"{way_out} --helix-dim-parallel-size {len(weights) if len(weights) > 1 else 'M'}"
+        )
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    """The numbers of `--helix-slice-weights`, separated by commas.
+
+    Raises:
+        HelixConfigError: one is not a number.
+    """
+    numbers = []
+    for word in text.split(","):
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            raise HelixConfigError(
+                f"--helix-slice-weights {text}: {word.strip()!r} is not a number; give one positive number "
+                "for each slice, such as 2,1,1"
+            ) from None
+    _check_weights(tuple(numbers))
+    return tuple(numbers)
+
+
+def _check_weights(weights: tuple[float, ...] | None) -> None:
+    wrong = [weight for weight in weights or () if not (weight > 0 and math.isfinite(weight))]
+    if wrong or weights == ():
+        raise HelixConfigError(
+            f"slice weights {_listed(weights or ()) or 'of nothing'}: "
+            + (f"{wrong[0]:g} is not a positive number; " if wrong else "")
+            + "give one positive number for each slice, such as 2,1,1"
+        )
+
+
+def _listed(weights: tuple[float, ...]) -> str:
+    return ",".join(f"{weight:g}" for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -164,13 +222,24 @@ class HelixPlan:
         """m = 1: nothing is sliced, the layer is Megatron's own."""
         return self.grid.dim_parallel_size == 1
 
+    @property
+    def paged_dim(self) -> int:
+        """Channels of a KV head in a token's place of Megatron's paged cache, the same on every rank.
+
+        With "sequence" a place holds 1/m of a whole head, rounded up; with "dim" the longest slice.
+        """
+        d, m = self.layout.shape.kv_channels, self.grid.dim_parallel_size
+        return -(-d // m) if self.kv_cache == "sequence" else max(self.layout.all_slice_dims)
+
     def describe(self) -> str:
         """One line for the log."""
         if self.is_megatron:
             return f"grid {self.grid}: heads are not sliced, attention is Megatron's own"
         softmax = "per-slice" if self.layout.per_slice else "exact"
+        sizes = ", ".join(map(str, self.layout.all_slice_dims))
+        slices = f"slice of {self.layout.slice_dim}" if self.layout.is_even else f"slices of {sizes}"
         return (
             f"grid {self.grid}, {softmax} softmax, comm type {self.comm_type}, "
-            f"query placement {self.layout.query_placement}, slice of {self.layout.slice_dim} "
+            f"query placement {self.layout.query_placement}, {slices} "
             f"of {self.layout.shape.kv_channels} dimensions"
         )

@@ -14,7 +14,8 @@ Note [Exact attention over slices]
     A cache of slices (KV cache "dim"; fewer queries than keys) always sums partial scores: B N L scores are
     less to move than the cache. A cache of positions ("sequence") does not come here, see kv_cache.py.
 
-S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, D head, d_s = D/m.
+S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, D head, d_s = D/m (the
+rank's own, where slices are uneven).
 """
 
 from __future__ import annotations
@@ -318,7 +319,7 @@ class HelixCoreAttention(torch.nn.Module):
                 probs = self.attention_dropout(probs)
         probs = probs.unflatten(1, (key.shape[2], ratio))
         out = torch.einsum("bkrsl,lbkd->sbkrd", probs, value.float()).flatten(2, 3).to(value.dtype)
-        return whole_outputs(out, self.group) if self.whole_query_heads else out
+        return whole_outputs(out, self.layout, self.group) if self.whole_query_heads else out
 
 
 def _kv_heads_needed(kv_head_of: list[int]) -> tuple[slice, list[int] | None]:

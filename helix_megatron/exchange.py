@@ -5,11 +5,16 @@ m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per ra
 
     collective            payload                                    received            backward
     gather_slices (K, V)  [2 S B K d_s] from each rank               2 (m-1) S B K d_s   sum of slices (same)
+    gather_uneven (K, V)  [2 S B K d_s(j)] from each rank j          2 S B K (D - d_s)   sum of slices (same)
     all-to-all (Q)        slice of all heads -> whole some heads     (m-1)/m S B N d_s   all-to-all, reversed
     all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
     gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none (inference)
     SwappedPieces         partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
+
+Uneven slices have d_s(j) in place of d_s. A rank receives D - d_s where it says (m-1) d_s above, except
+for output slices, which are its own: of them it receives (m-1)/m S B N d_s, and of gradients of K and V
+2 (m-1) S B K d_s. Nothing is padded.
 
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
@@ -18,6 +23,7 @@ strides would be silently wrong, and gloo insists on flat buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,6 +51,27 @@ class _AllGather(torch.autograd.Function):
         received = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         dist.all_to_all_single(received.view(-1), grad.view(-1), group=ctx.group)
         return received.sum(dim=0, dtype=torch.float32).to(grad.dtype), None
+
+
+class _GatherUneven(torch.autograd.Function):
+    """Pieces of `sizes` elements, one on each rank -> all of them [sum of sizes]; backward as _AllGather's.
+
+    An all-to-all that sends the same piece to everyone: an all-gather would want equal ones.
+    """
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        out, m = flat.new_empty(sum(sizes)), group.size()
+        dist.all_to_all_single(out, flat.repeat(m), sizes, [flat.numel()] * m, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        m, own = ctx.group.size(), ctx.sizes[ctx.group.rank()]
+        received = grad.new_empty(m * own)
+        dist.all_to_all_single(received, grad.contiguous(), [own] * m, ctx.sizes, group=ctx.group)
+        return received.view(m, own).sum(dim=0, dtype=torch.float32).to(grad.dtype), None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -103,6 +130,28 @@ def gather_slices(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     ]
 
 
+def gather_uneven(
+    tensors: Sequence[Tensor], shapes: Sequence[Sequence[Sequence[int]]], group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """gather_slices of tensors whose shapes differ between ranks, in ONE collective.
+
+    Args:
+        tensors: local tensors, equally typed.
+        shapes: for each tensor, its shape on every rank of the group.
+    Returns:
+        for each, the tensor of every rank of the group. Backward: summed to each owner.
+    """
+    numbers = [[math.prod(shape) for shape in of_rank] for of_rank in zip(*shapes, strict=True)]
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    gathered = _GatherUneven.apply(packed, [sum(of_rank) for of_rank in numbers], group)
+    pieces = iter(gathered.split([size for of_rank in numbers for size in of_rank]))
+    by_rank = [[next(pieces) for _ in tensors] for _ in numbers]
+    return [
+        [piece.view(tuple(shape)) for piece, shape in zip(of_tensor, of_shape, strict=True)]
+        for of_tensor, of_shape in zip(zip(*by_rank, strict=True), shapes, strict=True)
+    ]
+
+
 def all_to_all(
     pieces: Sequence[Tensor], receive_shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
 ) -> list[Tensor]:
@@ -145,16 +194,24 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
 
 
 class SwappedPieces:
-    """All-to-all of equal pieces, under way: [m, ...], one for each rank, to [m, ...], one from each.
+    """All-to-all of pieces, under way: [m, ...], one for each rank, to [m, ...], one from each.
 
-    It starts here and ends in wait(); on a GPU, what is computed meanwhile runs beside it. No backward.
+    The pieces of different ranks may differ in shape; they are then a list. It starts here and ends in
+    wait(); on a GPU, what is computed meanwhile runs beside it. No backward.
     """
 
-    def __init__(self, pieces: Tensor, group: dist.ProcessGroup):
-        self._sent = pieces.contiguous()  # it must live until the exchange has ended
-        self._received = torch.empty(pieces.shape, dtype=pieces.dtype, device=pieces.device)
+    def __init__(self, pieces: Tensor | Sequence[Tensor], group: dist.ProcessGroup):
+        splits: tuple = ()
+        if isinstance(pieces, Tensor):
+            self._sent, shape = pieces.contiguous(), pieces.shape  # it must live until the exchange has ended
+        else:
+            self._sent = torch.cat([piece.reshape(-1) for piece in pieces])
+            own, m = pieces[group.rank()], group.size()
+            shape = torch.Size((m, *own.shape))
+            splits = [own.numel()] * m, [piece.numel() for piece in pieces]
+        self._received = torch.empty(shape, dtype=self._sent.dtype, device=self._sent.device)
         self._work = dist.all_to_all_single(
-            self._received.view(-1), self._sent.view(-1), group=group, async_op=True
+            self._received.view(-1), self._sent.view(-1), *splits, group=group, async_op=True
         )
 
     def wait(self) -> Tensor:

@@ -7,11 +7,14 @@ Note [The dynamic engine's cache is re-read, not re-made]
     keeps of the block when positions are sharded. So the buffer is viewed that way, and allocator, block
     tables, scheduling, suspension and offloading remain Megatron's and identical on all ranks.
     Per-slice softmax needs no more than that: its slices are heads of the derived model.
+    Uneven slices: the context counts d/m rounded up ("dim": the longest slice) on every rank, so that all
+    have equally many blocks, and the view leaves the few elements over at the end of each.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -191,7 +194,7 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
         plan = plan_for(helix, model_config, tp)
         if not plan.is_megatron:
             refuse_dynamic(plan, model_config, inference_config)
-            model_config = derived_config(model_config, plan)
+            model_config = derived_config(model_config, plan, plan.paged_dim)
         original(self, model_config, inference_config)
         if not plan.is_megatron:
             self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
@@ -247,7 +250,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
             f"Helix grid {plan.grid}: the dynamic inference engine of megatron-core {compat.version()} is "
             f"not served with sliced heads; use the static context, or megatron-core {compat.NEWEST}"
         )
-    expected = (plan.layout.kv_heads, plan.layout.slice_dim)
+    expected = (plan.layout.kv_heads, plan.paged_dim)
     found = tuple(context.memory_buffer.shape[-2:])
     if found != expected or not hasattr(context, "helix_tokens"):
         raise HelixConfigError(
@@ -268,16 +271,21 @@ def _dynamic_step(
         spare_block = context.kv_block_allocator.dummy_block_idx
         kept = own_slots(interleave, groups.dim_rank, blocks, places, spare_block)
         context.helix_tokens = (*kept, requests)
-    pages = (-1, block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
     return PagedStep(
-        keys.view(pages),
-        values.view(pages),
+        _pages(keys, page),
+        _pages(values, page),
         interleave,
         groups.dim_rank,
         attention,
         *context.helix_tokens,
         singles=context.is_decode_only(),
     )
+
+
+def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
+    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy."""
+    return memory.flatten(1)[:, : math.prod(page)].unflatten(1, page)
 
 
 def _over_slices(
@@ -289,11 +297,12 @@ def _over_slices(
     if context.helix_tokens is None:
         blocks, places, requests = _new_tokens(context)
         context.helix_tokens = (blocks.long(), places.long(), requests)
-    pages = SlicedPages(keys, values, attention, *context.helix_tokens)
+    own = layout.slice_dims(layer.helix_groups.dim_rank)
+    pages = SlicedPages(keys[..., :own], values[..., :own], attention, *context.helix_tokens)
     if layout.query_placement == "dims":
         return attend_over_slices(query, key, value, pages, group)
     out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
-    return whole_outputs(out, group)
+    return whole_outputs(out, layout, group)
 
 
 def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
@@ -308,7 +317,7 @@ def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
 
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, [blocks, B, K, d_s] each, as Megatron has made them."""
+    """Keys and values of a layer, [blocks, B, K, paged_dim] each, as Megatron has made them."""
     if context.using_cuda_graph_this_step():
         raise NotImplementedError(
             "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"

@@ -260,6 +260,7 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
     settings["helix hierarchical all-reduce"] = args.helix_hierarchical_allreduce
     if plan is not None:
         settings["helix grid"] = str(plan.grid)
+        settings["helix slices"] = ", ".join(map(str, plan.layout.all_slice_dims))
         settings["helix comm type"] = plan.comm_type
         settings["helix query placement"] = plan.layout.query_placement
         settings["helix KV cache"] = f"{plan.kv_cache}, interleave size {plan.kv_interleave_size}"

@@ -13,7 +13,7 @@ Note [A step with a cache sharded by sequence]
     all-gather            (m-1) t (hq + 2 hk) d_s
     all-to-all            (m-1) t hq (d_s + e), with "heads" (m-1) t hq/m (d + e); e = 1 fp32 log-sum-exp,
                           2 elements in half precision
-    Neither depends on the context's length.
+    Neither depends on the context's length. Uneven slices: D - d_s for (m-1) d_s in the first, d_s its own.
 
 S new positions, B batch, N query heads of the head group (hq), K its KV heads (hk), D head dimension,
 m ranks, d_s = D/m.
@@ -30,12 +30,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_megatron.attention_backend import attend
-from helix_megatron.exchange import SwappedPieces, gather_tokens
+from helix_megatron.exchange import SwappedPieces, gather_tokens, gather_uneven
 from helix_megatron.kv_layout import KvInterleave
 from helix_megatron.layout import HelixLayout
 from helix_megatron.merge import merge_partials
 from helix_megatron.paged_attention import Requests, Sight
-from helix_megatron.slices import merge_key_slices, merge_value_slices
+from helix_megatron.slices import merge_key_slices, merge_value_slices, slice_shapes
 
 
 class Step(Protocol):
@@ -96,9 +96,17 @@ def whole_tokens(
 
     Received: (m-1) S B (N + 2K) d_s elements, for either placement.
     """
-    queries, keys, values = gather_tokens([query, key, value], group)  # [m, *shape]
-    if layout.query_placement == "heads":
+    whole_heads = layout.query_placement == "heads"
+    if layout.is_even:
+        queries, keys, values = gather_tokens([query, key, value], group)  # [m, *shape]
+    else:
+        q_shapes = [tuple(query.shape)] * group.size() if whole_heads else slice_shapes(query, layout)
+        kv_shapes = slice_shapes(key, layout)
+        queries, keys, values = gather_uneven([query, key, value], [q_shapes, kv_shapes, kv_shapes], group)
+    if whole_heads and layout.is_even:
         query = queries.movedim(0, 2).flatten(2, 3)  # rank j's heads come j-th
+    elif whole_heads:
+        query = torch.cat(queries, dim=2)
     else:
         query = merge_key_slices(queries, layout)
     return query, merge_key_slices(keys, layout), merge_value_slices(values)
@@ -120,8 +128,11 @@ def send_partials(
     bits = lse.unsqueeze(-1).contiguous().view(out.dtype)  # [S, B, N, 1 or 2]
     if layout.query_placement == "heads":
         outs, bits = (x.unflatten(2, (m, -1)).movedim(2, 0) for x in (out, bits))
-    else:
+    elif layout.is_even:
         outs, bits = out.unflatten(-1, (m, -1)).movedim(-2, 0), bits.expand(m, *bits.shape)
+    else:
+        pieces = [torch.cat([piece, bits], dim=-1) for piece in out.split(layout.all_slice_dims, dim=-1)]
+        return SwappedPieces(pieces, group), bits.shape[-1]
     return SwappedPieces(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
 
 

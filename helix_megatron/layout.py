@@ -18,19 +18,62 @@ Note [Slices]                              rotary_dim = 8, d = 12, m = 2, rotate
     Inside a slice the pairs keep their arrangement, so Megatron's own RoPE code rotates a slice when it
     is given the slice's columns of the frequency table. Dot products do not care which dimension is where.
     `per-slice` softmax makes every slice a head of its own, so there both are contiguous.
+
+Note [Uneven slices]                              d = rotary_dim = 10, m = 3, rotate-half pairs (x, x+5)
+    queries and keys, slice 0:   0 1 . . . | 5 6 . . .        m divides neither d nor the 5 pairs: whole pairs
+                      slice 1:   . . 2 3 . | . . 7 8 .        are dealt one by one, each to the slice that has
+                      slice 2:   . . . . 4 | . . . . 9        least, and then the rest likewise
+    values,           slice 0:   0 1 2 3 . . . . . .          as many as of the keys, contiguous
+                      slice 1:   . . . . 4 5 6 7 . .
+                      slice 2:   . . . . . . . . 8 9
+    "Least" counts by weight: slices of weights 2, 1, 1 get 6, 2, 2 of these. Every slice has one pair at
+    least (without RoPE, one dimension). Where m divides the pairs and the rest, slices are equal.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate
 from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_megatron.grid import AttentionShape, HelixConfigError, HelixGrid
+from helix_megatron.grid import AttentionShape, HelixConfigError, HelixGrid, illegal_reason
 
 Indices = NDArray[np.int64]
+
+
+def _deal(units: int, held: list[int], weights: tuple[float, ...]) -> list[int]:
+    """Deal units one by one, each to the holder that then has least for its weight (the first of equals)."""
+    held = list(held)
+    for _ in range(units):
+        least = min(range(len(held)), key=lambda j: (held[j] + 1) / weights[j])
+        held[least] += 1
+    return held
+
+
+@cache
+def slice_bounds(
+    shape: AttentionShape, m: int, weights: tuple[float, ...] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where slices begin and end: slice j has the units bounds[j] ... bounds[j + 1] - 1.
+
+    Args:
+        weights: of the slices' sizes, m positive numbers; None for equal ones.
+    Returns:
+        bounds of the rotary pairs, and of all dimensions (pairs count two), m + 1 numbers each.
+    """
+    weights = weights if weights is not None else (1.0,) * m
+    pairs = shape.rotary_dim // 2
+    if pairs:
+        dealt = _deal(pairs - m, [1] * m, weights)
+        sizes = _deal(shape.kv_channels - shape.rotary_dim, [2 * count for count in dealt], weights)
+    else:
+        dealt = [0] * m
+        sizes = _deal(shape.kv_channels - m, [1] * m, weights)
+    return tuple(accumulate(dealt, initial=0)), tuple(accumulate(sizes, initial=0))
 
 
 @dataclass(frozen=True)
@@ -44,6 +87,7 @@ class HelixLayout:
             "heads" (it holds H/(n*m) whole query heads; needs m | H/n). K and V are always sliced.
         per_slice: slices are independent heads (the paper's formula), hence contiguous.
         output_gate: every query head has as many gate rows, which multiply its output.
+        slice_weights: of the slices' sizes, m positive numbers; None: as equal as can be.
     """
 
     shape: AttentionShape
@@ -51,6 +95,7 @@ class HelixLayout:
     query_placement: str = "dims"
     per_slice: bool = False
     output_gate: bool = False
+    slice_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.query_placement not in ("dims", "heads"):
@@ -66,6 +111,15 @@ class HelixLayout:
                 "query placement 'heads' keeps whole query heads, but per-slice softmax works on slices; "
                 "use 'dims'"
             )
+        m, weights = self.grid.dim_parallel_size, self.slice_weights
+        if weights is not None and len(weights) != m:
+            raise HelixConfigError(
+                f"{len(weights)} slice weights were given, but grid {self.grid} has {m} slices; give {m}"
+            )
+        n, tp = self.grid.head_parallel_size, self.grid.size
+        reason = illegal_reason(self.shape, tp, n, m, even=self.per_slice)
+        if reason is not None:
+            raise HelixConfigError(f"Helix grid {self.grid} cannot split {self.shape}: {reason}")
 
     # ---- sizes ----
     @property
@@ -78,9 +132,35 @@ class HelixLayout:
         """hk = G / n, KV heads of one head group."""
         return self.shape.num_query_groups // self.grid.head_parallel_size
 
+    @cached_property
+    def _bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return slice_bounds(self.shape, self.grid.dim_parallel_size, self.slice_weights)
+
+    def slice_dims(self, dim_rank: int) -> int:
+        """d_s of slice j: dimensions of queries, keys and values alike."""
+        _, bounds = self._bounds
+        return bounds[dim_rank + 1] - bounds[dim_rank]
+
+    def slice_pairs(self, dim_rank: int) -> int:
+        """Rotary pairs of query/key slice j."""
+        bounds, _ = self._bounds
+        return bounds[dim_rank + 1] - bounds[dim_rank]
+
+    @cached_property
+    def all_slice_dims(self) -> list[int]:
+        """d_s of every slice."""
+        return [self.slice_dims(j) for j in range(self.grid.dim_parallel_size)]
+
+    @cached_property
+    def is_even(self) -> bool:
+        """All slices are equal, of rotary pairs and of other dimensions."""
+        slices = range(self.grid.dim_parallel_size)
+        return len({(self.slice_dims(j), self.slice_pairs(j)) for j in slices}) == 1
+
     @property
     def slice_dim(self) -> int:
-        """d_s = d / m."""
+        """d_s = d / m, where slices are even."""
+        assert self.is_even, "slices are uneven; ask slice_dims(j)"
         return self.shape.kv_channels // self.grid.dim_parallel_size
 
     @property
@@ -95,27 +175,29 @@ class HelixLayout:
 
     # ---- dimensions of a head ----
     def rotary_dims(self, dim_rank: int) -> Indices:
-        """Rotary dimensions (columns of the RoPE table) of query/key slice j: [rotary_dim / m]."""
+        """Rotary dimensions (columns of the RoPE table) of query/key slice j: [2 slice_pairs(j)]."""
         m, rot = self.grid.dim_parallel_size, self.shape.rotary_dim
-        pairs = rot // 2 // m
-        pair = np.arange(dim_rank * pairs, (dim_rank + 1) * pairs)
+        bounds, _ = self._bounds
+        pair = np.arange(bounds[dim_rank], bounds[dim_rank + 1])
         if self.per_slice:  # a head of its own: the same frequencies as a head of dimension d / m
-            pair = np.arange(pairs) * m
+            pair = np.arange(len(pair)) * m
         if self.shape.rotary_interleaved:
             return np.stack([2 * pair, 2 * pair + 1], axis=1).reshape(-1)
         return np.concatenate([pair, pair + rot // 2])
 
     def key_dims(self, dim_rank: int) -> Indices:
-        """Dimensions of a head that query/key slice j holds, in local order: [d / m]."""
+        """Dimensions of a head that query/key slice j holds, in local order: [slice_dims(j)]."""
         if self.per_slice:
             return self.value_dims(dim_rank)
-        rest = (self.shape.kv_channels - self.shape.rotary_dim) // self.grid.dim_parallel_size
-        start = self.shape.rotary_dim + dim_rank * rest
-        return np.concatenate([self.rotary_dims(dim_rank), np.arange(start, start + rest)])
+        pairs, dims = self._bounds
+        start, stop = (dims[j] - 2 * pairs[j] for j in (dim_rank, dim_rank + 1))  # of the rest
+        rest = np.arange(self.shape.rotary_dim + start, self.shape.rotary_dim + stop)
+        return np.concatenate([self.rotary_dims(dim_rank), rest])
 
     def value_dims(self, dim_rank: int) -> Indices:
-        """Dimensions of a head that value/output slice j holds: contiguous, [d / m]."""
-        return np.arange(dim_rank * self.slice_dim, (dim_rank + 1) * self.slice_dim)
+        """Dimensions of a head that value/output slice j holds: contiguous, [slice_dims(j)]."""
+        _, bounds = self._bounds
+        return np.arange(bounds[dim_rank], bounds[dim_rank + 1])
 
     # ---- heads ----
     def kv_head_of(self, head_part: int, parts: int) -> list[int]:
@@ -141,7 +223,8 @@ class HelixLayout:
         With m = 1, Megatron's order, which is that of "dims". Gates follow the query heads they belong to,
         sliced like the output they multiply.
 
-        Returns: [(H + 2G) d / T] int64; [(2H + 2G) d / T] with an output gate.
+        Returns: int64, [(hq + 2 hk) d_s], with "heads" [hq d / m + 2 hk d_s], for even slices (H + 2G) d / T;
+            with an output gate as many again as there are query rows.
         """
         d = self.shape.kv_channels
         ratio = self.shape.num_attention_heads // self.shape.num_query_groups
@@ -170,7 +253,7 @@ class HelixLayout:
         return np.concatenate(blocks)
 
     def proj_columns(self, rank: int) -> Indices:
-        """Columns of the standard `linear_proj` weight that `rank` holds, in local order: [H d / T] int64.
+        """Columns of the standard `linear_proj` weight that `rank` holds, in local order: [hq d_s] int64.
 
         With "heads" these are Megatron's own contiguous chunk.
         """

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from helix_megatron.config import HelixConfig, HelixPlan
+from helix_megatron.config import HelixConfig, HelixPlan, parse_weights
 from helix_megatron.layout import HelixLayout, Indices
 
 COLOURS = ["#1f77b4", "#9ecae1", "#d95f0e", "#fdbe85", "#31a354", "#a1d99b", "#756bb1", "#bcbddc"]
@@ -32,8 +32,12 @@ def _words(numbers: Indices) -> str:
 
 
 def exchange_elements(layout: HelixLayout) -> dict[str, float]:
-    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange.py."""
-    m, d_s = layout.grid.dim_parallel_size, layout.slice_dim
+    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange.py.
+
+    Where slices are uneven, ranks receive unequally much: the mean over the dim group.
+    """
+    m = layout.grid.dim_parallel_size
+    d_s = layout.shape.kv_channels / m
     if layout.per_slice or m == 1:
         return {}
     moved = {"K, V all-gather": 2.0 * (m - 1) * layout.kv_heads * d_s}
@@ -70,9 +74,11 @@ def exchange_lines(plan: HelixPlan) -> list[str]:
     if plan.comm_type == "all_reduce":
         return [f"Ranks 0-{m - 1} sum their partial scores: s x s of each query head."]
     lines = [f"Ranks 0-{m - 1} (and every other head group alike), per token, layer and forward pass:"]
-    lines += [f"  {name}: {count:g} elements received" for name, count in exchange_elements(layout).items()]
+    mean = "" if layout.is_even else ", mean of the ranks"
+    moved = exchange_elements(layout)
+    lines += [f"  {name}: {count:g} elements received{mean}" for name, count in moved.items()]
     shape, tp = layout.shape, layout.grid.size
-    total = sum(exchange_elements(layout).values())
+    total = sum(moved.values())
     if tp > shape.num_query_groups:
         theirs = (tp - 1) / tp * (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
         lines.append(f"  together {total:g}; Megatron would gather the mixed QKV: {theirs:g}")
@@ -146,15 +152,18 @@ def add_show(subparsers: Any) -> None:
     add("--tensor-model-parallel-size", type=int, required=True, metavar="T", help="ranks")
     add("--helix-head-parallel-size", type=int, metavar="N", help="head groups (default: chosen)")
     add("--helix-dim-parallel-size", type=int, metavar="M", help="slices (default: chosen)")
+    add("--helix-slice-weights", metavar="W,W,...", help="sizes of the slices, M numbers (default: equal)")
     add("--helix-query-placement", choices=["auto", "dims", "heads"], default="auto")
     add("--svg", type=Path, metavar="FILE", help="write a picture too")
     parser.set_defaults(run=_show)
 
 
 def _show(options: argparse.Namespace) -> int:
+    weights = options.helix_slice_weights
     helix = HelixConfig(
         options.helix_head_parallel_size,
         options.helix_dim_parallel_size,
+        slice_weights=parse_weights(weights) if weights is not None else None,
         query_placement=options.helix_query_placement,
         rotary_percent=options.rotary_percent,
     )

@@ -22,11 +22,13 @@ class Slices:
 
     Args:
         permutation: standard rows (dim 0) or columns (dim 1) of all ranks one after another.
+        own: those of this rank.
         dim: the tensor-parallel dimension.
         config: the model's TransformerConfig, with its true heads.
     """
 
     permutation: Indices
+    own: Indices
     dim: int
     config: Any
 

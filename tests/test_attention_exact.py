@@ -11,14 +11,14 @@ TOLERANCE = 2e-6  # relative, fp32 against float64
 SHAPES = [(32, 32), (16, 2), (8, 1), (9, 3), (28, 4), (14, 2)]
 
 
-def assert_exact(world: int, jobs: list, tp: int | None = None) -> None:
+def assert_exact(world: int, jobs: list, tp: int | None = None, tolerance: float = TOLERANCE) -> None:
     assert jobs
     results = run_ranks(check_all, world, tp or world, jobs, timeout_s=500)
     wrong = [
         f"rank {rank}: {label}: {errors}"
         for rank, checked in enumerate(results)
         for label, errors in checked
-        if max(errors.values()) > TOLERANCE
+        if max(errors.values()) > tolerance
     ]
     assert not wrong, "\n".join(wrong[:10])
 

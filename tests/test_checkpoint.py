@@ -27,6 +27,12 @@ LAYOUTS = {
     "Helix 3x2": (6, f"--tensor-model-parallel-size 6 {HELIX} --helix-dim-parallel-size 2"),
     "Helix 2x4": (8, f"--tensor-model-parallel-size 8 {HELIX} --helix-dim-parallel-size 4"),
     "Helix 8x1": (8, f"--tensor-model-parallel-size 8 {HELIX} --helix-dim-parallel-size 1"),
+    "Helix 1x3, uneven slices": (3, f"--tensor-model-parallel-size 3 {HELIX} --helix-head-parallel-size 1"),
+    "Helix 3x2, weights, whole heads": (
+        6,
+        f"--tensor-model-parallel-size 6 {HELIX} --helix-dim-parallel-size 2 --helix-slice-weights 3,1 "
+        "--helix-query-placement heads",
+    ),
     "Helix 1x4, whole heads": (
         4,
         f"--tensor-model-parallel-size 4 {HELIX} --helix-dim-parallel-size 4 --helix-query-placement heads",
@@ -109,6 +115,10 @@ PAIRS = [
     ("vanilla TP2", "Helix 1x2"),
     ("Helix 1x2", "Helix 8x1"),
     ("Helix 8x1", "vanilla TP1"),
+    ("vanilla TP2", "Helix 1x3, uneven slices"),
+    ("Helix 1x3, uneven slices", "Helix 3x2, weights, whole heads"),
+    ("Helix 3x2, weights, whole heads", "Helix 2x4"),
+    ("Helix 1x3, uneven slices", "vanilla TP1"),
 ]
 
 

@@ -1,5 +1,6 @@
 """Grid and layout arithmetic: properties over random shapes."""
 
+from dataclasses import replace
 from math import gcd
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_megatron.config import HelixConfig
+from helix_megatron.config import HelixConfig, parse_weights
 from helix_megatron.grid import (
     AttentionShape,
     HelixConfigError,
     HelixGrid,
     check_grid,
     choose_grid,
+    even_slices,
     illegal_reason,
     legal_grids,
 )
@@ -21,18 +23,26 @@ from helix_megatron.layout import HelixLayout, global_chunks, part_length, posit
 
 
 @st.composite
-def layouts(draw):
-    """A legal layout of any kind."""
-    n, m = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 4]))
+def layouts(draw, even=None):
+    """A legal layout of any kind; `even` slices or not, or either."""
+    n, m = draw(st.integers(1, 4)), draw(st.integers(1, 7))
     hk, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    rotary, rest = draw(st.integers(0, 3)) * 2 * m, draw(st.integers(0, 2)) * m
-    if rotary + rest == 0:
-        rest = m
+    weights = None
+    if draw(st.booleans()) if even is None else even:
+        rotary, rest = draw(st.integers(0, 3)) * 2 * m, draw(st.integers(0, 2)) * m
+    else:
+        rotary, rest = draw(st.sampled_from([0, m, m + 1, 2 * m + 1, 16])) * 2, draw(st.integers(0, 9))
+        rotary = rotary if rotary >= 2 * m else 0
+        if draw(st.booleans()):
+            weights = tuple(draw(st.lists(st.floats(0.01, 100), min_size=m, max_size=m)))
+    if rotary == 0:
+        rest = max(rest, m)
     shape = AttentionShape(n * hk * ratio, n * hk, rotary + rest, rotary, draw(st.booleans()))
-    per_slice = draw(st.booleans())
+    per_slice = weights is None and even_slices(shape, m) and draw(st.booleans())
     heads = not per_slice and (hk * ratio) % m == 0 and draw(st.booleans())
     gate = draw(st.booleans())
-    return HelixLayout(shape, HelixGrid(n, m), "heads" if heads else "dims", per_slice, gate)
+    placement = "heads" if heads else "dims"
+    return HelixLayout(shape, HelixGrid(n, m), placement, per_slice, gate, weights)
 
 
 def rows_per_kv_head(layout):
@@ -49,8 +59,54 @@ def test_ranks_tile_the_weights_exactly_once(layout):
     columns = shape.num_attention_heads * shape.kv_channels
     assert np.array_equal(np.sort(layout.proj_permutation()), np.arange(columns))
     for rank in range(layout.grid.size):
-        assert len(layout.qkv_rows(rank)) == rows // layout.grid.size
-        assert len(layout.proj_columns(rank)) == columns // layout.grid.size
+        d_s = layout.slice_dims(rank % layout.grid.dim_parallel_size)
+        assert len(layout.key_dims(rank % layout.grid.dim_parallel_size)) == d_s
+        if layout.is_even:
+            assert len(layout.qkv_rows(rank)) == rows // layout.grid.size
+            assert len(layout.proj_columns(rank)) == columns // layout.grid.size
+        elif layout.query_placement == "dims":
+            assert (
+                len(layout.qkv_rows(rank))
+                == rows // shape.kv_channels // layout.grid.head_parallel_size * d_s
+            )
+            assert len(layout.proj_columns(rank)) == layout.query_heads * d_s
+
+
+@given(layouts(even=False))
+@settings(max_examples=300, deadline=None)
+def test_slices_are_as_equal_as_their_units_allow_or_follow_their_weights(layout):
+    """Of no slice could a unit go to another without making the longest, for its weight, longer."""
+    shape, m = layout.shape, layout.grid.dim_parallel_size
+    weights = layout.slice_weights or (1.0,) * m
+    pairs = [layout.slice_pairs(j) for j in range(m)]
+    assert sum(layout.all_slice_dims) == shape.kv_channels and sum(pairs) == shape.rotary_dim // 2
+    units = pairs if shape.rotary_dim else layout.all_slice_dims
+    assert min(units) >= 1
+    for giver in range(m):
+        if units[giver] > 1:
+            assert all(
+                units[giver] / weights[giver] <= (units[j] + 1) / weights[j] * (1 + 1e-12) for j in range(m)
+            )
+    if layout.slice_weights is None:
+        assert max(units) - min(units) <= 1
+        assert max(layout.all_slice_dims) - min(layout.all_slice_dims) <= 2
+        assert units == sorted(units, reverse=True)
+
+
+def test_equal_weights_are_no_weights():
+    shape = AttentionShape(4, 2, 24, 16)
+    weighted = HelixLayout(shape, HelixGrid(2, 4), slice_weights=(3.0,) * 4)
+    assert weighted.is_even and np.array_equal(
+        weighted.qkv_permutation(), HelixLayout(shape, HelixGrid(2, 4)).qkv_permutation()
+    )
+
+
+def test_dimensions_of_the_documented_uneven_slices():
+    layout = HelixLayout(AttentionShape(1, 1, 10, 10), HelixGrid(1, 3))
+    assert [layout.key_dims(j).tolist() for j in range(3)] == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 9]]
+    assert [layout.value_dims(j).tolist() for j in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    weighted = HelixLayout(AttentionShape(1, 1, 10, 10), HelixGrid(1, 3), slice_weights=(2, 1, 1))
+    assert weighted.all_slice_dims == [6, 2, 2]
 
 
 @given(layouts())
@@ -124,6 +180,9 @@ def test_position_parts_tile_the_sequence_and_balance_causal_work(length, parts)
         (14, 2, 64, 4, (2, 2)),
         (40, 10, 128, 4, (2, 2)),
         (32, 32, 128, 16, (16, 1)),
+        (9, 3, 64, 5, (1, 5)),
+        (9, 3, 64, 7, (1, 7)),
+        (14, 2, 64, 6, (2, 3)),
     ],
 )
 def test_chosen_grids(heads, groups, dim, tp, grid):
@@ -163,9 +222,26 @@ def test_refusals_name_the_reason_and_the_legal_grids(n, m, reason):
         assert "\n" not in str(caught.value)
 
 
-def test_odd_rotary_pairs_and_indivisible_dimensions_are_refused():
-    assert "rotary pairs" in illegal_reason(AttentionShape(8, 1, 12, 6), 2, 1, 2)
-    assert "head dimension 12" in illegal_reason(AttentionShape(8, 1, 12, 0), 8, 1, 8)
+def test_odd_rotary_pairs_and_indivisible_dimensions_are_refused_where_slices_are_heads():
+    assert "the 3 rotary pairs" in illegal_reason(AttentionShape(8, 1, 12, 6), 2, 1, 2, even=True)
+    assert "the 12 dimensions" in illegal_reason(AttentionShape(8, 1, 12, 0), 8, 1, 8, even=True)
+    assert illegal_reason(AttentionShape(8, 1, 12, 6), 2, 1, 2) is None
+    with pytest.raises(
+        HelixConfigError, match=r"m = 5 does not divide .* must be equal; legal grids"
+    ) as caught:
+        HelixConfig(softmax="per-slice", dim_parallel_size=5).resolve(20, 10, 64, 10)
+    assert "n=5 m=2" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(HelixConfigError, match="must be equal"):
+        HelixLayout(AttentionShape(4, 1, 16, 16), HelixGrid(1, 3), per_slice=True)
+
+
+def test_more_slices_than_units_are_refused():
+    assert "more than the 3 rotary pairs" in illegal_reason(AttentionShape(8, 1, 12, 6), 4, 1, 4)
+    assert "more than the 12 dimensions" in illegal_reason(AttentionShape(8, 1, 12, 0), 13, 1, 13)
+    with pytest.raises(
+        HelixConfigError, match=r"more than the 4 rotary pairs .* sizes that work: 1, 2, 3, 4"
+    ):
+        choose_grid(AttentionShape(8, 1, 8, 8), 5)
     with pytest.raises(HelixConfigError, match="must be even"):
         AttentionShape(8, 1, 12, 5)
     with pytest.raises(HelixConfigError, match="not a multiple"):
@@ -185,10 +261,45 @@ def test_unknown_settings_are_refused(settings_, message):
         HelixConfig(**settings_)
 
 
+@pytest.mark.parametrize(
+    "settings_, message",
+    [
+        (dict(slice_weights=(2.0, 0.0, 1.0)), "2,0,1: 0 is not a positive number"),
+        (dict(slice_weights=(2.0, float("nan"))), "nan is not a positive number"),
+        (dict(slice_weights=(2.0, float("inf"))), "inf is not a positive number"),
+        (dict(slice_weights=()), "one positive number for each slice"),
+        (dict(slice_weights=(2.0, 1.0), softmax="per-slice"), "2,1 were given with per-slice"),
+        (dict(slice_weights=(2.0, 1.0)), r"2 slice weights \(2,1\) .* grid 1x3 has 3 slices; give 3 weights"),
+        (dict(slice_weights=(2.0, 1.0), head_parallel_size=3), r"grid 3x1 does not slice heads; .*size 2"),
+    ],
+)
+def test_weights_that_cannot_work_are_refused(settings_, message):
+    with pytest.raises(HelixConfigError, match=message) as caught:
+        HelixConfig(
+            **{"dim_parallel_size": None if "head_parallel_size" in settings_ else 3, **settings_}
+        ).resolve(9, 3, 64, 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_are_read_from_the_command_line():
+    assert parse_weights("2,1,1") == (2.0, 1.0, 1.0) and parse_weights("0.5, 1e1") == (0.5, 10.0)
+    for text, word in (("2,x", "'x'"), ("2,,1", "''"), ("2;1", "'2;1'"), ("", "''")):
+        with pytest.raises(HelixConfigError, match=f"--helix-slice-weights {text}: {word} is not a number"):
+            parse_weights(text)
+    with pytest.raises(HelixConfigError, match="-1 is not a positive"):
+        parse_weights("2,-1")
+
+
 def test_placement_is_settled_by_what_is_legal():
     assert HelixConfig().resolve(64, 8, 128, 16).layout.query_placement == "heads"
     assert HelixConfig().resolve(9, 3, 64, 8).layout.query_placement == "dims"
     assert HelixConfig(comm_type="all_reduce").resolve(64, 8, 128, 16).layout.query_placement == "dims"
+    weighted = HelixConfig(slice_weights=(2, 1))
+    assert weighted.resolve(64, 8, 128, 16).layout.query_placement == "dims"  # all projections follow weights
+    assert replace(weighted, query_placement="heads").resolve(64, 8, 128, 16).layout.all_slice_dims == [
+        86,
+        42,
+    ]
     with pytest.raises(HelixConfigError, match="needs whole heads"):
         HelixConfig(query_placement="heads").resolve(9, 3, 64, 8)
     with pytest.raises(HelixConfigError, match="per-slice softmax works on slices"):

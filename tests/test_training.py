@@ -8,6 +8,8 @@ from training import HELIX, MODEL
 
 from helix_megatron.launch import RankError
 
+BY_LEVEL = "--helix-hierarchical-allreduce"
+
 
 @pytest.fixture(scope="module")
 def train(trainer):
@@ -30,7 +32,14 @@ def one_rank(train):
         ("1x4", 4, f"--tensor-model-parallel-size 4 {HELIX}"),
         ("3x2", 6, f"--tensor-model-parallel-size 6 {HELIX}"),
         ("1x8", 8, f"--tensor-model-parallel-size 8 {HELIX}"),
-        ("by level", 6, f"--tensor-model-parallel-size 6 {HELIX} --helix-hierarchical-allreduce"),
+        ("1x3, uneven slices", 3, f"--tensor-model-parallel-size 3 {HELIX} --helix-head-parallel-size 1"),
+        ("1x6, uneven slices", 6, f"--tensor-model-parallel-size 6 {HELIX} --helix-head-parallel-size 1"),
+        (
+            "by level, weights",
+            6,
+            f"--tensor-model-parallel-size 6 {HELIX} --helix-slice-weights 3,1 {BY_LEVEL}",
+        ),
+        ("by level", 6, f"--tensor-model-parallel-size 6 {HELIX} {BY_LEVEL}"),
         ("1x4 summed scores", 4, f"--tensor-model-parallel-size 4 {HELIX} --helix-comm-type all_reduce"),
         ("pipeline", 8, f"--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 {HELIX}"),
     ],

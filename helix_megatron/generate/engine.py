@@ -41,18 +41,26 @@ def kv_bytes(config: Any) -> KvBytes:
 def block_bytes(config: Any, helix: bool, block_tokens: int) -> int:
     """Of a block on one rank."""
     kv, ranks = kv_bytes(config), config.tensor_model_parallel_size
-    return kv.whole(block_tokens) // ranks if helix else kv.replicated(ranks, block_tokens)
+    plan = _plan(config) if helix else None
+    if plan is None:
+        return kv.replicated(ranks, block_tokens)
+    return kv.whole(block_tokens) // kv.head_dim * plan.paged_dim // plan.grid.head_parallel_size
 
 
-def slices(config: Any) -> int:
-    """m of a loaded model's grid; 1 without Helix."""
+def _plan(config: Any) -> Any:
+    """HelixPlan of a loaded model; None without Helix."""
     from helix_megatron import integrate
     from helix_megatron.attention import plan_for
 
     if integrate._active is None:
-        return 1
-    plan = plan_for(integrate._active, config, config.tensor_model_parallel_size)
-    return plan.grid.dim_parallel_size
+        return None
+    return plan_for(integrate._active, config, config.tensor_model_parallel_size)
+
+
+def slices(config: Any) -> int:
+    """m of a loaded model's grid; 1 without Helix."""
+    plan = _plan(config)
+    return 1 if plan is None else plan.grid.dim_parallel_size
 
 
 def default_block_tokens(config: Any, on_host: bool) -> int:
