@@ -63,7 +63,7 @@ def layouts(shape: ModelShape, ranks: int, work: Workload) -> list[Layout]:
         if tp * pp <= ranks and shape.num_layers % pp == 0 and work.batch % (ranks // tp // pp) == 0:
             dp = ranks // tp // pp
             found.append(Layout(tp, pp, dp, micro_batch=1 if work.kind == "train" else work.batch // dp))
-    for grid in legal_grids(shape.attention, ranks):
+    for grid in legal_grids(shape.attention, ranks, even=True):
         if grid.dim_parallel_size > 1:
             whole = shape.num_attention_heads % ranks == 0
             size = 1 if work.kind == "train" else work.batch

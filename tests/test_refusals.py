@@ -35,9 +35,16 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
     [
         ("--helix-head-parallel-size 3 --helix-dim-parallel-size 2", "n*m = 6, but the tensor-parallel size"),
         ("--helix-head-parallel-size 2", "n = 2 does not divide the 3 KV heads; legal grids: n=1 m=2"),
-        ("--kv-channels 15 --position-embedding-type none", "m = 2 does not divide the head dimension 15"),
+        ("--kv-channels 1 --position-embedding-type none", "m = 2 is more than the 1 dimensions of a head"),
         ("--kv-channels 15", "rotary dimension 15 must be even"),
-        ("--kv-channels 18 --helix-dim-parallel-size 2", "rotary pairs of a head; a slice must hold whole"),
+        ("--kv-channels 2 --helix-dim-parallel-size 2", "more than the 1 rotary pairs of a head; a slice"),
+        ("--kv-channels 18 --helix-softmax per-slice", "does not divide the 9 rotary pairs of a head, and"),
+        ("--helix-slice-weights 2,1,1", "(2,1,1) were given, but Helix grid 1x2 has 2 slices"),
+        ("--helix-slice-weights 2,x", "--helix-slice-weights 2,x: 'x' is not a number"),
+        ("--helix-slice-weights 1 0", "slice weights 1,0: 0 is not a positive number"),
+        ("--helix-slice-weights nan,1", "slice weights nan,1: nan is not a positive number"),
+        ("--helix-slice-weights 2,1 --helix-softmax per-slice", "2,1 were given with per-slice softmax"),
+        ("--attention-impl megatron --helix-slice-weights 2,1", "--helix-slice-weights was given with"),
         ("--helix-query-placement heads", "query placement 'heads' needs whole heads"),
         ("--helix-softmax per-slice --helix-comm-type a2a", "per-slice softmax, which exchanges nothing"),
         ("--multi-latent-attention", "does not support --multi-latent-attention"),
@@ -48,7 +55,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
         (
             "--fp8-format hybrid --bf16 --transformer-impl transformer_engine --kv-channels 8",
-            "multiples of 16, but a rank of Helix grid 1x2 holds 60 rows of linear_qkv",
+            "multiples of 16, but rank 0 of Helix grid 1x2 holds 60 rows of linear_qkv",
         ),
         ("--fp8-format hybrid --bf16 --fp8-param-gather", "--fp8-param-gather"),
         ("--helix-hierarchical-allreduce", "needs two levels, but Helix grid 1x2 has one"),
@@ -76,6 +83,14 @@ def test_ranks_with_different_settings_are_told_apart():
     for code, printed in run_ranks(rank_main, 2, arguments, extra, host_mode=False):
         assert code == 2
         assert "helix query placement is dims on rank 1 and heads on rank 0" in printed
+
+
+def test_ranks_with_different_slices_are_told_apart():
+    arguments = f"--tensor-model-parallel-size 2 {HELIX}".split()
+    for code, printed in run_ranks(
+        rank_main, 2, arguments, ["--helix-slice-weights", "3,1"], host_mode=False
+    ):
+        assert code == 2 and "helix slices is 12, 4 on rank 1 and 8, 8 on rank 0" in printed, printed
 
 
 def test_another_megatron_is_refused():

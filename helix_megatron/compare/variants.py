@@ -107,7 +107,8 @@ def defaults(world_size: int, flags: Mapping[str, Any]) -> tuple[Variant, ...]:
     """What is compared when a file names no variants.
 
     Megatron as TP=W/2 PP=2 (the paper's baseline), as TP=W and as TP=W/2 DP=2 (the honest ones: the same
-    ranks without slicing and without a pipeline), and Helix at every legal grid of W ranks up to m = 8.
+    ranks without slicing and without a pipeline), and Helix at every legal grid of W ranks up to m = 8, with
+    slices of equal size unless there are none.
     """
     half, found = world_size // 2, []
     if world_size % 2 == 0:
@@ -121,7 +122,7 @@ def defaults(world_size: int, flags: Mapping[str, Any]) -> tuple[Variant, ...]:
             "without variants the grids follow from the model: MODEL_ARGS needs num-attention-heads and "
             "hidden-size, or name a preset"
         )
-    for grid in legal_grids(shape, world_size):
+    for grid in legal_grids(shape, world_size, even=True) or legal_grids(shape, world_size):
         n, m = grid.head_parallel_size, grid.dim_parallel_size
         if m <= 8:
             args = {TP: world_size, "--helix-head-parallel-size": n, "--helix-dim-parallel-size": m}

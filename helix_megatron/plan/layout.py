@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.grid import HelixConfigError, HelixGrid, even_slices
 from helix_megatron.layout import HelixLayout
 from helix_megatron.presets import ModelShape
 
@@ -218,4 +218,6 @@ def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None
         if max(tp, groups) % min(tp, groups):
             return f"tensor-parallel size {tp} and {groups} KV heads do not divide one another"
         return None
+    if not even_slices(shape.attention, layout.m):
+        return f"grid {layout.grid} has slices of unequal size, which are not modelled"
     return None

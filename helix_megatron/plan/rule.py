@@ -1,10 +1,10 @@
 """The planner's grid without a search, for `--attention-impl helix` alone, and why.
 
-Every legal grid of a tensor-parallel size does equal work and keeps equal memory. They differ in what the m
-ranks of a dim group exchange: 2 (m - 1) G d / T elements of K and V for a token, and (m - 1)/m H d / T each
-of queries and outputs where m does not divide a group's query heads. Both grow with m, and so does the
-group. So the rule is: as many head groups as the model allows. Whether another tensor-parallel size would be
-better it cannot say; that takes the cluster and a search (`helix plan`).
+Every legal grid of a tensor-parallel size does equal work and keeps equal memory (uneven slices: on the mean
+of the ranks). They differ in what the m ranks of a dim group exchange: 2 (m - 1) G d / T elements of K and V
+for a token, and (m - 1)/m H d / T each of queries and outputs where m does not divide a group's query heads.
+Both grow with m, and so does the group. So the rule is: as many head groups as the model allows. Whether
+another tensor-parallel size would be better it cannot say; that takes the cluster and a search (`helix plan`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def choose(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
 
 
 def exchanged(shape: AttentionShape, grid: HelixGrid) -> float:
-    """Elements that a rank receives inside attention for one token, forward, comm type a2a."""
+    """Elements that a rank receives inside attention for one token, forward, comm type a2a; mean of ranks."""
     n, m, d = grid.head_parallel_size, grid.dim_parallel_size, shape.kv_channels
     keys_values = 2 * (m - 1) * (shape.num_query_groups / n) * (d / m)
     query_heads = shape.num_attention_heads // n

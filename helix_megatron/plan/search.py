@@ -3,7 +3,8 @@
 Note [Exhaustive, and what is pruned]
     tp x pp x dp = all devices; tp over its divisors that the heads (Megatron) or some n x m grid (Helix)
     allow, pp over those of the layers, dp over those of the batch; grids, query placements, comm types,
-    caches; micro-batches of 1, 2, 4, 8. Pruned without a prediction, as something else is no worse:
+    caches; micro-batches of 1, 2, 4, 8. Slices of unequal size are not modelled, hence not proposed. Pruned
+    without a prediction, as something else is no worse:
       a grid with m = 1        is Megatron's own attention
       m larger than needed     equal work and memory, but more bytes, (m-1) G d / T elements of K and V a
                                token, in a larger group: of the legal grids of a tp, the one with largest n
@@ -154,7 +155,7 @@ def attention_layouts(shape: ModelShape, tp: int, workload: Workload) -> Iterato
     if illegal(shape, plain, replace(workload, batch=1)) is None:
         yield plain
     whole = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
-    sliced = [grid for grid in legal_grids(shape.attention, tp) if grid.dim_parallel_size > 1]
+    sliced = [grid for grid in legal_grids(shape.attention, tp, even=True) if grid.dim_parallel_size > 1]
     for grid in [] if whole else sliced[:1]:  # most head groups first
         n, m = grid.head_parallel_size, grid.dim_parallel_size
         placement = "heads" if shape.num_attention_heads // n % m == 0 else "dims"
