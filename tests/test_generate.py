@@ -71,11 +71,11 @@ def test_the_command_streams_what_transformers_chooses(tiny, expected, tmp_path)
 def test_a_grid_that_cannot_work_is_one_line(tiny):
     folder, checkpoint = tiny
     found = helix(
-        "generate", "--model", folder, "--tensor-model-parallel-size", 5, "x", HELIX_CACHE=checkpoint.parent
+        "generate", "--model", folder, "--tensor-model-parallel-size", 11, "x", HELIX_CACHE=checkpoint.parent
     )
     assert found.returncode == 2 and found.stdout == ""
     line = found.stderr.strip().splitlines()[-1]
-    assert line.startswith("helix: no Helix grid") and "tensor-parallel size 5" in line
+    assert line.startswith("helix: no Helix grid") and "tensor-parallel size 11" in line
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from helix_megatron.merge import merge_partials
 from helix_megatron.paged_attention import Requests
 
 # ---- layers, against float64 ----
-GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2)]
+GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2), (1, 3), (2, 3)]  # 16 dimensions, 8 rotary pairs: m = 3 is uneven
 
 
 def _jobs(n: int, m: int) -> list[tuple[Case, HelixConfig, list[int]]]:
@@ -76,6 +76,20 @@ def test_the_cache_of_slices_is_still_there():
         assert rank[0][1] < 2e-6 and rank[0][2] == 2 * 10 * 2 * 2 * 16 * 4 // 2
 
 
+@pytest.mark.parametrize("cache", ["sequence", "dim"])
+def test_weighted_slices_are_cached(cache):
+    """Positions are dealt equally whatever the slices; slices are cached as they are."""
+    weights = (4.0, 1.0, 1.0)
+    jobs = [
+        (Case(heads, 3, 16, seq=12), HelixConfig(1, 3, kv_cache=cache, slice_weights=weights, **more), [4])
+        for heads, more in ((9, dict(kv_interleave_size=2)), (3, dict(query_placement="heads")), (6, {}))
+    ]
+    dims = [12, 2, 2] if cache == "dim" else [16 / 3] * 3
+    for rank, d_s in zip(run_ranks(decode_all, 3, 3, jobs), dims, strict=True):
+        for _, error, cached in rank:
+            assert error < 2e-6 and cached == 2 * 12 * 2 * 3 * d_s * 4
+
+
 def test_slices_that_are_heads_of_their_own_are_cached_as_such():
     jobs = [(Case(8, 2, 16, seq=10), HelixConfig(1, 2, softmax="per-slice"), [4])]
     for rank in run_ranks(decode_all, 2, 2, jobs):
@@ -103,6 +117,25 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
         assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
             "all_reduce x4": 1  # of linear_proj, as Megatron
         }
+
+
+@pytest.mark.parametrize("placement", ["dims", "heads"])
+def test_a_step_with_uneven_slices_receives_what_a_rank_lacks(placement):
+    n, m, hq, hk, d, batch, prompt = 2, 2, 4, 1, 16, 3, 5
+    weights, sizes = (3.0, 1.0), (12, 4)
+    helix = HelixConfig(n, m, query_placement=placement, slice_weights=weights)
+    ranks = run_ranks(count, 4, 4, Case(8, 2, d, seq=9, batch=batch), helix, prompt, 64)
+    for rank, steps in enumerate(ranks):
+        d_s = sizes[rank % 2]
+        for step, tokens in zip(steps, [prompt, *[1] * 4], strict=True):
+            t = tokens * batch
+            if placement == "dims":
+                gathered, share = (hq + 2 * hk) * (d - d_s), hq * (d_s + 1)
+            else:
+                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), hq // m * (d + 1)
+            assert {name: entry for name, entry in step.items() if name.endswith("x2")} == {
+                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": 4 * t * (gathered + share)}
+            }
 
 
 def test_a_step_over_the_cache_of_slices_has_one_collective_that_grows_with_the_context():
@@ -250,6 +283,24 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
     gathered, returned = 12 * (2 + 2 * 1) * 4 * 4, 12 * 2 * (4 + 1) * 4
     assert inside[0] == {"all_gather x2": (2, 2 * gathered), "all_to_all x2": (2, 2 * returned)}
     assert all(step == inside[0] for step in inside)
+
+
+@pytest.mark.dynamic_engine
+@pytest.mark.parametrize(
+    "helix, dims",
+    [
+        pytest.param(HelixConfig(1, 3, overlap_chunks=2), 3, id="uneven"),  # 8/3, rounded up
+        pytest.param(HelixConfig(1, 3, slice_weights=(2, 1, 1), query_placement="dims"), 3, id="weights"),
+        pytest.param(HelixConfig(1, 3, kv_cache="dim"), 4, id="uneven, a cache of slices"),
+    ],
+)
+def test_the_dynamic_engine_with_uneven_slices(helix, dims):
+    """All ranks have equally many blocks and bytes: those of the longest slice, or of 1/m rounded up."""
+    vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
+    sizes = dict(block_size_tokens=12, token_rounder=66)
+    for found in run_ranks(generate, 3, 3, helix, {}, sizes, timeout_s=150):
+        assert found["tokens"] == vanilla["tokens"]
+        assert found["bytes of a token"] == vanilla["bytes of a token"] * dims / 8
 
 
 @pytest.mark.dynamic_engine
