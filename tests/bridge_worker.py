@@ -102,6 +102,8 @@ def rank_refusals(folder):
     per_slice = HelixConfig(softmax="per-slice")
     found["per-slice"] = refusal(lambda: helix_bridge.with_helix(provider_of(bridge, 2), per_slice))
     illegal = HelixConfig(2, 1)
+    weighted = HelixConfig(1, 2, slice_weights=(3, 1))
+    found["uneven"] = refusal(lambda: helix_bridge.with_helix(provider_of(bridge, 2), weighted))
     found["grid"] = refusal(lambda: helix_bridge.with_helix(provider_of(bridge, 2), illegal))
     provider = helix_bridge.with_helix(provider_of(bridge, 2))
     model = start(provider)

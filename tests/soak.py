@@ -23,7 +23,7 @@ from helix_megatron.grid import AttentionShape, HelixConfigError, legal_grids
 from helix_megatron.launch import run_ranks
 
 LIMIT = 2e-5  # |found - expected| / |expected| of the output and every gradient, fp32 against float64
-SIZES = (2, 3, 4, 6)
+SIZES = (2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def draw(seed: int, number: int, sizes: tuple[int, ...] = SIZES) -> Job:
         seed=number,
     )
     shape = AttentionShape(case.heads, case.groups, case.dim, case.rotary_dim, case.interleaved)
-    sliced = [grid for grid in legal_grids(shape, tp) if grid.dim_parallel_size > 1]
+    sliced = [grid for grid in legal_grids(shape, tp, even=per_slice) if grid.dim_parallel_size > 1]
     n, m = pick((1, 2, 3, None)), pick((1, 2, tp, None))
     if sliced and chance.random() < 0.9:  # mostly what can work
         grid = pick(sliced)
@@ -80,6 +80,8 @@ def draw(seed: int, number: int, sizes: tuple[int, ...] = SIZES) -> Job:
         rotary_percent=case.rotary_percent,
     )
     overrides = {"sequence_parallel": True} if chance.random() < 0.25 and case.seq % tp == 0 else {}
+    if m is not None and m > 1 and chance.random() < 0.2:
+        helix = replace(helix, slice_weights=tuple(pick((0.5, 1.0, 1.0, 3.0)) for _ in range(m)))
     return Job(number, tp, case, helix, overrides)
 
 
@@ -93,9 +95,8 @@ def rank_outcomes(tp: int, jobs: list[Job]) -> list[dict]:
             plan = job.helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved)
             whole = plan.grid.dim_parallel_size == 1
             errors = check(case, job.helix, tp, None if whole else groups.of(plan.grid), **job.overrides)
-            found.append(
-                {"grid": str(plan.grid), "error": max(errors.values()), "of": max(errors, key=errors.get)}
-            )
+            grid = f"{plan.grid}" if plan.layout.is_even else f"{plan.grid} uneven"
+            found.append({"grid": grid, "error": max(errors.values()), "of": max(errors, key=errors.get)})
         except HelixConfigError as refusal:
             found.append({"refused": str(refusal)})
     return found

@@ -10,6 +10,7 @@ def test_a_hundred_random_layers():
     found = soak.soak(seed=0, first=0, count=100)
     assert found["failures"] == [], found
     assert found["equal"] >= 40 and len(found["grids"]) >= 5 and found["refused"], found
+    assert sum(count for grid, count in found["grids"].items() if "uneven" in grid) >= 15, found
 
 
 def test_a_wrong_layer_and_a_rank_that_alone_refuses_are_failures(monkeypatch):
