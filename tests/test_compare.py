@@ -1,23 +1,22 @@
-"""helix compare: what it counts, what it refuses, what becomes a row, and a comparison from end to end.
+"""helix compare: what it counts, what it refuses, and what becomes a row.
 
-Its statistics, its harness without ranks, and its reports have files of their own.
+Its statistics, its harness without ranks, its reports, and a comparison with ranks have files of their own.
 """
 
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from compare_fakes import DOCUMENT, document, samples, variant
 from rich.console import Console
 
+from helix_megatron.compare import accuracy, harness, launching
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, launching
 from helix_megatron.compare import variants as layouts
 from helix_megatron.launch import run_ranks
 
@@ -140,6 +139,19 @@ def test_decode_chooses_what_the_whole_sequence_chooses(layout):
         assert cached == whole
         assert right_size
         assert len({token for line in whole for token in line}) > 3  # the model says more than one thing
+
+
+def test_how_many_positions_are_compared():
+    def positions(length, tp=1, cp=1, sequence_parallel=False):
+        flags = {"sequence_parallel": sequence_parallel, "seq_length": length}
+        sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
+        return accuracy.positions_compared(SimpleNamespace(**flags, **sizes))
+
+    assert (positions(4096), positions(100), positions(4096, tp=12)) == (128, 100, 128)
+    assert positions(4096, tp=12, sequence_parallel=True) == 120
+    assert positions(4096, tp=3, cp=4, sequence_parallel=True) == 120  # two chunks for each of four ranks
+    with pytest.raises(ValueError, match="128 positions cannot be split over 256 shares"):
+        positions(4096, tp=16, cp=8, sequence_parallel=True)
 
 
 # ---- what is refused
@@ -285,111 +297,6 @@ def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, mo
         for name, cause in zip(names, causes):
             assert name in output
             assert cause in output
-
-
-# ---- from end to end
-
-
-def run_cli(tmp_path, *arguments):
-    command = [sys.executable, "-W", "ignore", "-m", "helix_megatron.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-
-def test_comparison_of_real_training(tmp_path):
-    import yaml
-
-    grid = {"helix-head-parallel-size": 1, "helix-dim-parallel-size": 2}
-    variants = [
-        {"name": "PP=2", "args": {"pipeline-model-parallel-size": 2}},
-        {"name": "TP=2", "args": {"tensor-model-parallel-size": 2}},
-        {"name": "DP=2"},
-        {
-            "name": "Helix 1x2",
-            "attention_impl": "helix",
-            "args": {"tensor-model-parallel-size": 2, "helix-query-placement": "dims", **grid},
-        },
-        {
-            "name": "three heads",
-            "args": {"tensor-model-parallel-size": 2, "num-attention-heads": 3, "kv-channels": 8},
-            "may_fail": True,
-        },
-    ]
-    workloads = {"train": {}, "prefill": {}, "decode": {}, "mixed": {"iterations": 1}}
-    changes = {"variants": variants, "batch_size": 2, "reference": True, "workloads": workloads}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document(**changes)))
-    run = run_cli(tmp_path, "compare", "tiny.yaml")
-    assert run.returncode == 0, run.stdout + run.stderr
-    results = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
-    pipeline, vanilla, replicas, helix, refused = results["variants"]
-    assert refused["status"] == "failed"
-    assert "num_attention_heads (3) must be a multiple of tensor_model_parallel_size (2)" in refused["cause"]
-    for finished in (pipeline, vanilla, replicas, helix):
-        measured = finished["measured"]
-        assert len(measured["losses"]) == 3
-        counts = {name: len(w["samples_seconds"][0]) for name, w in measured["workloads"].items()}
-        assert counts == {"train": 2, "prefill": 2, "first_token": 2, "decode": 2, "mixed": 1}
-        assert finished["loss_check"] == finished["loss_check"] | {"reference": "PP=2", "agrees": True}
-        assert measured["decoded_tokens"] == pipeline["measured"]["decoded_tokens"]
-        assert 0 <= measured["error"]["relative"] < 1e-6
-        for workload in measured["workloads"].values():
-            whole = workload["iteration_seconds"]["mean"]
-            assert sum(workload["split_seconds"].values()) == pytest.approx(whole)
-            assert workload["paper_tpot_ms"]["mean"] >= 0
-        check_work(measured["workloads"])
-    assert [r["status"] for r in results["references"]] == ["ok", "ok"]  # three heads: another model
-    assert helix["measured"]["grid"] == {"n": 1, "m": 2, "comm": "a2a", "placement": "dims"}
-    check_bytes(vanilla, helix)
-    memory = vanilla["measured"]["memory_bytes_of_fullest_rank"]
-    assert memory["gradients"] == memory["parameters"]  # fp32 both
-    assert memory["optimizer"] >= 2 * memory["parameters"]  # two moments of Adam
-    helix_memory = helix["measured"]["memory_bytes_of_fullest_rank"]
-    assert helix_memory["parameters"] == memory["parameters"]
-    # two layers, K and V, two sequences of 4 + 4 positions, two of four heads of 8, fp32
-    assert helix_memory["kv_cache"] == memory["kv_cache"] == 2 * 2 * 2 * 8 * 2 * 8 * 4
-    assert memory["communication"] >= 16 * 32 * 4  # a hidden state [s, b, h], all-reduced in place
-
-
-def check_work(workloads):
-    """Floating-point operations by hand: a forward pass of the tiny model, three times for training."""
-    layers, hidden, mlp, vocabulary = 2, 32, 128, 272
-    per_token = 2 * (layers * (4 * hidden**2 + 2 * hidden * mlp) + vocabulary * hidden)
-    attention = layers * 2 * 16 * hidden * 16 * 2  # two sequences of 16, causal: half of 4 s^2 h
-    forward = 32 * per_token + attention
-    assert workloads["prefill"]["flops_per_iteration"] == pytest.approx(forward)
-    assert workloads["train"]["flops_per_iteration"] == pytest.approx(3 * forward)
-    assert (workloads["train"]["tokens_per_iteration"], workloads["decode"]["tokens_per_iteration"]) == (
-        32,
-        2,
-    )
-    decode = 2 * (per_token + layers * 4 * (4 + 1 + 1.5) * hidden)  # the middle of three iterations
-    assert workloads["decode"]["flops_per_iteration"] == pytest.approx(decode)
-    assert workloads["mixed"]["tokens_per_iteration"] == 2 * 4 + 4 * 2
-
-
-def check_bytes(vanilla, helix):
-    """Helix moves what the design says, and the rest of the model what it moved before.
-
-    Per layer, forward and backward of two micro-batches: K and V gather 2(m-1) s b hk d_s, and the queries'
-    and outputs' all-to-all, each (m-1)/m s b hq d_s, fp32 elements; backward the same again.
-    """
-    s, heads, slice_dim, m, passes = 16, 4, 4, 2, 2 * 2
-    per_layer = helix["measured"]["communication_per_layer"]
-    exchanged = sum(
-        cost["bytes"] for kind, cost in per_layer.items() if not kind.startswith(("all_reduce", "broadcast"))
-    )
-    gather = 2 * (m - 1) * s * heads * slice_dim
-    all_to_all = 2 * (m - 1) / m * s * heads * slice_dim
-    assert exchanged == passes * 4 * (gather + all_to_all)
-    for kind in ("all_reduce x2", "broadcast x2"):
-        assert per_layer[kind]["bytes"] == vanilla["measured"]["communication_per_layer"][kind]["bytes"]
-
-
-def test_exit_codes_of_refusals(tmp_path):
-    (tmp_path / "bad.yaml").write_text("name: x\niteration: 3\n")
-    run = run_cli(tmp_path, "compare", "bad.yaml")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("helix: bad.yaml: unknown key 'iteration'; did you mean iterations?")
-    assert run.stderr.count("\n") == 1
 
 
 def test_only_names_a_variant(capsys):

@@ -6,6 +6,9 @@ own alike, and computes in fp32. Before training starts, both run the same rando
 
 Per-slice softmax is another model: Megatron's with H m heads of d / m. Its reference is that model on one
 rank, the rows of the same drawn weights put in the order of those heads (`as_smaller_heads`).
+
+Under context parallelism a rank has the logits of its share of the positions, which Megatron cuts in zigzag;
+they are gathered with their positions, and put in order by these.
 """
 
 from __future__ import annotations
@@ -20,9 +23,6 @@ import torch
 
 TOKENS = 128
 """At most so many positions are compared."""
-
-
-_CONTEXT_PARALLEL = "with context parallelism each rank has the logits of a part of the positions only"
 
 
 class ReferenceDone(Exception):
@@ -41,13 +41,51 @@ def initial_logits(models: list[torch.nn.Module], tokens: torch.Tensor) -> torch
     from helix_megatron.compare.decode import through_pipeline
 
     chunks, pp = unwrap_model(models), parallel_state.get_pipeline_model_parallel_group()
+    cp = parallel_state.get_context_parallel_group()
+    positions = positions_here(*tokens.shape, cp)
     for model in chunks:
         model.eval()
     with torch.no_grad():
-        output = through_pipeline(chunks, tokens, None, 0, pp, get_args())
+        here = tokens.gather(1, positions)
+        output = through_pipeline(chunks, here, positions, None, pp, get_args())
     for model in chunks:
         model.train()
-    return output.float().cpu() if pp.rank() == pp.size() - 1 else None
+    return in_order(output, positions, cp).float().cpu() if pp.rank() == pp.size() - 1 else None
+
+
+def positions_here(b: int, s: int, cp: Any) -> torch.Tensor:
+    """Positions [b, s / cp] (int64) of this rank's share of b sequences of s, as Megatron cuts them."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    whole = torch.arange(s).repeat(b, 1).cuda()
+    return get_batch_on_this_cp_rank({"position_ids": whole}, is_hybrid_cp=False, cp_group=cp)["position_ids"]
+
+
+def in_order(logits: torch.Tensor, positions: torch.Tensor, cp: Any) -> torch.Tensor:
+    """Every rank's logits [b, s / cp, V] of its positions [b, s / cp] → those of all, in order: [b, s, V].
+
+    Two all-gathers over `cp`.
+    """
+
+    def of_all(share: torch.Tensor) -> torch.Tensor:
+        shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(cp.size())]
+        torch.distributed.all_gather(shares, share.contiguous(), group=cp)
+        return torch.cat(shares, dim=1)
+
+    return of_all(logits)[:, of_all(positions)[0].argsort()] if cp.size() > 1 else logits
+
+
+def positions_compared(args: Any) -> int:
+    """How many positions this layout can compare: a whole share for every rank that splits them.
+
+    ValueError when that is none.
+    """
+    ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    ranks *= 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    most = min(TOKENS, args.seq_length)
+    if ranks > most:
+        raise ValueError(f"{most} positions cannot be split over {ranks} shares of sequence or context.")
+    return most // ranks * ranks
 
 
 def round_weights(models: list[torch.nn.Module], dtype: torch.dtype) -> None:
@@ -111,28 +149,22 @@ def compared_at_start(task: Any, result: dict[str, Any], tokens: Any) -> Iterato
         if task.reference is None:
             return built
         models, path = built[0], Path(task.reference)
-        if get_args().context_parallel_size > 1:
-            result["error"] = {"cause": _CONTEXT_PARALLEL}
-            return built
         if task.reference_of is not None:
             round_weights(models, getattr(torch, task.reference_of))
             if task.reference_grid is not None:
                 as_smaller_heads(models, *task.reference_grid)
-        tp, length = get_args().tensor_model_parallel_size, get_args().seq_length
-        columns = max(1, min(TOKENS, length) // tp) * tp  # sequence parallelism splits them over tp
-        if task.reference_of is not None:
-            columns = min(TOKENS, length)
-        logits = initial_logits(models, tokens(1, columns).cuda())
-        if task.reference_of is not None:
-            assert logits is not None, "the reference runs on one rank"
-            np.save(path, logits.numpy())
-            raise ReferenceDone
-        if logits is not None and path.exists():
-            reference = np.load(path)[:, :columns]  # causal: the first positions do not see the later ones
-            try:
+        try:  # a vocabulary padded for TP, say, has no error: the rest still counts
+            columns = positions_compared(get_args())
+            logits = initial_logits(models, tokens(1, columns).cuda())
+            if task.reference_of is not None:
+                assert logits is not None, "the reference runs on one rank"
+                np.save(path, logits.numpy())
+                raise ReferenceDone
+            if logits is not None and path.exists():
+                reference = np.load(path)[:, :columns]  # causal: the first positions do not see the later
                 result["error"] = error(logits.numpy(), reference)
-            except ValueError as difference:  # a vocabulary padded for TP, say: the rest still counts
-                result["error"] = {"cause": str(difference)}
+        except ValueError as refusal:
+            result["error"] = {"cause": str(refusal)}
         return built
 
     training.setup_model_and_optimizer = setup

@@ -16,7 +16,7 @@ class Session:
     def __init__(self, models: list[torch.nn.Module], prompt: torch.Tensor, new_tokens: int) -> None:
         """prompt: [b, s] (int64), not yet run; the cache has room for it and `new_tokens` - 1 more.
 
-        ValueError with virtual pipeline stages or context parallelism.
+        ValueError with context parallelism.
         """
         from megatron.core import parallel_state
         from megatron.core.inference.contexts import StaticInferenceContext
@@ -25,14 +25,13 @@ class Session:
         from megatron.training import get_args
 
         self.args = get_args()
-        if len(models) > 1:
-            raise ValueError("inference is not measured with virtual pipeline stages.")
         if self.args.context_parallel_size > 1:
-            raise ValueError("inference is not measured with context parallelism.")
-        self.model = unwrap_model(models)[0]
-        self.model.eval()
-        if self.args.sequence_parallel:  # one token cannot be split over the ranks
-            set_model_to_sequence_parallel(self.model, False)
+            raise ValueError("Megatron's inference does not know context parallelism.")
+        self.chunks = unwrap_model(models)
+        for chunk in self.chunks:
+            chunk.eval()
+            if self.args.sequence_parallel:  # one token cannot be split over the ranks
+                set_model_to_sequence_parallel(chunk, False)
         self.context = StaticInferenceContext(prompt.shape[0], prompt.shape[1] + new_tokens)
         self.pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.tokens = prompt
@@ -41,7 +40,7 @@ class Session:
     def step(self) -> torch.Tensor:
         """Run `tokens`; the next token of each sequence [b, 1] (int64), on every rank, greedily chosen."""
         with torch.no_grad():
-            self.tokens = decode_step(self.model, self.tokens, self.context, self.pipeline, self.args)
+            self.tokens = decode_step(self.chunks, self.tokens, self.context, self.pipeline, self.args)
         self.context.enable_decode_mode()
         return self.tokens
 
@@ -64,12 +63,14 @@ class Session:
         return storage_bytes(tensors, set())
 
 
-def decode_step(model: Any, tokens: torch.Tensor, context: Any, pp: Any, args: Any) -> torch.Tensor:
+def decode_step(models: list[Any], tokens: torch.Tensor, context: Any, pp: Any, args: Any) -> torch.Tensor:
     """tokens [b, s] (the prompt, then s = 1) → the next token of each sequence [b, 1], on every rank.
 
     At the end of the pipeline `pp` the tokens [b, 1] (int64) are broadcast to its other stages.
     """
-    output = through_pipeline([model], tokens, context, context.sequence_len_offset, pp, args)
+    done = context.sequence_len_offset
+    positions = torch.arange(done, done + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    output = through_pipeline(models, tokens, positions, context, pp, args)
     stage, last = pp.rank(), pp.size() - 1
     if stage < last:
         chosen = torch.empty((tokens.shape[0], 1), dtype=torch.int64, device=tokens.device)
@@ -83,16 +84,15 @@ def decode_step(model: Any, tokens: torch.Tensor, context: Any, pp: Any, args: A
 
 
 def through_pipeline(
-    models: list[Any], tokens: torch.Tensor, context: Any, done: int, pp: Any, args: Any
+    models: list[Any], tokens: torch.Tensor, positions: torch.Tensor, context: Any, pp: Any, args: Any
 ) -> torch.Tensor:
-    """Forward of tokens [b, s] at positions done … done + s - 1; the last stage returns logits [b, s, V].
+    """Forward of tokens [b, s] at positions [b, s]; the last stage returns logits [b, s, V].
 
     models: this rank's chunks, one for each virtual pipeline stage: all stages pass their first chunk, then
     all their second, and so on. Point to point around `pp`: hidden states [s, b, h] of the parameters' dtype,
     s / TP of them with sequence parallelism and no context. Other stages return what they have sent.
     """
     b, s = tokens.shape
-    positions = torch.arange(done, done + s, device=tokens.device).expand(b, s)
     ranks = torch.distributed.get_process_group_ranks(pp)
     stage, last = pp.rank(), pp.size() - 1
     split = args.tensor_model_parallel_size if args.sequence_parallel and context is None else 1

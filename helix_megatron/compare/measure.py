@@ -131,8 +131,10 @@ def after_training(
     args, model = get_args(), recorder.model
     held = memory.held(model, recorder.optimizer)
     say("activations")
+    # Megatron's interleaved schedule takes no fewer micro-batches than there are stages.
+    together = args.pipeline_model_parallel_size if len(model) > 1 else 1
     held["saved_for_backward"] = memory.saved_for_backward(
-        model, lambda: workloads.one_pass(model, microbatches=1)
+        model, lambda: workloads.one_pass(model, together), together
     )
     measured: dict[str, Any] = {}
     if "train" in task.workloads:

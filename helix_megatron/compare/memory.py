@@ -51,8 +51,10 @@ def megatron_estimate() -> dict[str, float]:
     }
 
 
-def saved_for_backward(model: list[torch.nn.Module], one_pass: Callable[[], None]) -> int:
-    """Bytes of the tensors that autograd keeps for backward while `one_pass` runs one micro-batch forward.
+def saved_for_backward(
+    model: list[torch.nn.Module], one_pass: Callable[[], None], microbatches: int = 1
+) -> int:
+    """Bytes that autograd keeps for backward of one of the micro-batches that `one_pass` runs forward.
 
     Storages are counted once and parameters not at all. A pipeline stage holds this for each micro-batch
     in flight.
@@ -68,7 +70,7 @@ def saved_for_backward(model: list[torch.nn.Module], one_pass: Callable[[], None
         chunk.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         one_pass()
-    return storage_bytes(kept, seen)
+    return storage_bytes(kept, seen) // microbatches
 
 
 def storage_bytes(tensors: list[torch.Tensor], seen: set[int]) -> int:

@@ -66,7 +66,8 @@ def of_variant(
     """
     flags = config.flags(variant)
     for flag, name in _NOT_MODELLED.items():
-        if flags.get(flag) not in (None, False, 1):
+        one = None if flag == "--num-layers-per-virtual-pipeline-stage" else 1  # of the others 1 is none
+        if flags.get(flag) not in (None, False, one):
             raise ValueError(f"the planner does not model {name}.")
     if flags.get("--helix-softmax") == "per-slice":
         raise ValueError("the planner does not model per-slice softmax.")
