@@ -27,6 +27,7 @@ CASES = {"mqa": 1, "g2": 2}  # KV heads
 VARIANTS = {  # Helix settings
     "Helix": {},
     "Helix, 2 chunks": {"overlap_chunks": 2},
+    "Helix, dim": {"kv_cache": "dim"},
 }
 
 
@@ -128,8 +129,13 @@ class Side:
                 plan = self.layer.helix_plan
                 i, j = plan.grid.coordinate(rank)
                 m, heads = plan.grid.dim_parallel_size, plan.layout.kv_heads
+                heads = slice(i * heads, (i + 1) * heads)
+                if plan.kv_cache == "dim":
+                    for half, dims in enumerate((plan.layout.key_dims(j), plan.layout.value_dims(j))):
+                        memory[half, block] = whole[half][:, heads, dims]
+                    continue
                 own = torch.arange(BLOCK) // min(plan.kv_interleave_size, BLOCK // m) % m == j
-                memory[:, block] = whole[:, own, i * heads : (i + 1) * heads].reshape(memory[:, block].shape)
+                memory[:, block] = whole[:, own, heads].reshape(memory[:, block].shape)
 
     def at(self, batch: int, length: int) -> None:
         """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""

@@ -10,7 +10,6 @@ in `host_megatron`.
 import contextlib
 import datetime
 import os
-import threading
 import time
 import types
 from collections import defaultdict
@@ -61,7 +60,7 @@ def enable_host_mode() -> None:
     _patch_queries()
     _patch_streams()
     _patch_tensors()
-    _patch_modes()
+    host_rng.patch_placement()
     _patch_groups()
     host_megatron.patch_megatron()
 
@@ -233,30 +232,6 @@ def _patch_tensors() -> None:
             return generator("cpu" if host_rng.is_device(device) else device)
 
     torch.Generator = Generator
-
-
-def _patch_modes() -> None:
-    host_rng.HostPlacement().__enter__()  # this thread, until the process ends
-    run_engine = torch.autograd.graph._engine_run_backward
-
-    def run_engine_placed(*args, **kwargs):  # recomputation and gradient hooks run inside backward()
-        with host_rng.placement():
-            return run_engine(*args, **kwargs)
-
-    torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run_engine_placed
-    start = threading.Thread.start
-
-    def start_placed(self):  # a mode belongs to one thread: checkpoint writers, data loaders, servers
-        run = self.run
-
-        def run_placed():
-            with host_rng.placement():
-                run()
-
-        self.run = run_placed
-        start(self)
-
-    threading.Thread.start = start_placed
 
 
 def _patch_groups() -> None:

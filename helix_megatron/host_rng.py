@@ -18,10 +18,13 @@ draws and the weights would differ between tensor-parallel sizes.
 """
 
 import contextlib
+import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 
 CPU = torch.device("cpu")
 _DEVICE_SEED_SALT = 0x5DEECE66D  # the two streams must differ even when both are given the same seed
@@ -35,12 +38,11 @@ _DEVICE_DRAWS = frozenset({
     "multi_head_attention_forward",
 })  # fmt: skip
 _INPLACE_DRAWS = frozenset({
-    "normal_", "uniform_", "trunc_normal_", "random_", "bernoulli_", "exponential_", "cauchy_",
-    "geometric_", "log_normal_", "orthogonal_", "sparse_", "xavier_uniform_", "xavier_normal_",
-    "kaiming_uniform_", "kaiming_normal_",
+    "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_",
+    "geometric_", "log_normal_",
 })  # fmt: skip
 _FACTORY_DRAWS = frozenset({"rand", "randn", "randint", "randperm"})
-_LOOKED_AT = frozenset({"to"}) | _DEVICE_DRAWS | _INPLACE_DRAWS  # whatever their keywords
+_LIKE = frozenset({"rand_like", "randn_like", "randint_like"})
 
 
 class DeviceGenerator(torch.Generator):
@@ -57,12 +59,17 @@ device_generator = DeviceGenerator()
 @contextlib.contextmanager
 def device_stream():
     """Draws without a generator take from the device stream; the host stream is as before afterwards."""
+    if getattr(_state, "on_device", False):  # a draw that is made of draws
+        yield
+        return
     host = torch.default_generator
     saved = host.get_state()
     host.set_state(device_generator.get_state())
+    _state.on_device = True
     try:
         yield
     finally:
+        _state.on_device = False
         device_generator.set_state(host.get_state())
         host.set_state(saved)
 
@@ -91,31 +98,79 @@ def is_device(device) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-class HostPlacement(TorchFunctionMode):
-    """Puts every tensor asked for on 'cuda' in host memory and picks the stream of every random draw."""
+def patch_placement() -> None:
+    """Replace torch's factory functions, random draws and `Tensor.to` by ones that know what 'cuda' is here.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name not in _LOOKED_AT and "device" not in kwargs and "pin_memory" not in kwargs:
-            return func(*args, **kwargs)  # nearly every call of a step, in a few hundred nanoseconds
-        on_device = False
-        if "device" in kwargs and is_device(kwargs["device"]):
-            kwargs = {**kwargs, "device": CPU}
-            on_device = True
+    Replaced are the few functions of which it depends on the call, so that all others cost what they cost
+    (a TorchFunctionMode sees every call, some microseconds each, and is off inside autograd and in threads).
+    """
+    constructors = _device_constructors()  # torch keeps what it finds at its first call
+    tensor, functional = torch.Tensor, torch.nn.functional
+    for owner in (torch, torch.fft):
+        for name, function in list(vars(owner).items()):
+            if name.endswith("_like") or (callable(function) and function in constructors):
+                setattr(owner, name, _placed(function))
+    for name in ("new_tensor", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"):
+        setattr(tensor, name, _placed(getattr(tensor, name)))
+    for owner in (torch, functional, tensor):
+        for name in _DEVICE_DRAWS - _LIKE:
+            if hasattr(owner, name):
+                setattr(owner, name, _drawn(getattr(owner, name), lambda: True))
+    for name in _INPLACE_DRAWS:
+        setattr(tensor, name, _drawn(getattr(tensor, name), lambda: getattr(_state, "forks", 0) > 0))
+    tensor.to = _moved(tensor.to)
+    initialize = DeviceContext.__init__
+    DeviceContext.__init__ = lambda self, device: initialize(self, CPU if is_device(device) else device)
+
+
+def _placed(factory: Callable) -> Callable:
+    name = factory.__name__
+    always, on_request = name in _LIKE, name in _FACTORY_DRAWS
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        on_device = "device" in kwargs and is_device(kwargs["device"])
+        if on_device:
+            kwargs["device"] = CPU
         if kwargs.get("pin_memory"):  # dynamic_context.py: torch.full(..., device='cpu', pin_memory=True)
-            kwargs = {**kwargs, "pin_memory": False}
-        if name == "to" and len(args) > 1:
-            if is_device(args[1]):
-                args = (args[0], CPU, *args[2:])
-            elif _names_host(args[1]):
-                args, kwargs = (args[0], CPU, *args[2:]), _with_copy(args[2:], kwargs)
-        elif name == "to" and _names_host(kwargs.get("device")) and not on_device:
-            kwargs = _with_copy(args[1:], kwargs)
-        if kwargs.get("generator") is None and _draws_on_device(name, on_device):
+            kwargs["pin_memory"] = False
+        if (always or (on_request and on_device)) and kwargs.get("generator") is None:
             with device_stream():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+                return factory(*args, **kwargs)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _drawn(draw: Callable, on_device: Callable[[], bool]) -> Callable:
+    @functools.wraps(draw)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and is_device(kwargs["device"]):  # torch.normal has one
+            kwargs["device"] = CPU
+        if kwargs.get("generator") is None and on_device():
+            with device_stream():
+                return draw(*args, **kwargs)
+        return draw(*args, **kwargs)
+
+    return call
+
+
+def _moved(to: Callable) -> Callable:
+    @functools.wraps(to)
+    def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        where = args[0] if args else kwargs.get("device")
+        if isinstance(where, torch.dtype | torch.Tensor) or where is None:
+            return to(self, *args, **kwargs)
+        rest = args[1:]
+        if _names_host(where):
+            kwargs = _with_copy(rest, kwargs)
+        elif not is_device(where):
+            return to(self, *args, **kwargs)
+        if args:
+            return to(self, CPU, *rest, **kwargs)
+        return to(self, **{**kwargs, "device": CPU})
+
+    return call
 
 
 def _names_host(device) -> bool:
@@ -126,25 +181,3 @@ def _with_copy(rest, kwargs):
     # x.to('cpu') of a device tensor is a snapshot: Megatron goes on to change x (async save, staging).
     # The positional form (device, dtype, non_blocking, copy) with four arguments has said what it wants.
     return kwargs if len(rest) >= 3 else {**kwargs, "copy": True}
-
-
-def _draws_on_device(name: str, on_device: bool) -> bool:
-    if name in _DEVICE_DRAWS:
-        return True
-    if name in _INPLACE_DRAWS:
-        return getattr(_state, "forks", 0) > 0
-    return on_device and name in _FACTORY_DRAWS
-
-
-@contextlib.contextmanager
-def placement():
-    """Enter `HostPlacement` in this thread unless it is active already.
-
-    Needed wherever torch has left it: new threads, and all that autograd's engine calls (a mode is off inside
-    its own handler, and `loss.backward()` passes through the handler).
-    """
-    if any(isinstance(mode, HostPlacement) for mode in _get_current_function_mode_stack()):
-        yield
-        return
-    with HostPlacement():
-        yield
