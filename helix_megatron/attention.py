@@ -150,7 +150,7 @@ class HelixParallelSelfAttention(SelfAttention):
         """Columns of a RoPE table [s, 1, 1, rotary_dim] that belong to this rank's slice.
 
         Megatron hands the same table to every layer and step, and it is as long as the longest sequence: the
-        slice is made once and kept with the table.
+        slice is made once and kept with the table (several models may share one).
         """
         if emb is None:
             return None
@@ -160,10 +160,12 @@ class HelixParallelSelfAttention(SelfAttention):
                 f"RoPE rotates {emb.shape[-1]} dimensions of each head, but Helix was configured for "
                 f"{expected}; set HelixConfig.rotary_percent to the model's rotary_percent (0 without RoPE)"
             )
+        if not hasattr(emb, "helix_slices"):
+            emb.helix_slices = {}
         key = (self.helix_plan.layout, self.helix_groups.dim_rank, torch.is_inference_mode_enabled())
-        if getattr(emb, "helix_slice", (None,))[0] != key:
-            emb.helix_slice = (key, emb.index_select(-1, self._rotary_dims))
-        return emb.helix_slice[1]
+        if key not in emb.helix_slices:
+            emb.helix_slices[key] = emb.index_select(-1, self._rotary_dims)
+        return emb.helix_slices[key]
 
     def get_query_key_value_tensors(
         self,

@@ -80,12 +80,26 @@ def attend_over_slices(
     pages.values[pages.blocks, pages.places] = value[:tokens, 0]
     out = torch.zeros_like(query)
     for parts in _batches(pages.requests, pages.attention.left, query.shape[2]):
-        partial = [_partial_scores(query[part.rows, 0], pages, part) for part in parts]
-        summed = all_reduce_sum(torch.cat([scores.flatten() for scores in partial]), group)
-        pieces = summed.split([scores.numel() for scores in partial])
-        for part, scores, like in zip(parts, pieces, partial, strict=True):
-            out[part.rows, 0] = _output(scores.view_as(like), pages, part).to(out.dtype)
+        work = [
+            _Singles(pages, group_of_parts, query.device)
+            if group_of_parts[0].rows.stop - group_of_parts[0].rows.start == 1
+            else _Prompt(pages, group_of_parts[0])
+            for group_of_parts in _alike(parts)
+        ]
+        partial = [one.scores(query[one.rows, 0]) for one in work]
+        summed = all_reduce_sum(torch.cat(partial) if len(partial) > 1 else partial[0], group)
+        for one, scores in zip(work, summed.split([scores.numel() for scores in partial]), strict=True):
+            out[one.rows, 0] = one.output(scores).to(out.dtype)
     return out
+
+
+def _alike(parts: list[_Part]) -> list[list[_Part]]:
+    """Single new tokens that see about as much (at most twice) together, prompts each on its own."""
+    found: dict[int, list[_Part]] = {}
+    for number, part in enumerate(parts):
+        single = part.rows.stop - part.rows.start == 1
+        found.setdefault((part.last - part.first).bit_length() if single else -1 - number, []).append(part)
+    return list(found.values())
 
 
 def _batches(requests: Requests, left: int | None, heads: int) -> Iterator[list[_Part]]:
@@ -111,28 +125,85 @@ def _batches(requests: Requests, left: int | None, heads: int) -> Iterator[list[
         yield batch
 
 
-def _of_request(cache: Tensor, table: Tensor, part: _Part) -> Tensor:
-    """[last - first, K, d_s] of a request's pages, in fp32."""
-    block = cache.shape[1]
-    begin, end = part.first // block, -(-part.last // block)
-    rows = cache[table[part.request, begin:end].long()].flatten(0, 1)
-    return rows[part.first - begin * block : part.last - begin * block].float()
+class _Singles:
+    """The only new tokens of R requests, together; L positions from the first block on that one sees.
+
+    Args:
+        pages: of the layer.
+        parts: theirs.
+        device: where the work is done.
+    """
+
+    def __init__(self, pages: SlicedPages, parts: list[_Part], device: torch.device):
+        self._pages, block = pages, pages.keys.shape[1]
+        self.rows = [part.rows.start for part in parts]
+        begins = [part.first // block for part in parts]
+        count = max(-(-part.last // block) - begin for part, begin in zip(parts, begins, strict=True))
+        requests, begins, firsts, lasts = (
+            torch.tensor(column, device=device)[:, None]
+            for column in zip(
+                *((part.request, begin, part.first, part.last) for part, begin in zip(parts, begins)),
+                strict=True,
+            )
+        )
+        blocks = torch.minimum(begins + torch.arange(count, device=device), (lasts - 1) // block)
+        self._blocks = pages.requests.table[requests, blocks].long()  # [R, blocks]
+        positions = begins * block + torch.arange(count * block, device=device)
+        self._seen = ((positions >= firsts) & (positions < lasts))[:, None, None]  # [R, 1, 1, L]
+
+    def _all(self, cache: Tensor) -> Tensor:
+        return cache[self._blocks].flatten(1, 2).float()  # [R, L, K, d_s]
+
+    def scores(self, query: Tensor) -> Tensor:
+        """[R, N, d_s] to this rank's part of the scores of what is seen, flat, fp32."""
+        key = self._all(self._pages.keys)
+        scaled = (query.float() * self._pages.attention.softmax_scale).unflatten(1, (key.shape[2], -1))
+        scores = torch.einsum("rkgd,rlkd->rkgl", scaled, key)
+        self._shape = scores.shape
+        return scores.masked_select(self._seen)
+
+    def output(self, scores: Tensor) -> Tensor:
+        """Summed scores to this rank's slice of the output, [R, N, d_s]."""
+        whole = scores.new_full(self._shape, float("-inf")).masked_scatter(self._seen, scores)
+        probs = torch.softmax(whole, dim=-1)
+        value = self._all(self._pages.values)  # what is not seen may be memory that nobody wrote: no number
+        value.masked_fill_(~self._seen[:, 0, 0, :, None, None], 0.0)
+        return torch.einsum("rkgl,rlkd->rkgd", probs, value).flatten(1, 2)
 
 
-def _partial_scores(query: Tensor, pages: SlicedPages, part: _Part) -> Tensor:
-    """[rows, N, d_s] to this rank's part of the scores, [K, N/K, rows, last - first] fp32."""
-    key = _of_request(pages.keys, pages.requests.table, part)
-    scaled = (query.float() * pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
-    return torch.einsum("skrd,lkd->krsl", scaled, key)
+class _Prompt:
+    """Several new tokens of one request.
 
+    Args:
+        pages: of the layer.
+        part: theirs.
+    """
 
-def _output(scores: Tensor, pages: SlicedPages, part: _Part) -> Tensor:
-    """Summed scores [K, N/K, rows, last - first] to this rank's slice of the output, [rows, N, d_s]."""
-    positions = torch.arange(part.first, part.last, device=scores.device)
-    own = torch.arange(part.position, part.last, device=scores.device)[:, None]
-    hidden = positions > own
-    if pages.attention.left is not None:
-        hidden |= positions < own - pages.attention.left
-    probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-    value = _of_request(pages.values, pages.requests.table, part)
-    return torch.einsum("krsl,lkd->skrd", probs, value).flatten(1, 2)
+    def __init__(self, pages: SlicedPages, part: _Part):
+        self._pages, self._part, self.rows = pages, part, part.rows
+
+    def _all(self, cache: Tensor) -> Tensor:
+        """[last - first, K, d_s] of the request's pages, in fp32."""
+        part, block = self._part, cache.shape[1]
+        begin, end = part.first // block, -(-part.last // block)
+        rows = cache[self._pages.requests.table[part.request, begin:end].long()].flatten(0, 1)
+        return rows[part.first - begin * block : part.last - begin * block].float()
+
+    def scores(self, query: Tensor) -> Tensor:
+        """[rows, N, d_s] to this rank's part of the scores, [K, N/K, rows, last - first] flat, fp32."""
+        key = self._all(self._pages.keys)
+        scaled = (query.float() * self._pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
+        scores = torch.einsum("skrd,lkd->krsl", scaled, key)
+        self._shape = scores.shape
+        return scores.flatten()
+
+    def output(self, scores: Tensor) -> Tensor:
+        """Summed scores to this rank's slice of the output, [rows, N, d_s]."""
+        part, left = self._part, self._pages.attention.left
+        positions = torch.arange(part.first, part.last, device=scores.device)
+        own = torch.arange(part.position, part.last, device=scores.device)[:, None]
+        hidden = positions > own
+        if left is not None:
+            hidden |= positions < own - left
+        probs = torch.softmax(scores.view(self._shape).masked_fill(hidden, float("-inf")), dim=-1)
+        return torch.einsum("krsl,lkd->skrd", probs, self._all(self._pages.values)).flatten(1, 2)
