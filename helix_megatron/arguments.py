@@ -79,8 +79,16 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-kv-cache",
         choices=KV_CACHES,
         default="auto",
-        help="Inference: sequence (auto) caches whole heads of 1/M of the positions on each rank; dim caches "
-        "slices of all positions and sums scores over the whole context in every step.",
+        help="Inference: sequence caches whole heads of 1/M of the positions on each rank; dim caches slices "
+        "of all positions and sums scores over the whole context in every step. auto: dim where "
+        "--helix-context-length says that contexts are short, else sequence.",
+    )
+    group.add_argument(
+        "--helix-context-length",
+        type=int,
+        metavar="TOKENS",
+        help="Inference: tokens of the longest request, prompt and answer, for --helix-kv-cache auto. helix "
+        "generate and helix serve know it.",
     )
     group.add_argument(
         "--helix-kv-interleave-size",
@@ -132,6 +140,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-query-placement": args.helix_query_placement != "auto",
             "--helix-core-attention": args.helix_core_attention != "auto",
             "--helix-kv-cache": args.helix_kv_cache != "auto",
+            "--helix-context-length": args.helix_context_length is not None,
             "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
             "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
             "--helix-hierarchical-allreduce": args.helix_hierarchical_allreduce,
@@ -175,6 +184,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         query_placement=args.helix_query_placement,
         core_attention=args.helix_core_attention,
         kv_cache=args.helix_kv_cache,
+        context_length=args.helix_context_length,
         kv_interleave_size=args.helix_kv_interleave_size,
         overlap_chunks=args.helix_overlap_chunks,
         hierarchical_allreduce=args.helix_hierarchical_allreduce,

@@ -16,6 +16,9 @@ COMM_TYPES = ("auto", "a2a", "all_reduce")
 QUERY_PLACEMENTS = ("auto", "dims", "heads")
 CORE_ATTENTIONS = ("auto", "spec")
 KV_CACHES = ("auto", "sequence", "dim")
+SHORT_CONTEXT = 2048
+"""Up to so many tokens a cache of slices ("dim") decodes faster: one collective a layer in place of two, and
+few scores to sum (benchmarks/decode.py)."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,12 @@ class HelixConfig:
     PyTorch's fused scaled_dot_product_attention for Megatron's unfused local core."""
 
     kv_cache: str = "auto"
-    """What the m ranks of a dim group cache in inference. "sequence" (auto): whole heads of 1/m of the
-    positions. "dim": slices of all positions; every step sums scores over the whole context."""
+    """What the m ranks of a dim group cache in inference. "sequence": whole heads of 1/m of the positions.
+    "dim": slices of all positions; every step sums scores over the whole context. "auto": dim where
+    `context_length` is known and short, else sequence."""
+
+    context_length: int | None = None
+    """Inference: tokens of the longest request, prompt and answer. None: not known, or no inference."""
 
     kv_interleave_size: int = 32
     """Consecutive positions that one rank keeps in a "sequence" cache, before the next rank's turn."""
@@ -102,6 +109,11 @@ class HelixConfig:
                 f"overlap chunks {self.overlap_chunks} was given with {what}, which has no exchange to "
                 "overlap; leave it at 1"
             )
+        if self.context_length is not None and self.context_length < 1:
+            raise HelixConfigError(
+                f"context length {self.context_length}: a request has at least 1 token; leave it out where "
+                "it is not known"
+            )
         if self.kv_interleave_size < 1:
             raise HelixConfigError(
                 f"KV interleave size {self.kv_interleave_size}: a rank keeps at least 1 position in its turn"
@@ -135,17 +147,21 @@ class HelixConfig:
                 "out, or choose a grid with n > 1 and m > 1"
             )
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
-        placement = self.query_placement
+        placement, kv_cache = self.query_placement, "none" if per_slice else self.kv_cache
+        if kv_cache == "auto":
+            short = self.context_length is not None and self.context_length <= SHORT_CONTEXT
+            # Whole query heads would be exchanged before and after the sum; overlap needs an exchange.
+            sliced = placement != "heads" and self.overlap_chunks == 1
+            kv_cache = "dim" if short and sliced else "sequence"
         if placement == "auto":
             query_heads = num_attention_heads // grid.head_parallel_size
             whole_heads = query_heads % grid.dim_parallel_size == 0
             # Summed scores need sliced queries: whole heads would be exchanged before and after.
-            summed = comm_type != "a2a" or self.kv_cache == "dim"
+            summed = comm_type != "a2a" or kv_cache == "dim"
             # Weights are to share out all of the projections, not those of K and V alone.
             weighted = self.slice_weights is not None
             placement = "heads" if whole_heads and not summed and not weighted else "dims"
         fused = self.core_attention == "auto"
-        kv_cache = "none" if per_slice else {"auto": "sequence"}.get(self.kv_cache, self.kv_cache)
         layout = HelixLayout(shape, grid, placement, per_slice, output_gate, self.slice_weights)
         return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size, self.overlap_chunks)
 

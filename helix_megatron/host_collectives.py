@@ -107,8 +107,14 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _write(tensor: Tensor, values: Tensor) -> None:
     """Put values into a tensor, unnoticed by autograd's versions, as gloo does."""
-    with torch.inference_mode(tensor.is_inference() or torch.is_inference_mode_enabled()):
-        (tensor if tensor.is_inference() else tensor.data).copy_(values.view(tensor.shape))
+    values = values.view(tensor.shape)
+    if not tensor.is_inference():
+        tensor.data.copy_(values)
+    elif torch.is_inference_mode_enabled():
+        tensor.copy_(values)
+    else:
+        with torch.inference_mode():
+            tensor.copy_(values)
 
 
 def _combination(options: Any, tensor: Tensor) -> Callable[[Tensor], Tensor] | None:

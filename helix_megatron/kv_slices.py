@@ -75,31 +75,40 @@ def attend_over_slices(
     Returns:
         [T, 1, N, d_s]; 0 for padding.
     """
-    tokens = len(pages.blocks)
+    tokens, requests = len(pages.blocks), pages.requests
     pages.keys[pages.blocks, pages.places] = key[:tokens, 0]
     pages.values[pages.blocks, pages.places] = value[:tokens, 0]
     out = torch.zeros_like(query)
-    for parts in _batches(pages.requests, pages.attention.left, query.shape[2]):
-        work = [
-            _Singles(pages, group_of_parts, query.device)
-            if group_of_parts[0].rows.stop - group_of_parts[0].rows.start == 1
-            else _Prompt(pages, group_of_parts[0])
-            for group_of_parts in _alike(parts)
+    how = (pages.attention.left, query.shape[2], pages.keys.shape[1], SCORE_BYTES)
+    if how not in requests.kept:  # the same for every layer of a step
+        requests.kept[how] = [
+            [_work(alike, requests, how[2]) for alike in _alike(parts)]
+            for parts in _batches(requests, *how[:2])
         ]
-        partial = [one.scores(query[one.rows, 0]) for one in work]
-        summed = all_reduce_sum(torch.cat(partial) if len(partial) > 1 else partial[0], group)
-        for one, scores in zip(work, summed.split([scores.numel() for scores in partial]), strict=True):
-            out[one.rows, 0] = one.output(scores).to(out.dtype)
+    for batch in requests.kept[how]:
+        partial = [work.scores(query[work.rows, 0], pages) for work in batch]
+        flat = [scores.flatten() for scores in partial]
+        summed = all_reduce_sum(torch.cat(flat) if len(flat) > 1 else flat[0], group)
+        pieces = summed.split([scores.numel() for scores in partial])
+        for work, like, scores in zip(batch, partial, pieces, strict=True):
+            out[work.rows, 0] = work.output(scores.view_as(like), pages).to(out.dtype)
     return out
+
+
+def _single(part: _Part) -> bool:
+    return part.rows.stop - part.rows.start == 1
 
 
 def _alike(parts: list[_Part]) -> list[list[_Part]]:
     """Single new tokens that see about as much (at most twice) together, prompts each on its own."""
     found: dict[int, list[_Part]] = {}
     for number, part in enumerate(parts):
-        single = part.rows.stop - part.rows.start == 1
-        found.setdefault((part.last - part.first).bit_length() if single else -1 - number, []).append(part)
+        found.setdefault((part.last - part.first).bit_length() if _single(part) else -number, []).append(part)
     return list(found.values())
+
+
+def _work(parts: list[_Part], requests: Requests, block: int) -> _Singles | _Prompt:
+    return _Singles(parts, requests, block) if _single(parts[0]) else _Prompt(parts[0], requests, block)
 
 
 def _batches(requests: Requests, left: int | None, heads: int) -> Iterator[list[_Part]]:
@@ -129,81 +138,85 @@ class _Singles:
     """The only new tokens of R requests, together; L positions from the first block on that one sees.
 
     Args:
-        pages: of the layer.
         parts: theirs.
-        device: where the work is done.
+        requests: whose pages are read.
+        block: B.
     """
 
-    def __init__(self, pages: SlicedPages, parts: list[_Part], device: torch.device):
-        self._pages, block = pages, pages.keys.shape[1]
-        self.rows = [part.rows.start for part in parts]
+    def __init__(self, parts: list[_Part], requests: Requests, block: int):
+        device = requests.table.device
+        self.rows: list[int] | slice = [part.rows.start for part in parts]
         begins = [part.first // block for part in parts]
-        count = max(-(-part.last // block) - begin for part, begin in zip(parts, begins, strict=True))
-        requests, begins, firsts, lasts = (
+        starts = [part.first - begin * block for part, begin in zip(parts, begins, strict=True)]
+        stops = [part.last - begin * block for part, begin in zip(parts, begins, strict=True)]
+        count = -(-max(stops) // block)
+        self._range = slice(min(starts), max(stops))  # of the L positions
+        numbers, first_blocks, low, high = (
             torch.tensor(column, device=device)[:, None]
-            for column in zip(
-                *((part.request, begin, part.first, part.last) for part, begin in zip(parts, begins)),
-                strict=True,
-            )
+            for column in ([part.request for part in parts], begins, starts, stops)
         )
-        blocks = torch.minimum(begins + torch.arange(count, device=device), (lasts - 1) // block)
-        self._blocks = pages.requests.table[requests, blocks].long()  # [R, blocks]
-        positions = begins * block + torch.arange(count * block, device=device)
-        self._seen = ((positions >= firsts) & (positions < lasts))[:, None, None]  # [R, 1, 1, L]
+        own = torch.minimum(torch.arange(count, device=device), (high - 1) // block)
+        self._blocks = requests.table[numbers, first_blocks + own].long()  # [R, blocks]
+        self._seen = None  # by all of them: nothing in the range is hidden
+        if len(set(starts)) > 1 or len(set(stops)) > 1:
+            positions = torch.arange(self._range.start, self._range.stop, device=device)
+            self._seen = ((positions >= low) & (positions < high))[:, None, None]  # [R, 1, 1, L]
+        if len(parts) == 1:
+            self.rows = parts[0].rows
 
     def _all(self, cache: Tensor) -> Tensor:
-        return cache[self._blocks].flatten(1, 2).float()  # [R, L, K, d_s]
+        return cache[self._blocks].flatten(1, 2)[:, self._range].float()  # [R, L, K, d_s]
 
-    def scores(self, query: Tensor) -> Tensor:
-        """[R, N, d_s] to this rank's part of the scores of what is seen, flat, fp32."""
-        key = self._all(self._pages.keys)
-        scaled = (query.float() * self._pages.attention.softmax_scale).unflatten(1, (key.shape[2], -1))
+    def scores(self, query: Tensor, pages: SlicedPages) -> Tensor:
+        """[R, N, d_s] to this rank's part of the scores, fp32: [R, K, N/K, L], or what is seen, flat."""
+        key = self._all(pages.keys)
+        scaled = (query.float() * pages.attention.softmax_scale).unflatten(1, (key.shape[2], -1))
         scores = torch.einsum("rkgd,rlkd->rkgl", scaled, key)
+        if self._seen is None:
+            return scores
         self._shape = scores.shape
         return scores.masked_select(self._seen)
 
-    def output(self, scores: Tensor) -> Tensor:
+    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
         """Summed scores to this rank's slice of the output, [R, N, d_s]."""
-        whole = scores.new_full(self._shape, float("-inf")).masked_scatter(self._seen, scores)
-        probs = torch.softmax(whole, dim=-1)
-        value = self._all(self._pages.values)  # what is not seen may be memory that nobody wrote: no number
-        value.masked_fill_(~self._seen[:, 0, 0, :, None, None], 0.0)
-        return torch.einsum("rkgl,rlkd->rkgd", probs, value).flatten(1, 2)
+        value = self._all(pages.values)
+        if self._seen is not None:  # what is not seen may be memory that nobody wrote: no number
+            scores = scores.new_full(self._shape, float("-inf")).masked_scatter(self._seen, scores)
+            value = value.masked_fill(~self._seen[:, 0, 0, :, None, None], 0.0)
+        return torch.einsum("rkgl,rlkd->rkgd", torch.softmax(scores, dim=-1), value).flatten(1, 2)
 
 
 class _Prompt:
     """Several new tokens of one request.
 
     Args:
-        pages: of the layer.
         part: theirs.
+        requests: whose pages are read.
+        block: B.
     """
 
-    def __init__(self, pages: SlicedPages, part: _Part):
-        self._pages, self._part, self.rows = pages, part, part.rows
+    def __init__(self, part: _Part, requests: Requests, block: int):
+        self._part, self.rows = part, part.rows
+        begin, end = part.first // block, -(-part.last // block)
+        self._blocks = requests.table[part.request, begin:end].long()
+        self._range = slice(part.first - begin * block, part.last - begin * block)
 
     def _all(self, cache: Tensor) -> Tensor:
-        """[last - first, K, d_s] of the request's pages, in fp32."""
-        part, block = self._part, cache.shape[1]
-        begin, end = part.first // block, -(-part.last // block)
-        rows = cache[self._pages.requests.table[part.request, begin:end].long()].flatten(0, 1)
-        return rows[part.first - begin * block : part.last - begin * block].float()
+        return cache[self._blocks].flatten(0, 1)[self._range].float()  # [last - first, K, d_s]
 
-    def scores(self, query: Tensor) -> Tensor:
-        """[rows, N, d_s] to this rank's part of the scores, [K, N/K, rows, last - first] flat, fp32."""
-        key = self._all(self._pages.keys)
-        scaled = (query.float() * self._pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
-        scores = torch.einsum("skrd,lkd->krsl", scaled, key)
-        self._shape = scores.shape
-        return scores.flatten()
+    def scores(self, query: Tensor, pages: SlicedPages) -> Tensor:
+        """[rows, N, d_s] to this rank's part of the scores, [K, N/K, rows, last - first] fp32."""
+        key = self._all(pages.keys)
+        scaled = (query.float() * pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
+        return torch.einsum("skrd,lkd->krsl", scaled, key)
 
-    def output(self, scores: Tensor) -> Tensor:
+    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
         """Summed scores to this rank's slice of the output, [rows, N, d_s]."""
-        part, left = self._part, self._pages.attention.left
+        part, left = self._part, pages.attention.left
         positions = torch.arange(part.first, part.last, device=scores.device)
         own = torch.arange(part.position, part.last, device=scores.device)[:, None]
         hidden = positions > own
         if left is not None:
             hidden |= positions < own - left
-        probs = torch.softmax(scores.view(self._shape).masked_fill(hidden, float("-inf")), dim=-1)
-        return torch.einsum("krsl,lkd->skrd", probs, self._all(self._pages.values)).flatten(1, 2)
+        probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        return torch.einsum("krsl,lkd->skrd", probs, self._all(pages.values)).flatten(1, 2)

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,13 @@ class Requests:
         query_ends: [requests + 1] cumulative numbers of new tokens; they are the last of their request.
         lengths: [requests] tokens of each request, the new ones included; 0 for padding.
         table: [requests, pages] numbers of each request's pages, in order of its slots.
+        kept: what was worked out for one layer and holds for all of a step.
     """
 
     query_ends: Tensor
     lengths: Tensor
     table: Tensor
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def on_host(self) -> tuple[list[int], list[int]]:

@@ -128,7 +128,7 @@ def jobs_for(
     checkpoint: Path, tp: int, prompts: list[list[int]], new_tokens: int, dim: bool = False
 ) -> generate.Job:
     """The job of a size: vanilla at T = 1."""
-    more = ("--helix-kv-cache", "dim") if dim else ()
+    more = ("--helix-kv-cache", "dim" if dim else "sequence") if tp > 1 else ()
     layout = model.Layout(tp, "helix" if tp > 1 else "megatron", "float32", True, more)
     texts = [""] * len(prompts)
     return generate.Job("", checkpoint, layout, texts, prompts, new_tokens, ignore_eos=True)

@@ -122,6 +122,7 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
         *f"--tensor-model-parallel-size {layout.tensor_parallel}".split(),
         *f"--tokenizer-type NullTokenizer --vocab-size {args.padded_vocab_size}".split(),
         *["--attention-impl", layout.attention],
+        *(["--helix-context-length", str(sequence)] if layout.attention == "helix" else []),
         *own,
         *half,
         *layout.more,
