@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import DeviceContext, _device_constructors
 
 CPU = torch.device("cpu")
@@ -147,6 +148,9 @@ def _drawn(draw: Callable, on_device: Callable[[], bool]) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and is_device(kwargs["device"]):  # torch.normal has one
             kwargs["device"] = CPU
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):  # torch's causal masks know scaled_dot_product_attention by its name
+            return handle_torch_function(call, given, *args, **kwargs)
         if kwargs.get("generator") is None and on_device():
             with device_stream():
                 return draw(*args, **kwargs)
