@@ -24,11 +24,19 @@ import torch
 
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
 CASES = {"mqa": 1, "g2": 2}  # KV heads
-VARIANTS = {  # Helix settings
-    "Helix": {},
-    "Helix, 2 chunks": {"overlap_chunks": 2},
-    "Helix, dim": {"kv_cache": "dim"},
+VARIANTS = {  # Helix settings, by KV cache
+    "Helix sequence": {"kv_cache": "sequence"},
+    "Helix sequence, 2 chunks": {"kv_cache": "sequence", "overlap_chunks": 2},
+    "Helix dim": {"kv_cache": "dim"},
 }
+
+
+def chosen(groups: int, context: int) -> str:
+    """The variant that `--helix-kv-cache auto` is when requests have up to `context` tokens."""
+    from helix_megatron.config import HelixConfig
+
+    plan = HelixConfig(context_length=context).resolve(HEADS, groups, DIM, TP)
+    return f"Helix {plan.kv_cache}"
 
 
 def kv_bytes(groups: int, tokens: int, helix: bool, element: int) -> int:
@@ -216,6 +224,8 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
                         samples[name].append(_seconds(sides[name], hidden, rope, layers, device))
                 for name, side in sides.items():
                     rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))
+                best = next(r for r in rows[::-1] if r["side"] == chosen(groups, length))
+                rows.append({**best, "side": "Helix auto", "is": best["side"]})
     torch.distributed.destroy_process_group()
     return rows
 
@@ -311,7 +321,7 @@ def tables(prediction: list[dict], rows: list[dict]) -> str:
         "KV heads | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
         "collectives | message bytes",
         [
-            [r["case"], f"{r['context']:,}", str(r["batch"]), r["side"], f"{r['seconds_median'] * 1e3:.2f}",
+            [r["case"], f"{r['context']:,}", str(r["batch"]), _named(r), f"{r['seconds_median'] * 1e3:.2f}",
              f"{r['time_ratio']:.3f}", f"{r['kv_bytes_per_rank']:,}",
              f"{r['kv_bytes_per_rank'] / base[r['case'], r['context'], r['batch']]['kv_bytes_per_rank']:.3f}",
              str(r["collectives_inside_attention"]), f"{r['message_bytes']:,.0f}"]
@@ -322,13 +332,20 @@ def tables(prediction: list[dict], rows: list[dict]) -> str:
     for win in crossovers(rows):
         where = f"from {win['from']:,} tokens on" if win["from"] else "at no context measured"
         lines.append(f"- {win['side']}, {win['case']}, batch {win['batch']}: faster than Megatron {where}.")
+    worst = max((r for r in rows if r["side"] == "Helix auto"), key=lambda r: r["time_ratio"])
+    lines.append(
+        f"- Helix auto takes at most {worst['time_ratio']:.3f} of Megatron's time ({worst['case']}, "
+        f"{worst['context']:,} tokens, batch {worst['batch']})."
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 8192, 32768, 131072])
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[128, 1024, 2048, 4096, 8192, 32768, 131072]
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=11, help="timed repetitions of every side")
     parser.add_argument("--layers", type=int, default=4, help="decode steps of the layer in one sample")
@@ -369,10 +386,14 @@ def main() -> None:
     print(json.dumps(document))
 
 
+def _named(r: dict) -> str:
+    return f"{r['side']} ({r['is'].removeprefix('Helix ')})" if "is" in r else r["side"]
+
+
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, gloo"
+    return f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, shared memory"
 
 
 if __name__ == "__main__":

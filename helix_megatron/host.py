@@ -1,10 +1,10 @@
 """Host mode: the unmodified Megatron training loop on a machine without a GPU.
 
 Megatron assumes CUDA everywhere. `enable_host_mode()` makes the part of the CUDA surface that Megatron uses
-act on host memory, with gloo in place of NCCL. It is one explicit call, never made by an import, and it
-cannot be undone: use it in processes that do nothing else (tests, `python -m helix_megatron.launch`). The
-random streams and the meaning of `device='cuda'` are in `host_rng`, the changes inside Megatron's own modules
-in `host_megatron`.
+act on host memory, with gloo and shared memory in place of NCCL. It is one explicit call, never made by an
+import, and it cannot be undone: use it in processes that do nothing else (tests, `python -m
+helix_megatron.launch`). The random streams and the meaning of `device='cuda'` are in `host_rng`, the changes
+inside Megatron's own modules in `host_megatron`.
 """
 
 import contextlib

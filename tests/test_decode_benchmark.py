@@ -21,14 +21,19 @@ def test_the_benchmark_counts_what_it_should(tmp_path):
     rows = {(r["side"], r["context"]): r for r in document["rows"]}
     total = 2 * 2 * 128 * 4  # K and V of both KV heads, bytes per token
     for context in (300, 512):
-        theirs, ours = rows["Megatron", context], rows["Helix", context]
+        theirs, ours = rows["Megatron", context], rows["Helix sequence", context]
         assert theirs["kv_bytes_per_rank"] == 3 * context * total // 2  # a KV head on 4 ranks each
         assert ours["kv_bytes_per_rank"] == 3 * context * total // 8
         assert theirs["collectives_inside_attention"] == 1 and ours["collectives_inside_attention"] == 2
-        assert ours["message_bytes"] == rows["Helix", 300]["message_bytes"]
+        assert ours["message_bytes"] == rows["Helix sequence", 300]["message_bytes"]
         tokens, heads, slice_dim, m = 8, 8, 32, 4  # 3 requests are padded to 8 tokens
         gathered, returned = (heads + 2) * slice_dim, heads // m * (128 + 1)
         assert ours["message_bytes"] == (m - 1) * tokens * (gathered + returned) * 4
+        sliced, auto = rows["Helix dim", context], rows["Helix auto", context]
+        assert auto["is"] == "Helix dim" and auto["samples"] == sliced["samples"]
+        assert sliced["kv_bytes_per_rank"] == ours["kv_bytes_per_rank"]
+        assert sliced["collectives_inside_attention"] == 1
+        assert sliced["message_bytes"] == 2 * (m - 1) / m * 3 * context * heads * 4  # fp32 scores
 
 
 def test_where_helix_starts_to_win():
@@ -43,5 +48,6 @@ def test_where_helix_starts_to_win():
             for side in ("Megatron", "Helix")
         ]
 
+    assert decode.chosen(2, 2048) == "Helix dim" and decode.chosen(2, 2049) == "Helix sequence"
     for ratios, start in [((0.9, 1.1, 0.5), 100), ((0.9, 0.8), 1), ((0.9, 1.0), None)]:
         assert [win["from"] for win in decode.crossovers(rows(*ratios))] == [start]
