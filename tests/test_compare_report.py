@@ -44,7 +44,7 @@ def report(tmp_path_factory):
     items = [variant(name, seed, attention_impl=impl, may_fail=True) for name, seed, impl, *_ in VARIANTS]
     with pytest.MonkeyPatch.context() as patch:
         install(patch, answer, page=True)
-        sizes = {"num-attention-heads": 32, "hidden-size": 64}
+        sizes = {"num-attention-heads": 32, "hidden-size": 128}
         changes = {"MODEL_ARGS": document()["MODEL_ARGS"] | sizes, "batch_size": 2, "cluster": "dgx-h100"}
         code, results, text, _ = compare(out, variants=items, runs=3, world_size=16, paper=True, **changes)
     assert code == 0
@@ -152,7 +152,7 @@ def test_predictions_stand_beside_the_measured(report):
     assert measured == f"{1e3 * mean:,.4g}"
     assert ratio == f"{seconds / mean:.2f}"
     shape = predicted.inputs.model_of_flags(
-        {"--num-layers": 2, "--hidden-size": 64, "--num-attention-heads": 32, "--seq-length": 16,
+        {"--num-layers": 2, "--hidden-size": 128, "--num-attention-heads": 32, "--seq-length": 16,
          "--max-position-embeddings": 16, "--padded-vocab-size": 272, "--position-embedding-type": "rope"},
         "", "",
     )  # fmt: skip
