@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import bench
 import torch
 
 CASES = {
@@ -68,69 +68,19 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
 
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     """What one rank does; returns the rows (equal on all ranks)."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.spec_utils import build_module
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from helix_megatron import integrate
     from helix_megatron.compare.comm import CommMeter
     from helix_megatron.config import HelixConfig
-    from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
     from helix_megatron.host import host_mode_enabled
 
     heads, groups, dim, hidden, seq, tp, grids = CASES[case]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
-    if not host_mode_enabled():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    dtype = bench.DTYPES[dtype_name]
+    bench.initialize(tp)
     use_te = not host_mode_enabled() and _have_te()
 
     def build(grid):
-        if grid is not None:
-            destroy_helix_parallel()
-            helix = HelixConfig(grid[0], grid[1], query_placement=grid[2], core_attention=grid[3])
-            integrate.enable(helix)
-        try:
-            config = TransformerConfig(
-                num_layers=1,
-                hidden_size=hidden,
-                num_attention_heads=heads,
-                num_query_groups=groups,
-                kv_channels=dim,
-                tensor_model_parallel_size=tp,
-                add_bias_linear=False,
-                attention_dropout=0.0,
-                use_cpu_initialization=True,
-                params_dtype=dtype,
-                bf16=dtype is torch.bfloat16,
-                gradient_accumulation_fusion=False,
-                masked_softmax_fusion=False,
-                apply_rope_fusion=False,
-                init_method=torch.nn.init.xavier_normal_,
-                output_layer_init_method=torch.nn.init.xavier_normal_,
-            )
-            if grid is not None:
-                from helix_megatron.grid import HelixGrid
-
-                initialize_helix_parallel(
-                    HelixGrid(grid[0], grid[1]), parallel_state.get_tensor_model_parallel_group()
-                )
-            spec = get_gpt_layer_with_transformer_engine_spec() if use_te else get_gpt_layer_local_spec()
-            pgs = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-            torch.manual_seed(1)  # the same master weights for every layer
-            layer = build_module(
-                spec.submodules.self_attention, config=config, layer_number=1, pg_collection=pgs
-            )
-            return layer.to(torch.cuda.current_device())
-        finally:
-            integrate.disable()
+        helix = grid and HelixConfig(grid[0], grid[1], query_placement=grid[2], core_attention=grid[3])
+        with bench.attention_layer((heads, groups, dim, hidden), tp, dtype, helix, use_te) as (layer, _):
+            return layer
 
     layers = {"Megatron": (None, build(None))}
     for n, m, placement, core in grids:
@@ -138,8 +88,7 @@ def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
         layers[name] = ((n, m, placement, core), build((n, m, placement, core)))
     torch.manual_seed(2)
     source = torch.randn(seq, 1, hidden, dtype=dtype).to(torch.cuda.current_device())
-    angles = torch.outer(torch.arange(seq).float(), 1e4 ** -(torch.arange(0, dim, 2).float() / dim))
-    rope = torch.cat((angles, angles), -1)[:, None, None].to(torch.cuda.current_device())
+    rope = bench.rotary(seq, dim)
 
     def step(layer) -> torch.Tensor:
         hidden_states = source.detach().requires_grad_()
@@ -164,15 +113,7 @@ def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     for turn in range(turns):
         order = list(layers) if turn % 2 == 0 else list(layers)[::-1]
         for name in order:
-            torch.distributed.barrier()
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            step(layers[name][1])
-            torch.cuda.synchronize()
-            elapsed = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
-            elapsed = elapsed.to(torch.cuda.current_device())
-            torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
-            samples[name].append(elapsed.item())
+            samples[name].append(bench.slowest_seconds(partial(step, layers[name][1])))
 
     shared = {"all_reduce x" + str(tp)}  # output projection and input gradient, the same for both
     element = torch.empty((), dtype=dtype).element_size()
@@ -221,17 +162,10 @@ def main() -> None:
     parser.add_argument("--out", help="also write the JSON document here")
     options = parser.parse_args()
     cases = list(CASES) if options.case == "all" else [options.case]
-    distributed = "RANK" in os.environ
     rows: list[dict] = []
     for case in cases:
-        if distributed:
-            rows += worker(case, options.turns, options.dtype)
-        else:
-            from helix_megatron.launch import run_ranks
-
-            tp = CASES[case][5]
-            rows += run_ranks(worker, tp, case, options.turns, options.dtype, timeout_s=900)[0]
-    if distributed and int(os.environ["RANK"]):
+        rows += bench.rows_of(worker, CASES[case][5], case, options.turns, options.dtype, timeout_s=900)
+    if int(os.environ.get("RANK", "0")):
         return
     print(
         f"{'case':9} {'layer':34} {'ms':>9} {'x time':>7} {'bytes/rank':>12} {'predicted':>12} {'x bytes':>8}"
@@ -245,7 +179,7 @@ def main() -> None:
     document = {
         "benchmark": "attention_layer",
         "measured": "times and bytes_received; bytes_predicted is computed",
-        "hardware": _hardware(),
+        "hardware": bench.hardware(),
         "torch": torch.__version__,
         "dtype": options.dtype,
         "shapes": {case: CASES[case][:6] for case in cases},
@@ -256,12 +190,6 @@ def main() -> None:
         with open(options.out, "w", encoding="utf-8") as file:
             file.write(text + "\n")
     print(text)
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, gloo"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import bench
 import torch
 
 TP = 4
@@ -142,7 +141,7 @@ def main() -> None:
     document = {
         "benchmark": "checkpoint",
         "measured": "all of it",
-        "hardware": f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, gloo",
+        "hardware": bench.hardware(),
         "torch": torch.__version__,
         "settings": {"layers": options.layers, "hidden": options.hidden, "turns": options.turns, "tp": TP},
         "ratios_helix_to_megatron": ratios,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
+import bench
 import torch
 
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
@@ -56,53 +56,15 @@ class Side:
     """
 
     def __init__(self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype):
-        from megatron.core import parallel_state
         from megatron.core.inference.config import InferenceConfig
         from megatron.core.inference.contexts import DynamicInferenceContext
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.transformer.enums import AttnMaskType
-        from megatron.core.transformer.spec_utils import build_module
-        from megatron.core.transformer.transformer_config import TransformerConfig
 
-        from helix_megatron import integrate
         from helix_megatron.config import HelixConfig
-        from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
 
         self.batch, self.length = batch, length
-        if settings is not None:
-            helix = HelixConfig(**settings)
-            destroy_helix_parallel()
-            grid = helix.resolve(HEADS, groups, DIM, TP).grid
-            initialize_helix_parallel(grid, parallel_state.get_tensor_model_parallel_group())
-            integrate.enable(helix)
-        try:
-            config = TransformerConfig(
-                num_layers=1,
-                hidden_size=HIDDEN,
-                num_attention_heads=HEADS,
-                num_query_groups=groups,
-                kv_channels=DIM,
-                tensor_model_parallel_size=TP,
-                add_bias_linear=False,
-                attention_dropout=0.0,
-                use_cpu_initialization=True,
-                params_dtype=dtype,
-                bf16=dtype is torch.bfloat16,
-                gradient_accumulation_fusion=False,
-                apply_rope_fusion=False,
-                init_method=torch.nn.init.xavier_normal_,
-                output_layer_init_method=torch.nn.init.xavier_normal_,
-            )
-            spec = get_gpt_layer_local_spec().submodules.self_attention
-            spec.params = {"attn_mask_type": AttnMaskType.causal}
-            torch.manual_seed(1)  # the same master weights for every side
-            self.layer = build_module(
-                spec,
-                config=config,
-                layer_number=1,
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),
-            ).eval()
+        helix = None if settings is None else HelixConfig(**settings)
+        with bench.attention_layer((HEADS, groups, DIM, HIDDEN), TP, dtype, helix) as (layer, config):
+            self.layer = layer.eval()
             blocks = batch * -(-length // BLOCK) + 2
             helix_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
             self.context = DynamicInferenceContext(
@@ -115,8 +77,6 @@ class Side:
                     unified_memory_level=0,
                 ),
             )
-        finally:
-            integrate.disable()
         self.context.initialize_all_tensors()
         self.table = self.context.kv_block_allocator.allocate_memory_blocks(blocks - 2).view(batch, -1)
         self.fill(groups, settings is not None, dtype)
@@ -182,26 +142,24 @@ class Side:
 
 def worker(case: str, contexts: list[int], batches: list[int], turns: int, layers: int, dtype_name: str):
     """What one rank does: rows of measurements, equal on all ranks."""
-    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.utils import InferenceMode
 
     from helix_megatron.compare.comm import CommMeter
-    from helix_megatron.host import host_mode_enabled
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
-    if not host_mode_enabled():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=TP)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    dtype = bench.DTYPES[dtype_name]
+    bench.initialize(TP)
     DynamicInferenceContext.TOKEN_ROUNDER = 1  # the least padding it allows: to a multiple of TP
     device = torch.cuda.current_device()
     groups, longest = CASES[case], max(contexts)
-    angles = torch.outer(torch.arange(longest).float(), 1e4 ** -(torch.arange(0, DIM, 2).float() / DIM))
-    rope = torch.cat((angles, angles), -1)[:, None, None].to(device)
+    rope = bench.rotary(longest, DIM)
     hidden = torch.randn(max(TP, *batches), 1, HIDDEN, generator=torch.Generator().manual_seed(3))
     hidden = hidden.to(device, dtype)
+
+    def steps(side: Side) -> None:
+        for _ in range(layers):
+            side.step(hidden, rope)
+
     rows = []
     with torch.inference_mode(), InferenceMode.active():
         sides = {"Megatron": Side(groups, None, max(batches), longest, dtype)}
@@ -221,25 +179,13 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
                 for turn in range(turns):
                     for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
                         sides[name].at(batch, length)  # a new step: its first layer does the step's own work
-                        samples[name].append(_seconds(sides[name], hidden, rope, layers, device))
+                        samples[name].append(bench.slowest_seconds(partial(steps, sides[name])) / layers)
                 for name, side in sides.items():
                     rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))
                 best = next(r for r in rows[::-1] if r["side"] == chosen(groups, length))
                 rows.append({**best, "side": "Helix auto", "is": best["side"]})
     torch.distributed.destroy_process_group()
     return rows
-
-
-def _seconds(side: Side, hidden: torch.Tensor, rope: torch.Tensor, layers: int, device: int) -> float:
-    torch.distributed.barrier()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(layers):
-        side.step(hidden, rope)
-    torch.cuda.synchronize()
-    elapsed = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
-    return elapsed.item() / layers
 
 
 def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
@@ -353,25 +299,19 @@ def main() -> None:
     parser.add_argument("--out", help="also write the JSON document here, and the tables beside it (.md)")
     options = parser.parse_args()
     cases = list(CASES) if options.case == "all" else [options.case]
-    distributed = "RANK" in os.environ
     rows: list[dict] = []
     for case in cases:
         given = (case, options.contexts, options.batches, options.turns, options.layers, options.dtype)
-        if distributed:
-            rows += worker(*given)
-        else:
-            from helix_megatron.launch import run_ranks
-
-            rows += run_ranks(worker, TP, *given, timeout_s=1800)[0]
-    if distributed and int(os.environ["RANK"]):
+        rows += bench.rows_of(worker, TP, *given, timeout_s=1800)
+    if int(os.environ.get("RANK", "0")):
         return
-    element = {"fp32": 4, "bf16": 2}[options.dtype]
+    element = bench.DTYPES[options.dtype].itemsize
     prediction = [p for p in predicted(options.contexts, options.batches, element) if p["case"] in cases]
     text = tables(prediction, rows)
     document = {
         "benchmark": "decode",
         "measured": "times, message and KV bytes per rank; `prediction` is computed",
-        "hardware": _hardware(),
+        "hardware": bench.hardware(),
         "torch": torch.__version__,
         "dtype": options.dtype,
         "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "block": BLOCK, "KV heads": CASES},
@@ -388,12 +328,6 @@ def main() -> None:
 
 def _named(r: dict) -> str:
     return f"{r['side']} ({r['is'].removeprefix('Helix ')})" if "is" in r else r["side"]
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"host, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, shared memory"
 
 
 if __name__ == "__main__":

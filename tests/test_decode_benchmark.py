@@ -36,7 +36,8 @@ def test_the_benchmark_counts_what_it_should(tmp_path):
         assert sliced["message_bytes"] == 2 * (m - 1) / m * 3 * context * heads * 4  # fp32 scores
 
 
-def test_where_helix_starts_to_win():
+def test_where_helix_starts_to_win(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)  # as when it is run
     spec = importlib.util.spec_from_file_location("decode", PATH)
     decode = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(decode)
