@@ -80,7 +80,7 @@ def samples(rank, shift=0.0, slower=1.0):
     }
 
 
-def rich_samples(ranks, factor, tp=16, pp=1, dp=1, grid=None):
+def rich_samples(ranks, factor, tp=16, pp=1, dp=1, cp=1, grid=None):
     """What the ranks of a run write when all workloads run, `factor` times as slow as the first variant."""
     kinds = [f"all_reduce x{tp}", f"broadcast x{tp}"] + ([f"all_to_all x{grid[1]}"] if grid else [])
 
@@ -101,10 +101,16 @@ def rich_samples(ranks, factor, tp=16, pp=1, dp=1, grid=None):
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "data_parallel_size": dp,
-        "context_parallel_size": 1,
+        "context_parallel_size": cp,
     } | SIZES
     if grid:
-        sample["helix"] = {"n": grid[0], "m": grid[1], "comm": "a2a", "placement": "heads"}
+        sample["helix"] = {
+            "n": grid[0],
+            "m": grid[1],
+            "comm": "a2a",
+            "placement": "heads",
+            "cache": "sequence",
+        }
     sample["error"] = {"relative": 3e-7, "max_abs": 2e-6}
     sizes = {"gradients": 2e6, "optimizer": 4e6, "kv_cache": 5e5, "communication": 65536}
     sample["memory_bytes"] = sample["memory_bytes"] | sizes

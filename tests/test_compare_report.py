@@ -1,16 +1,17 @@
 """The reports: what stands in them, the paper's arithmetic, scaling, and the page in a real browser."""
 
+import importlib.util
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from compare_fakes import compare, document, install, rich_samples, variant
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import paper, plots, predicted, scaling
+from helix_megatron.compare import drawing, paper, plots, predicted, scaling, tables
 from helix_megatron.compare.variants import TP
 from helix_megatron.grid import HelixGrid
 from helix_megatron.plan.layout import Layout, Problem, Workload
@@ -85,13 +86,37 @@ def test_the_page_is_one_whole_file(report):
         assert entry["name"].replace("<", "&lt;").replace(">", "&gt;") in text
     assert "<b>refuses</b>" not in text
     assert "must be a multiple of &lt;tp&gt; &amp; so on" in text
-    sections = re.findall(r"<h2>(.*?)</h2>", text)
+    ids, sections = zip(*re.findall(r'<h2(?: id="([^"]*)")?>(.*?)</h2>', text))
+    jumps = re.findall(r'<a href="#([^"]*)">', text)
+    assert [jump for jump in jumps if f'<figure id="{jump}">' not in text] == [key for key in ids if key]
+    assert len(jumps) == len(sections)
     numbers = [s for s in sections if not s.startswith(("What the numbers", "How it was"))]
     assert len(numbers) > 12
     for section in numbers:  # every figure and table says what its numbers are
         assert re.search(r'class="tag">(measured|published|arithmetic|measured and predicted)<', section), (
             section
         )
+
+
+def test_a_variant_that_was_refused_is_a_row_that_says_why(report):
+    text = (report[0] / "report.html").read_text()
+    results = text[text.index(">Results <") : text.index("</table>")]
+    row = results[results.index("<td>Megatron &lt;b&gt;refuses") :]
+    assert 'class="cause" colspan="' in row
+    assert "failed: rank 0: num_query_groups (4) must be a multiple of &lt;tp&gt;" in row
+
+
+def test_columns_that_few_comparisons_need(report):
+    """Context parallelism and virtual stages have a column where some variant has them."""
+    results = report[1]
+    assert "cache" in tables.headings(tables.used(results, tables.SPEED))
+    assert {"CP", "VP"}.isdisjoint(tables.headings(tables.used(results, tables.SPEED)))
+    changed = json.loads(json.dumps(results))
+    changed["variants"][1]["measured"]["layout"]["context_parallel_size"] = 2
+    changed["variants"][0]["measured"]["layout"]["virtual_pipeline_model_parallel_size"] = 3
+    kept = tables.used(changed, tables.SPEED)
+    cells = [dict(zip(tables.headings(kept), row)) for row in tables.rows(changed, kept)]
+    assert [(row["CP"], row["VP"]) for row in cells[:3]] == [("-", "3"), ("2", "-"), ("-", "-")]
 
 
 def test_every_figure_is_there_and_as_png(report):
@@ -107,15 +132,39 @@ def test_every_figure_is_there_and_as_png(report):
 def test_figures_are_drawn_from_the_numbers(report):
     """The error bars are two standard deviations of the runs, the bars their means."""
     _, results, _ = report
-    figure = plots.draw(plots.PLOTS[1], results, False)
+    figure = drawing.draw(plots.PLOTS[1], results, False)
     train = results["variants"][0]["measured"]["workloads"]["train"]["tokens_per_s"]
     bars = figure.axes[0].patches
     assert bars[0].get_width() == pytest.approx(train["mean"])
     segments = figure.axes[0].collections[0].get_segments()[0]
     assert segments[1][0] - segments[0][0] == pytest.approx(4 * train["sd"])
-    split = plots.draw(plots.PLOTS[2], results, True).axes[0]
+    split = drawing.draw(plots.PLOTS[2], results, True).axes[0]
     whole = results["variants"][0]["measured"]["workloads"]["train"]["iteration_seconds"]["mean"]
     assert sum(bar.get_width() for bar in split.patches[:3]) == pytest.approx(1e3 * whole)
+
+
+def test_bytes_and_predictions_are_drawn_from_the_numbers(report):
+    _, results, _ = report
+    draw = {plot.key: drawing.draw(plot, results, False) for plot in plots.PLOTS}
+    helix = next(v for v in results["variants"] if v["name"] == "Helix 8x2")
+    received = sum(cost["bytes"] for cost in helix["measured"]["communication_per_layer"].values())
+    bars = [bar for bar in draw["communication"].axes[0].patches if round(bar.get_y() + 0.31) == 4]
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(received / 1e6)
+    axes = draw["prediction"].axes
+    assert [ax.get_title("left") for ax in axes] == ["Training", "Time to first token", "Decode"]
+    marks = {line.get_marker(): line.get_xdata()[0] for line in axes[2].lines if set(line.get_ydata()) == {4}}
+    assert marks["o"] == pytest.approx(
+        1e3 * helix["measured"]["workloads"]["decode"]["iteration_seconds"]["mean"]
+    )
+    assert marks["D"] == pytest.approx(1e3 * helix["predicted"]["workloads"]["decode"])
+    assert drawing.draw(plots.PLOTS[-1], {"variants": [helix | {"predicted": {"cause": "x"}}]}, False) is None
+
+
+def test_a_picture_alone_says_what_its_numbers_are():
+    figure = drawing.new_figure(False, 1.0)[0]
+    bare = drawing.png(figure, "")
+    assert drawing.png(figure, "measured; CPU cores") != bare
+    assert figure.get_supxlabel() == "measured; CPU cores"
 
 
 def test_a_comparison_that_measured_nothing_still_has_a_report(tmp_path, monkeypatch):
@@ -300,11 +349,10 @@ def test_scaling_refusals(arguments, words, tmp_path, capsys):
 
 # ---- in a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
+_PATH = Path(__file__).parents[1] / "docs" / "make_screenshot.py"
+_SPEC = importlib.util.spec_from_file_location("make_screenshot", _PATH)
+browser = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(browser)
 PROBE = """
 <script>
 addEventListener("load", () => {
@@ -353,12 +401,17 @@ FRAME = """
 
 def looked_at(path, width, tmp_path):
     """What PROBE finds on a page in a window of `width` pixels."""
-    if CHROMIUM is None:
+    if browser.CHROMIUM is None:
         pytest.skip("no chromium here: apt-get install chromium lets this test look at the page")
     probed, frame = tmp_path / f"probed-{width}.html", tmp_path / f"frame-{width}.html"
     probed.write_text(path.read_text().replace("</body>", PROBE + "</body>"))
     frame.write_text(FRAME.format(probed.name, width))
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile-{width}", "--window-size=1600,1000"]
+    command = [
+        browser.CHROMIUM,
+        *browser.FLAGS,
+        f"--user-data-dir={tmp_path}/profile-{width}",
+        "--window-size=1600,1000",
+    ]
     command += ["--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=180)
     match = re.search(r'<pre id="found">(.+?)</pre>', run.stdout, re.DOTALL)
@@ -381,6 +434,24 @@ def test_the_page_in_a_browser(report, width, tmp_path):
         assert figure["smallest"] > 8, key
 
 
+def test_the_picture_of_the_page(report, tmp_path, monkeypatch):
+    """What makes the README's picture: the page in the size that was asked for, and not an empty one."""
+    if browser.CHROMIUM is None:
+        pytest.skip("no chromium here")
+    from PIL import Image
+
+    out = tmp_path / "phone.png"
+    command = ["make_screenshot.py", str(report[0]), "--png", str(out), "--width", "390", "--height", "700"]
+    monkeypatch.setattr("sys.argv", command)
+    browser.main()
+    with Image.open(out) as picture:
+        assert picture.size == (390, 700)
+        shades = picture.convert("L").crop((0, 0, 390, 100)).histogram()
+        assert sum(shades[:100]) > 200  # the title's letters
+    with pytest.raises(RuntimeError, match=r"no-such-report.html is not there"):
+        browser.screenshot(tmp_path / "no-such-report.html", out, 390, 700)
+
+
 def test_the_probe_sees_what_is_wrong(tmp_path):
     from matplotlib.figure import Figure
 
@@ -391,7 +462,7 @@ def test_the_probe_sees_what_is_wrong(tmp_path):
     figure.text(0.95, 0.5, "runs out of the figure")
     path = tmp_path / "bad.html"
     wide = '<div style="width: 3000px">x</div>'
-    path.write_text(f"<body>{plots.svg(figure, 'bad')}{wide}</body>")
+    path.write_text(f"<body>{drawing.svg(figure, 'bad')}{wide}</body>")
     found = looked_at(path, 500, tmp_path)
     assert found["page"] > 500
     bad = found["figures"]["alone"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
-from helix_megatron.compare import markdown, paper, plots, predicted, scaling, tables
+from helix_megatron.compare import drawing, markdown, paper, plots, predicted, scaling, tables
 from helix_megatron.compare.comparisons import finished
 from helix_megatron.compare.findings import findings, tiny
 
@@ -17,19 +19,20 @@ def report(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     """The page, and file name → PNG of every figure that has data."""
     drawn, pictures = [], {}
     for plot in plots.PLOTS:
-        wide, narrow = (plots.draw(plot, results, narrow) for narrow in (False, True))
+        wide, narrow = (drawing.draw(plot, results, narrow) for narrow in (False, True))
         if wide is None or narrow is None:
             continue
-        pictures[f"{plot.key}.png"] = plots.png(wide)
         drawn.append(
             {
                 "key": plot.key,
                 "title": plot.title,
                 "caption": plot.caption,
-                "wide": plots.svg(wide, f"{plot.key}-wide"),
-                "narrow": plots.svg(narrow, f"{plot.key}-narrow"),
+                "tag": plot.tag,
+                "wide": drawing.svg(wide, f"{plot.key}-wide"),
+                "narrow": drawing.svg(narrow, f"{plot.key}-narrow"),
             }
         )
+        pictures[f"{plot.key}.png"] = drawing.png(wide, f"{plot.tag}; {results['where']}")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("helix_megatron.compare", ""), autoescape=True, trim_blocks=True
     )
@@ -41,12 +44,15 @@ def report(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         host_warning=markdown.HOST_WARNING,
         cards=cards(results),
         findings=findings(results),
+        contents=contents(results, drawn),
+        causes={
+            v["name"]: f"{v['status']}: {v.get('cause', '')}" for v in results["variants"] if _none_of(v)
+        },
         failed={v["name"] for v in results["variants"] if v["status"] not in ("ok", "not run")},
         tables=[_kept(results, columns) for columns in (tables.SPEED, tables.DETAILS)],
         figures=drawn,
         speeds=tables.speeds(results),
         more=_more(results),
-        predicted=predicted.said(results),
         paper=[list(check.values()) for check in paper.checks()] if results["config"]["paper"] else None,
         beside=paper.beside(results),
         beside_headings=paper.BESIDE,
@@ -79,21 +85,54 @@ def _kept(results: dict[str, Any], columns: tuple) -> tuple[list[str], list[list
     return tables.headings(kept), tables.rows(results, kept)
 
 
-def _more(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """Title, headings, rows, what the numbers are, of the tables below the figures; none without rows."""
+def _none_of(variant: dict[str, Any]) -> bool:
+    """Whether a variant was tried and nothing was measured of it."""
+    return "measured" not in variant and variant["status"] != "not run"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table below the figures."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    tag: str = "measured"
+    """What its numbers are."""
+    words: str = ""
+    """Said above it."""
+
+    @property
+    def key(self) -> str:
+        """Its id in the page."""
+        return re.sub(r"[^a-z]+", "-", self.title.lower()).strip("-") + "-table"
+
+
+def _more(results: dict[str, Any]) -> list[Section]:
+    """Those that have rows."""
     both = "measured and predicted"
-    memory_headings, memory_rows = _kept(results, tables.MEMORY)
+    memory = _kept(results, tables.MEMORY)
+    planned = predicted.rows(results)
     found = [
-        ("Comparisons in full", tables.COMPARISONS, tables.comparisons(results)),
-        ("Scaling", scaling.ROWS, scaling.rows(results)),
-        ("Spread over the runs", tables.SPREAD, tables.spread(results)),
-        ("Memory of the fullest rank, MB", memory_headings, memory_rows),
-        ("Beside the planner's predictions", predicted.ROWS, predicted.rows(results), both),
-        ("Memory beside estimates, MB", tables.ESTIMATE, tables.estimate(results), both),
-        ("Collectives of one iteration, mean rank", tables.COLLECTIVES, tables.collectives(results)),
-        ("GPU, by NVML", tables.GPU, tables.gpu(results)),
+        Section("Beside the planner's predictions", predicted.ROWS, planned, both, predicted.said(results)),
+        Section("Memory beside estimates, MB", tables.ESTIMATE, tables.estimate(results), both),
+        Section("Memory of the fullest rank, MB", *memory),
+        Section("GPU, by NVML", tables.GPU, tables.gpu(results)),
+        Section("Scaling", scaling.ROWS, scaling.rows(results)),
+        Section("Spread over the runs", tables.SPREAD, tables.spread(results)),
+        Section("Comparisons in full", tables.COMPARISONS, tables.comparisons(results)),
+        Section("Collectives of one iteration, mean rank", tables.COLLECTIVES, tables.collectives(results)),
     ]
-    return [(*entry, "measured")[:4] for entry in found if entry[2]]
+    return [section for section in found if section.rows]
+
+
+def contents(results: dict[str, Any], drawn: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """(id, title) of every section, in the order of the page."""
+    found = [("findings", "What the numbers say"), ("results", "Results")]
+    found += [("speeds", "Speed ratios")] if tables.speeds(results)[1] else []
+    found += [(figure["key"], figure["title"]) for figure in drawn]
+    found += [("paper", "The paper"), ("arithmetic", "Its arithmetic")] if results["config"]["paper"] else []
+    return [*found, *((s.key, s.title) for s in _more(results)), ("method", "How it was measured")]
 
 
 def cards(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -114,5 +153,5 @@ def cards(results: dict[str, Any]) -> list[tuple[str, str]]:
         means = {name: w["tokens_per_s"]["mean"] for name, w in speeds.items() if w}
         if len(means) > 1:
             best = max(means, key=means.__getitem__)
-            found.append((f"{plots.number(means[best])} tok/s", f"fastest {words}: {best}"))
+            found.append((f"{drawing.number(means[best])} tok/s", f"fastest {words}: {best}"))
     return found

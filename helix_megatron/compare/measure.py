@@ -177,6 +177,7 @@ def chosen_args(args: Any) -> dict[str, Any]:
     names = [
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
         "data_parallel_size",
         "context_parallel_size",
         "num_layers",
@@ -200,12 +201,13 @@ def helix_plan(model: list[torch.nn.Module]) -> dict[str, Any] | None:
     """The grid and the choices that Helix has settled on, from a layer; None without Helix."""
     for plan in (getattr(m, "helix_plan", None) for chunk in model for m in chunk.modules()):
         if plan is not None:
-            sliced = not plan.is_megatron
+            sliced, per_slice = not plan.is_megatron, plan.layout.per_slice
             return {
                 "n": plan.grid.head_parallel_size,
                 "m": plan.grid.dim_parallel_size,
-                "comm": plan.comm_type if sliced else None,
+                "comm": plan.comm_type if sliced and not per_slice else None,
                 "placement": plan.layout.query_placement if sliced else None,
+                "cache": plan.kv_cache if sliced and not per_slice else None,
             }
     return None
 

@@ -6,22 +6,25 @@ Names stand beside what they name, not in a legend, wherever there are more than
 
 from __future__ import annotations
 
-import io
-import re
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helix_megatron.compare.comparisons import WORKLOADS
+from helix_megatron.compare.drawing import (
+    LINES,
+    Plot,
+    bars_height,
+    colour_of,
+    name_rows,
+    names_beside,
+    new_figure,
+    number,
+    wrapped,
+)
 from helix_megatron.compare.scaling import study
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-MEGATRON, HELIX = "#7d7d7d", "#0072b2"
 PARTS = {"compute": "#0072b2", "communication": "#e69f00", "idle": "#d9d9d9"}
 MEMORY = {
     "parameters": ("parameters", "#0072b2"),
@@ -31,93 +34,11 @@ MEMORY = {
     "kv_cache": ("KV cache", "#cc79a7"),
     "communication": ("communication buffers", "#d55e00"),
 }
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7d7d7d", "#000000")
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#ececec",
-    "xtick.color": "#444444",
-    "ytick.color": "#222222",
-    "svg.fonttype": "none",  # letters stay letters: small files, and a test can measure them
-    "axes.formatter.useoffset": False,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the report."""
-
-    key: str
-    title: str
-    caption: str
-    figure: Callable[[dict[str, Any], bool], Figure | None]
-
-
-def draw(plot: Plot, results: dict[str, Any], narrow: bool) -> Figure | None:
-    """The figure in the report's style, wide or narrow; None where the results have no data for it."""
-    with matplotlib.rc_context(_STYLE):
-        return plot.figure(results, narrow)
-
-
-def number(value: float) -> str:
-    """Four digits, and no exponent."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def svg(figure: Figure, prefix: str) -> str:
-    """The figure as an <svg> element for a page that holds several: its ids begin with `prefix`."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": prefix}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    return re.sub(r"(url\(#|href=\"#)", rf"\g<1>{prefix}-", text)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure for a paper, 200 dots an inch."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _figure(narrow: bool, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(3.45 if narrow else 7.3, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, [ax for row in axes for ax in row]
 
 
 def _measured(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What has a bar: variants with numbers, the first on top; a scaling study has a figure of its own."""
     return [v for v in results["variants"] if "measured" in v and not v["family"]]
-
-
-def _colour(variant: dict[str, Any]) -> str:
-    return HELIX if variant["attention_impl"] == "helix" else MEGATRON
-
-
-def _label(name: str, narrow: bool) -> str:
-    return "\n".join(textwrap.wrap(name, 16 if narrow else 24))
-
-
-def _names(ax: Axes, variants: list[dict[str, Any]], narrow: bool) -> None:
-    ax.set_yticks(range(len(variants)), [_label(v["name"], narrow) for v in variants])
-    ax.set_ylim(len(variants) - 0.4, -0.6)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="y", visible=False)
-
-
-def _bars_height(count: int, narrow: bool) -> float:
-    return 0.75 + count * (0.42 if narrow else 0.3)
 
 
 def throughput(results: dict[str, Any], narrow: bool) -> Figure | None:
@@ -128,13 +49,13 @@ def throughput(results: dict[str, Any], narrow: bool) -> Figure | None:
         return None
     columns = 1 if narrow or len(names) == 1 else 2
     rows = -(-len(names) // columns)
-    figure, axes = _figure(narrow, rows * _bars_height(len(variants), narrow), columns, rows)
+    figure, axes = new_figure(narrow, rows * bars_height(len(variants), narrow), columns, rows)
     for ax in axes[len(names) :]:
         ax.remove()
-    for number, (ax, name) in enumerate(zip(axes, names)):
+    for index, (ax, name) in enumerate(zip(axes, names)):
         _throughput_panel(ax, name, variants)
-        _names(ax, variants, narrow)
-        if columns == 2 and number % 2:
+        name_rows(ax, variants, narrow)
+        if columns == 2 and index % 2:
             ax.set_yticklabels([])
     return figure
 
@@ -151,7 +72,7 @@ def _throughput_panel(ax: Axes, name: str, variants: list[dict[str, Any]]) -> No
             ax.text(0, y, " not measured", va="center", color="#777777")
             continue
         speed, spread = work["tokens_per_s"]["mean"], 2 * (work["tokens_per_s"]["sd"] or 0)
-        ax.barh(y, speed, height=0.62, color=_colour(variant), alpha=0.85)
+        ax.barh(y, speed, height=0.62, color=colour_of(variant), alpha=0.85)
         ax.errorbar(speed, y, xerr=spread, color="#222222", capsize=2.5, lw=1) if spread else None
         runs = [work["tokens_per_iteration"] * len(s) / sum(s) for s in work["samples_seconds"]]
         ax.plot(runs, [y] * len(runs), "o", ms=2.6, mfc="white", mec="#222222", mew=0.6)
@@ -173,7 +94,7 @@ def ratios(results: dict[str, Any], narrow: bool) -> Figure | None:
     names = [w for w in ("train", "prefill", "decode", "mixed") if any(e["workload"] == w for e in entries)]
     if not names:
         return None
-    figure, axes = _figure(narrow, 0, 1)
+    figure, axes = new_figure(narrow, 0, 1)
     shown = [
         (v, b)
         for v, b in first.items()
@@ -190,7 +111,7 @@ def ratios(results: dict[str, Any], narrow: bool) -> Figure | None:
                 if (e["variant"], e["baseline"], e["workload"]) == (variant, baseline, name)
             ]
             if one:
-                _ratio(ax, one[0], y - 0.4 + step * (index + 0.5), _LINES[index], name if y == 0 else None)
+                _ratio(ax, one[0], y - 0.4 + step * (index + 0.5), LINES[index], name if y == 0 else None)
     ax.axvline(1, color="#222222", lw=1)
     ax.set_xscale("log")
     ax.set_xlim(_LOW, _HIGH)
@@ -198,12 +119,12 @@ def ratios(results: dict[str, Any], narrow: bool) -> Figure | None:
     ax.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], minor=False)  # noqa: RUF001
     ax.set_xticks([], minor=True)
     several = len({baseline for _, baseline in shown}) > 1
-    labels = [_label(v, narrow) + (f"\n/ {_label(b, narrow)}" if several else "") for v, b in shown]
+    labels = [wrapped(v, narrow) + (f"\n/ {wrapped(b, narrow)}" if several else "") for v, b in shown]
     ax.set_yticks(range(len(shown)), labels, fontsize=7.5 if several else None)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     against = "the baseline" if several else shown[0][1]
-    ax.set_xlabel(_label(f"speed / speed of {against}", narrow) if narrow else f"speed / speed of {against}")
+    ax.set_xlabel(wrapped(f"speed / speed of {against}", narrow) if narrow else f"speed / speed of {against}")
     figure.legend(loc="outside upper left", ncols=2 if narrow else 4, frameon=False)
     return figure
 
@@ -230,16 +151,16 @@ def time_split(results: dict[str, Any], narrow: bool) -> Figure | None:
         return None
     columns = 1 if narrow else len(names)
     rows = len(names) // columns
-    figure, axes = _figure(narrow, 0.3 + rows * _bars_height(len(variants), narrow), columns, rows)
-    for number, (ax, name) in enumerate(zip(axes, names)):
+    figure, axes = new_figure(narrow, 0.3 + rows * bars_height(len(variants), narrow), columns, rows)
+    for index, (ax, name) in enumerate(zip(axes, names)):
         for y, variant in enumerate(variants):
             left = 0.0
             for part, seconds in _works(variant).get(name, {}).get("split_seconds", {}).items():
-                label = part if number == y == 0 else None
+                label = part if index == y == 0 else None
                 ax.barh(y, 1e3 * seconds, left=left, height=0.62, color=PARTS[part], label=label)
                 left += 1e3 * seconds
-        _names(ax, variants, narrow)
-        if columns == 2 and number:
+        name_rows(ax, variants, narrow)
+        if columns == 2 and index:
             ax.set_yticklabels([])
         ax.set_title(f"{WORKLOADS[name][0].upper()}{WORKLOADS[name][1:]}")
         ax.set_xlabel("ms per iteration, mean rank")
@@ -253,24 +174,89 @@ def memory(results: dict[str, Any], narrow: bool) -> Figure | None:
     variants = _measured(results)
     if not variants:
         return None
-    scale, unit = (1e9, "GB") if max(sum(_held(v).values()) for v in variants) > 3e9 else (1e6, "MB")
-    figure, (ax,) = _figure(narrow, 0.75 + _bars_height(len(variants), narrow))
-    for y, variant in enumerate(variants):
+    held = [{name: _held(v).get(key, 0) for key, (name, _) in MEMORY.items()} for v in variants]
+    return _stacked(variants, held, dict(MEMORY.values()), "on the fullest rank", narrow)
+
+
+def _stacked(
+    variants: list[dict[str, Any]],
+    sizes: list[dict[str, float]],
+    colours: dict[str, str],
+    words: str,
+    narrow: bool,
+) -> Figure:
+    """A bar for each variant, of its sizes in bytes by part; the sum stands at its end."""
+    scale, unit = (1e9, "GB") if max(sum(one.values()) for one in sizes) > 3e9 else (1e6, "MB")
+    figure, (ax,) = new_figure(narrow, 0.75 + bars_height(len(variants), narrow))
+    for y, one in enumerate(sizes):
         left = 0.0
-        for key, (name, colour) in MEMORY.items():
-            size = _held(variant).get(key, 0) / scale
-            ax.barh(y, size, left=left, height=0.62, color=colour, label=name if y == 0 else None)
+        for part, colour in colours.items():
+            size = one.get(part, 0.0) / scale
+            ax.barh(y, size, left=left, height=0.62, color=colour, label=part if y == 0 else None)
             left += size
         ax.annotate(f"{left:.3g}", (left, y), (4, 0), textcoords="offset points", va="center")
     ax.margins(x=0.1)
-    _names(ax, variants, narrow)
-    ax.set_xlabel(f"{unit} on the fullest rank")
+    name_rows(ax, variants, narrow)
+    ax.set_xlabel(f"{unit} {words}")
     figure.legend(loc="outside upper left", ncols=2 if narrow else 3, frameon=False)
     return figure
 
 
 def _held(variant: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in variant["measured"]["memory_bytes_of_fullest_rank"].items() if k in MEMORY}
+
+
+def communication(results: dict[str, Any], narrow: bool) -> Figure | None:
+    """Bytes that a rank receives for a layer in a training step, by operation."""
+    variants = [v for v in _measured(results) if v["measured"].get("communication_per_layer")]
+    if not variants:
+        return None
+    received = [_by_operation(v) for v in variants]
+    sums = {name: sum(one.get(name, 0) for one in received) for one in received for name in one}
+    operations = sorted((name for name, size in sums.items() if size), key=lambda name: -sums[name])
+    colours = dict(zip(operations, LINES))
+    return _stacked(variants, received, colours, "received per rank and layer", narrow)
+
+
+def _by_operation(variant: dict[str, Any]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for kind, cost in variant["measured"]["communication_per_layer"].items():
+        operation = kind.partition(" x")[0]
+        sums[operation] = sums.get(operation, 0.0) + cost["bytes"]
+    return sums
+
+
+def prediction(results: dict[str, Any], narrow: bool) -> Figure | None:
+    """Seconds of an iteration, measured and predicted by the planner."""
+    variants = [v for v in _measured(results) if v.get("predicted", {}).get("workloads")]
+    names = [w for w in WORKLOADS if any(w in v["predicted"]["workloads"] for v in variants)]
+    if not names:
+        return None
+    columns = 1 if narrow else len(names)
+    rows = len(names) // columns
+    figure, axes = new_figure(narrow, 0.3 + rows * bars_height(len(variants), narrow), columns, rows)
+    for index, (ax, name) in enumerate(zip(axes, names)):
+        for y, variant in enumerate(variants):
+            if name not in variant["predicted"]["workloads"]:
+                continue
+            measured = 1e3 * _works(variant)[name]["iteration_seconds"]["mean"]
+            predicted = 1e3 * variant["predicted"]["workloads"][name]
+            first = index == y == 0
+            ax.plot([measured, predicted], [y, y], "-", lw=0.8, color="#bbbbbb")
+            ax.plot(measured, y, "o", ms=5, color=colour_of(variant), label="measured" if first else None)
+            ax.plot(
+                predicted, y, "D", ms=4.5, mfc="white", mec="#d55e00", label="predicted" if first else None
+            )
+        name_rows(ax, variants, narrow)
+        if index and columns > 1:
+            ax.set_yticklabels([])
+        ax.set_xlim(left=0)
+        ax.margins(x=0.08)
+        ax.set_title(f"{WORKLOADS[name][0].upper()}{WORKLOADS[name][1:]}")
+        ax.set_xlabel("ms per iteration")
+        ax.locator_params(axis="x", nbins=4)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    return figure
 
 
 def latency(results: dict[str, Any], narrow: bool) -> Figure | None:
@@ -283,40 +269,17 @@ def latency(results: dict[str, Any], narrow: bool) -> Figure | None:
             points.append((x, works["prefill"]["tokens_per_s"]["mean"] / variant["world_size"], variant))
     if len(points) < 2:
         return None
-    figure, (ax,) = _figure(narrow, max(2.6, 1.0 + len(points) * (0.36 if narrow else 0.26)))
+    figure, (ax,) = new_figure(narrow, max(2.6, 1.0 + len(points) * (0.36 if narrow else 0.26)))
     for x, y, variant in points:
-        ax.plot(x, y, "o", ms=6, color=_colour(variant))
+        ax.plot(x, y, "o", ms=6, color=colour_of(variant))
     left, right = min(x for x, _, _ in points), max(x for x, _, _ in points)
     ax.set_xlim(left - 0.12 * (right - left), right + 0.08 * (right - left))
     ax.set_ylim(0, 1.08 * max(y for _, y, _ in points))
-    _beside(ax, [(x, y, v["name"], _colour(v)) for x, y, v in points], narrow)
+    names_beside(ax, [(x, y, v["name"], colour_of(v)) for x, y, v in points], narrow)
     ax.set_xlabel("ms per output token (decode)")
     ax.set_ylabel("prefill tokens/s per rank")
     ax.locator_params(axis="x", nbins=4)
     return figure
-
-
-def _beside(ax: Axes, points: list[tuple[float, float, str, str]], narrow: bool) -> None:
-    """Names of (x, y, name, colour) in a column right of the axes, each with a line to its point.
-
-    They keep the points' order and stand evenly apart, so that they never touch.
-    """
-    (low, high), ordered = ax.get_ylim(), sorted(points, key=lambda point: -point[1])
-    for index, (x, y, name, colour) in enumerate(ordered):
-        place = (1.06, 1 - (index + 0.5) / len(ordered))
-        ax.annotate(
-            _label(name, narrow),
-            (x, y),
-            place,
-            xycoords="data",
-            textcoords="axes fraction",
-            va="center",
-            ha="left",
-            fontsize=7.5,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6},
-        )
-    ax.set_ylim(low, high)
 
 
 def losses(results: dict[str, Any], narrow: bool) -> Figure | None:
@@ -324,12 +287,12 @@ def losses(results: dict[str, Any], narrow: bool) -> Figure | None:
     series = [v for v in _measured(results) if len(v["measured"].get("losses", [])) > 1]
     if not series:
         return None
-    figure, (ax,) = _figure(narrow, 2.4)
+    figure, (ax,) = new_figure(narrow, 2.4)
     models: dict[str, list[dict[str, Any]]] = {}
     for variant in series:
         models.setdefault(variant["model"], []).append(variant)
     ends = []
-    for colour, variants in zip(_LINES, models.values()):
+    for colour, variants in zip(LINES, models.values()):
         steps = range(1, 1 + len(variants[0]["measured"]["losses"]))
         for variant in variants:
             ax.plot(steps, variant["measured"]["losses"], "o-", ms=3, lw=1.2, color=colour, alpha=0.7)
@@ -339,7 +302,7 @@ def losses(results: dict[str, Any], narrow: bool) -> Figure | None:
             else variants[0]["name"]
         )
         ends.append((steps[-1], variants[0]["measured"]["losses"][-1], name, colour))
-    _beside(ax, ends, narrow)
+    names_beside(ax, ends, narrow)
     ax.set_xlabel("training step, warm-up included")
     ax.set_ylabel("loss")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -352,9 +315,9 @@ def scaling(results: dict[str, Any], narrow: bool) -> Figure | None:
     lines = {family: points for family, points in found.items() if len(points) > 1}
     if not lines:
         return None
-    figure, (ax,) = _figure(narrow, max(2.6, 1.2 + 0.3 * len(lines)))
+    figure, (ax,) = new_figure(narrow, max(2.6, 1.2 + 0.3 * len(lines)))
     ends = []
-    for colour, (family, points) in zip(_LINES, lines.items()):
+    for colour, (family, points) in zip(LINES, lines.items()):
         sizes = [point["ranks"] for point in points]
         efficiency = [100 * point["efficiency"] for point in points]
         ax.plot(sizes, efficiency, "o-", ms=4, color=colour)
@@ -364,7 +327,7 @@ def scaling(results: dict[str, Any], narrow: bool) -> Figure | None:
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.set_xticks([], minor=True)
     ax.set_ylim(0, 1.08 * max(100 * p["efficiency"] for points in lines.values() for p in points))
-    _beside(ax, ends, narrow)
+    names_beside(ax, ends, narrow)
     ax.set_xlabel("ranks")
     ax.set_ylabel("efficiency, %")
     return figure
@@ -392,6 +355,13 @@ PLOTS = (
         "waiting for other ranks.",
         time_split,
     ),
+    Plot(
+        "communication",
+        "Communication",
+        "Bytes that a rank receives in a training step for the model, its data and its optimizer, divided by "
+        "the layers; sends are not counted.",
+        communication,
+    ),
     Plot("latency", "Throughput against latency", "Up and left is better.", latency),
     Plot(
         "memory",
@@ -401,4 +371,11 @@ PLOTS = (
     ),
     Plot("scaling", "Scaling", "Training throughput of a rank, over that at the smallest size.", scaling),
     Plot("losses", "Losses", "Variants of one model lie on one line when they agree.", losses),
+    Plot(
+        "prediction",
+        "Measured and predicted times",
+        "Dot: mean over the runs, blue Helix, grey Megatron. Diamond: what the planner predicts.",
+        prediction,
+        tag="measured and predicted",
+    ),
 )

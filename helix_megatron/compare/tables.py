@@ -19,6 +19,16 @@ def _grid(key: str) -> Cell:
     return lambda v: _text((v["measured"]["grid"] or {}).get(key))
 
 
+def _if_used(key: str) -> Cell:
+    """A degree that most comparisons leave at 1; a dash where it is."""
+
+    def cell(variant: dict[str, Any]) -> str | None:
+        value = variant["measured"]["layout"].get(key)
+        return None if value in (None, 1) else str(value)
+
+    return cell
+
+
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
@@ -91,11 +101,14 @@ def _mfu(variant: dict[str, Any]) -> str | None:
 SPEED: tuple[tuple[str, Cell], ...] = (
     ("TP", _layout("tensor_model")),
     ("PP", _layout("pipeline_model")),
+    ("VP", _if_used("virtual_pipeline_model_parallel_size")),
     ("DP", _layout("data")),
+    ("CP", _if_used("context_parallel_size")),
     ("n", _grid("n")),
     ("m", _grid("m")),
     ("comm", _grid("comm")),
     ("queries", _grid("placement")),
+    ("cache", _grid("cache")),
     ("loss@last", _last_loss),
     ("max |Δloss|", _loss_difference),
     ("error vs fp32", _error),
