@@ -70,7 +70,7 @@ class CompareConfig:
     env_vars: dict[str, str] = field(default_factory=dict)
     """Environment variables of every rank."""
     host: bool = False
-    """Run on CPU cores over gloo; otherwise on GPUs, through torch.distributed.run."""
+    """Run on CPU cores, in host mode; otherwise on GPUs, through torch.distributed.run."""
     world_size: int = 1
     """Ranks of every variant that does not say its own number."""
     nnodes: int = 1

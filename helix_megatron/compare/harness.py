@@ -291,7 +291,7 @@ class Session:
             "kind": "measured",
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "where": "CPU cores, gloo" if self.config.host else "GPUs, NCCL",
+            "where": "CPU cores, shared memory" if self.config.host else "GPUs, NCCL",
             **identity,
             "mixed": mixed,
             "config": as_json(self.config),

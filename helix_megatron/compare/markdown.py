@@ -13,7 +13,7 @@ BYTES_MEAN = (
     "its own part, broadcast and recv the tensor"
 )
 HOST_WARNING = (
-    "These ranks share a few CPU cores and talk through gloo. Their times measure collectives of "
+    "These ranks share a few CPU cores and exchange through their memory. Their times measure collectives of "
     "oversubscribed processes; they predict nothing about GPUs. Bytes, losses and memory do not depend on it."
 )
 

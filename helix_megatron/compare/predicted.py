@@ -88,9 +88,8 @@ def _layout(variant: Variant, measured: dict[str, Any], flags: dict[str, Any]) -
     if grid is not None:
         chosen = {"helix": True, "grid": HelixGrid(grid["n"], grid["m"])}
         if grid["m"] > 1:
-            cache = flags.get("--helix-kv-cache", "auto")
             chosen |= {"comm_type": grid["comm"], "placement": grid["placement"]}
-            chosen["kv_cache"] = "sequence" if cache == "auto" else cache
+            chosen["kv_cache"] = grid.get("cache") or "sequence"
     return Layout(
         sizes["tensor_model_parallel_size"],
         sizes["pipeline_model_parallel_size"],
