@@ -8,6 +8,7 @@ import pytest
 from compare_fakes import document
 
 GRID = {"helix-head-parallel-size": 1, "helix-dim-parallel-size": 2}
+CHOSEN = {"n": 1, "m": 2, "comm": "a2a", "placement": "dims", "cache": "sequence"}
 STAGES = {"pipeline-model-parallel-size": 2}
 SLICED = {"tensor-model-parallel-size": 2, **GRID}
 VARIANTS = [
@@ -81,7 +82,8 @@ def test_comparison_of_real_training(tmp_path):
         (per_slice, "per-slice softmax"),
     ):
         assert other["predicted"] == {"cause": f"the planner does not model {name}."}
-    assert helix["measured"]["grid"] == {"n": 1, "m": 2, "comm": "a2a", "placement": "dims"}
+    assert helix["measured"]["grid"] == CHOSEN
+    assert per_slice["measured"]["grid"] == CHOSEN | {"comm": None, "cache": None}
     check_bytes(vanilla, helix)
     memory = vanilla["measured"]["memory_bytes_of_fullest_rank"]
     assert memory["gradients"] == memory["parameters"]  # fp32 both
