@@ -192,9 +192,9 @@ def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
     """One line of the table: times in seconds per layer, bytes per rank and layer."""
     base = statistics.median(samples["Megatron"])
     ratios = [ours / theirs for ours, theirs in zip(samples[name], samples["Megatron"], strict=True)]
-    shared = {f"all_reduce x{TP}"}  # of linear_proj, the same on both sides
-    inside = {key: value for key, value in tally.items() if key not in shared}
     context = side.context
+    tokens = context.padded_active_token_count
+    calls, received = inside_attention(tally, tokens, dtype.itemsize)
     block_bytes = context.memory_buffer.nbytes / context.kv_block_allocator.total_count
     return {
         "case": case,
@@ -205,11 +205,18 @@ def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
         "time_ratio": statistics.median(samples[name]) / base,
         "time_ratio_of_turns_median": statistics.median(ratios),
         "kv_bytes_per_rank": int(block_bytes / BLOCK * length * batch),
-        "collectives_inside_attention": sum(entry["calls"] for entry in inside.values()),
-        "message_bytes": sum(entry["bytes"] for entry in inside.values()),
+        "collectives_inside_attention": calls,
+        "message_bytes": received,
         "collectives": tally,
         "samples": samples[name],
     }
+
+
+def inside_attention(tally: dict, tokens: int, element: int) -> tuple[int, float]:
+    """Calls, and bytes that a rank receives, without linear_proj's all-reduce, the same on both sides."""
+    calls = sum(entry["calls"] for entry in tally.values()) - 1
+    projection = 2 * (TP - 1) / TP * tokens * HIDDEN * element
+    return calls, sum(entry["bytes"] for entry in tally.values()) - projection
 
 
 def predicted(contexts: list[int], batches: list[int], element: int) -> list[dict]:

@@ -16,7 +16,7 @@ COMM_TYPES = ("auto", "a2a", "all_reduce")
 QUERY_PLACEMENTS = ("auto", "dims", "heads")
 CORE_ATTENTIONS = ("auto", "spec")
 KV_CACHES = ("auto", "sequence", "dim")
-SHORT_CONTEXT = 2048
+SHORT_CONTEXT = 6144
 """Up to so many tokens a cache of slices ("dim") decodes faster: one collective a layer in place of two, and
 few scores to sum (benchmarks/decode.py)."""
 

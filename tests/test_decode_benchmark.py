@@ -49,6 +49,6 @@ def test_where_helix_starts_to_win(monkeypatch):
             for side in ("Megatron", "Helix")
         ]
 
-    assert decode.chosen(2, 2048) == "Helix dim" and decode.chosen(2, 2049) == "Helix sequence"
+    assert decode.chosen(2, 6144) == "Helix dim" and decode.chosen(2, 6145) == "Helix sequence"
     for ratios, start in [((0.9, 1.1, 0.5), 100), ((0.9, 0.8), 1), ((0.9, 1.0), None)]:
         assert [win["from"] for win in decode.crossovers(rows(*ratios))] == [start]
