@@ -6,6 +6,7 @@ tokens is `python -m helix_megatron.convert.check`; see examples/smollm2.md.
 
 import json
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_a_batch_from_a_sharded_cache(smollm2, theirs, folder, tp, dim):
     found = generate_check.check(job, wanted, "dim" if dim else "sequence")
     assert found["tokens"] == wanted.answers and 0 < found["max_difference"] <= generate_check.TOLERANCE
     assert found["kv_bytes_per_token"] == 2 * 30 * 3 * 64 * 4 / tp
+
+
+@pytest.mark.parametrize(
+    "tp, flags",
+    [(6, "--helix-head-parallel-size 1"), (3, "--helix-dim-parallel-size 3 --helix-slice-weights 2,1,1")],
+)
+def test_uneven_slices(smollm2, theirs, expected, folder, tp, flags):
+    """1x6: slices of 12, 12, 10, 10, 10 and 10 of 64 dimensions; 1x3 by weights: 32, 16 and 16."""
+    found = check.check(smollm2, tp, expected, more=flags.split(), timeout_s=200)
+    assert found["max_difference"] < 1e-3 and found["greedy"] == expected.greedy
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    text = check.text_tokens(theirs[1], 40)
+    prompts = [text[:2], text[2:9], text[13:40]]
+    wanted = generate_check.reference(theirs[0], prompts, 5, folder / f"uneven-{tp}.npy")
+    job = generate_check.jobs_for(smollm2, tp, prompts, 5)
+    job = replace(job, layout=replace(job.layout, more=tuple(flags.split())))
+    found = generate_check.check(job, wanted, "sequence")
+    assert found["tokens"] == wanted.answers and 0 < found["max_difference"] <= generate_check.TOLERANCE
+    assert found["kv_bytes_per_token"] == 2 * 30 * 3 * -(-64 // tp) * 4
 
 
 def test_megatron_refuses_it(smollm2, expected):

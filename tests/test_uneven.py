@@ -170,6 +170,24 @@ def test_bytes_are_those_of_the_docstring(placement):
         assert found["both"] == {"all_to_all x2": (2 * calls, kv + back + 2 * exchanged)}
 
 
+def _gathered_gradient() -> list[float]:
+    """Rank r's piece has r + 1 elements; its gradient is 256 from rank 0 and 1 from each of the others."""
+    from helix_megatron.exchange import gather_uneven
+
+    torch.distributed.init_process_group("nccl")
+    rank, shapes = torch.distributed.get_rank(), [(1,), (2,), (3,)]
+    piece = torch.full(shapes[rank], float(rank), dtype=torch.bfloat16, requires_grad=True)
+    (everyones,) = gather_uneven([piece], [shapes], torch.distributed.group.WORLD)
+    assert [x.tolist() for x in everyones] == [[0.0], [1.0] * 2, [2.0] * 3]
+    torch.cat(everyones).backward(torch.full((6,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16))
+    return piece.grad.tolist()
+
+
+def test_gradients_of_gathered_pieces_are_summed_in_fp32():
+    """In bfloat16 256 + 1 is 256 again; 258 is a number of it."""
+    assert run_ranks(_gathered_gradient, 3) == [[258.0], [258.0] * 2, [258.0] * 3]
+
+
 # ---- refusals ----
 def test_what_uneven_slices_do_not_serve_is_refused():
     with pytest.raises(HelixConfigError, match="must be equal"):
