@@ -18,6 +18,8 @@ LAYOUTS = {
     "1x4": HelixConfig(1, 4, query_placement="dims"),
     "2x2": HelixConfig(2, 2, query_placement="dims"),
     "2x2, whole heads": HelixConfig(2, 2, query_placement="heads"),
+    "1x4, weights": HelixConfig(1, 4, slice_weights=(3, 1, 2, 1)),
+    "2x2, whole heads, weights": HelixConfig(2, 2, slice_weights=(1, 3), query_placement="heads"),
 }
 
 
@@ -128,12 +130,15 @@ def train_a_model(tp: int, helix: HelixConfig | None) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("grid", [(1, 4), (2, 2), (2, 1)])
-def test_a_model_trains_as_on_one_rank(grid):
+@pytest.mark.parametrize(
+    "helix",
+    [HelixConfig(1, 4), HelixConfig(2, 2), HelixConfig(2, 1), HelixConfig(2, 2, slice_weights=(3, 1))],
+)
+def test_a_model_trains_as_on_one_rank(helix):
     alone = run_ranks(train_a_model, 1, 1, None)[0]
     assert alone[-1] < alone[0] - 0.2
-    ranks = grid[0] * grid[1]
-    for losses in run_ranks(train_a_model, ranks, ranks, HelixConfig(*grid)):
+    ranks = helix.head_parallel_size * helix.dim_parallel_size
+    for losses in run_ranks(train_a_model, ranks, ranks, helix):
         assert losses == pytest.approx(alone, abs=1e-4)
 
 

@@ -319,7 +319,7 @@ def text_report(report: dict[str, Any]) -> str:
             f"{count} prompt{'s' * (count > 1)}, {made} tokens in {report['seconds']:.2f} s: TTFT "
             f"{1e3 * report['ttft_s']:.0f} ms, TPOT {tpot}, {report['tokens_per_s']:.1f} tokens/s",
             f"KV cache at its fullest, {kv['peak_blocks']} blocks of {kv['block_tokens']} tokens: "
-            f"{readable(kv['peak_bytes_per_rank'])} on each rank, 1/{share:g} of "
+            f"{readable(kv['peak_bytes_per_rank'])} on each rank, 1/{share:.4g} of "
             f"{readable(kv['peak_bytes_whole_model'])}; Megatron's replication: "
             f"{readable(kv['peak_bytes_per_rank_megatron'])} on each rank",
         ]

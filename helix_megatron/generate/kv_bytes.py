@@ -5,6 +5,7 @@ Note [Three ways to hold the keys and values of G heads on T ranks]      SmolLM2
     Helix                 2 L G d / T      on every rank, nothing twice             1 slice each
     Megatron              2 L ceil(G/T) d  whole heads only: with T > G each head   1 head each: twice
                                            is on T/G ranks                          what Helix holds
+    Where m does not divide d, Helix holds d/m rounded up: 11 of 64 dimensions at 1x6, 3 % more.
     Megatron itself refuses the sizes where G and T do not divide one another; the formula is what whole heads
     on every rank would need at least.
 """
