@@ -111,7 +111,7 @@ def test_uneven_slices(smollm2, theirs, expected, folder, tp, flags):
     prompts = [text[:2], text[2:9], text[13:40]]
     wanted = generate_check.reference(theirs[0], prompts, 5, folder / f"uneven-{tp}.npy")
     job = generate_check.jobs_for(smollm2, tp, prompts, 5)
-    job = replace(job, layout=replace(job.layout, more=tuple(flags.split())))
+    job = replace(job, layout=replace(job.layout, more=(*job.layout.more, *flags.split())))
     found = generate_check.check(job, wanted, "sequence")
     assert found["tokens"] == wanted.answers and 0 < found["max_difference"] <= generate_check.TOLERANCE
     assert found["kv_bytes_per_token"] == 2 * 30 * 3 * -(-64 // tp) * 4

@@ -27,6 +27,7 @@ _NOT_MODELLED = {
     "--num-layers-per-virtual-pipeline-stage": "virtual pipeline stages",
     "--num-virtual-stages-per-pipeline-rank": "virtual pipeline stages",
     "--num-experts": "experts",
+    "--helix-slice-weights": "slice weights",
 }
 
 
