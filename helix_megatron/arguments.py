@@ -112,6 +112,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "grids that span nodes. Local layers only; the overlap with weight gradients is lost.",
     )
     group.add_argument(
+        "--helix-adaptive-grad-scaling",
+        action="store_true",
+        help="Per-slice softmax in fp16: a power of two scales the gradient while it passes the attention "
+        "core, so that small numbers are not lost there. Changes nothing in exact mode, bf16 or fp32.",
+    )
+    group.add_argument(
         "--helix-no-verify-checkpoint",
         action="store_true",
         help="Load checkpoints without comparing the checksums of their shards.",
@@ -144,6 +150,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
             "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
             "--helix-hierarchical-allreduce": args.helix_hierarchical_allreduce,
+            "--helix-adaptive-grad-scaling": args.helix_adaptive_grad_scaling,
             "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
         }
         flags = [flag for flag, was_given in given.items() if was_given]
@@ -188,5 +195,6 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         kv_interleave_size=args.helix_kv_interleave_size,
         overlap_chunks=args.helix_overlap_chunks,
         hierarchical_allreduce=args.helix_hierarchical_allreduce,
+        adaptive_grad_scaling=args.helix_adaptive_grad_scaling,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )

@@ -35,6 +35,7 @@ from helix_megatron import compat, inference
 from helix_megatron.checkpoint import standard_layout
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
+from helix_megatron.gradient_range import keep_in_range
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, get_helix_groups
 from helix_megatron.layout import HelixLayout
@@ -98,10 +99,18 @@ class HelixParallelSelfAttention(SelfAttention):
             **layer,
         )
         self.helix_plan, self.helix_groups = plan, groups
+        if plan.adaptive_grad_scaling:
+            self._scale_gradients()
         layout, dim_rank = plan.layout, groups.dim_rank
         self._whole_query_heads = layout.query_placement == "heads"
         rotary_dims = torch.from_numpy(layout.rotary_dims(dim_rank))
         self.register_buffer("_rotary_dims", rotary_dims.to(torch.cuda.current_device()), persistent=False)
+
+    def _scale_gradients(self) -> None:
+        config = self.config
+        layer_scaling = self.layer_number if config.apply_query_key_layer_scaling else 1
+        scale = config.softmax_scale or config.kv_channels**-0.5
+        keep_in_range(self.core_attention, scale, config.attention_dropout, layer_scaling)
 
     def forward(
         self,
@@ -280,6 +289,8 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         "(ranks that share a head would each train its sink)": (
             softmax_type == "learnable" and plan.comm_type == "a2a" and plan.layout.position_parts > 1
         ),
+        f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
+        "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),

@@ -68,6 +68,10 @@ class HelixConfig:
     hierarchical_allreduce: bool = False
     """Reduce over the tensor-parallel group level by level; for grids that span nodes (levels.py)."""
 
+    adaptive_grad_scaling: bool = False
+    """Per-slice softmax in fp16: run the backward of attention in the middle of fp16's range
+    (gradient_range.py). Nothing else changes, and nothing at all with exact softmax."""
+
     rotary_percent: float = 1.0
     """Share of a head that RoPE rotates; 0 without RoPE. Megatron's flag of the same name."""
 
@@ -163,7 +167,9 @@ class HelixConfig:
             placement = "heads" if whole_heads and not summed and not weighted else "dims"
         fused = self.core_attention == "auto"
         layout = HelixLayout(shape, grid, placement, per_slice, output_gate, self.slice_weights)
-        return HelixPlan(layout, comm_type, fused, kv_cache, self.kv_interleave_size, self.overlap_chunks)
+        scaled = self.adaptive_grad_scaling and per_slice
+        interleave, chunks = self.kv_interleave_size, self.overlap_chunks
+        return HelixPlan(layout, comm_type, fused, kv_cache, interleave, chunks, scaled)
 
     def _check_count_of_weights(self, grid: HelixGrid) -> None:
         weights, m = self.slice_weights, grid.dim_parallel_size
@@ -220,6 +226,7 @@ class HelixPlan:
         fused_core: replace Megatron's unfused local core by PyTorch's fused attention.
         kv_cache: "sequence", "dim", or "none" (per-slice softmax: Megatron's own).
         kv_interleave_size, overlap_chunks: as in HelixConfig.
+        adaptive_grad_scaling: likewise; false with exact softmax.
     """
 
     layout: HelixLayout
@@ -228,6 +235,7 @@ class HelixPlan:
     kv_cache: str = "sequence"
     kv_interleave_size: int = 32
     overlap_chunks: int = 1
+    adaptive_grad_scaling: bool = False
 
     @property
     def grid(self) -> HelixGrid:
@@ -258,4 +266,5 @@ class HelixPlan:
             f"grid {self.grid}, {softmax} softmax, comm type {self.comm_type}, "
             f"query placement {self.layout.query_placement}, {slices} "
             f"of {self.layout.shape.kv_channels} dimensions"
+            + (", adaptive gradient scaling in fp16" if self.adaptive_grad_scaling else "")
         )

@@ -16,6 +16,9 @@ Uneven slices have d_s(j) in place of d_s. A rank receives D - d_s where it says
 for output slices, which are its own: of them it receives (m-1)/m S B N d_s, and of gradients of K and V
 2 (m-1) S B K d_s. Nothing is padded.
 
+With context parallelism K and V, whole by then, are gathered over its p ranks as well, for the K' heads that
+a rank attends with: 2 (p-1) S B K' D received, S positions of each rank, and as many in the backward.
+
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
 strides would be silently wrong, and gloo insists on flat buffers.

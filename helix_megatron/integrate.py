@@ -264,6 +264,7 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
         settings["helix comm type"] = plan.comm_type
         settings["helix query placement"] = plan.layout.query_placement
         settings["helix KV cache"] = f"{plan.kv_cache}, interleave size {plan.kv_interleave_size}"
+        settings["helix adaptive gradient scaling"] = plan.adaptive_grad_scaling
         settings["helix overlap chunks"] = plan.overlap_chunks
     _store, rank, world_size = next(iter(rendezvous("env://")))
     agree(settings, _store, rank, world_size)

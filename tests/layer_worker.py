@@ -21,10 +21,10 @@ from helix_megatron.groups import destroy_helix_parallel, initialize_helix_paral
 MASK_TYPES = {"causal": "causal", "padding": "padding", "arbitrary": "arbitrary", "none": "no_mask"}
 
 
-def start(tp: int) -> None:
-    """Process groups of one tensor-parallel group over the world."""
+def start(tp: int, cp: int = 1) -> None:
+    """Process groups of tensor-parallel groups, and of context-parallel ones, over the world."""
     torch.distributed.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
 
 

@@ -128,6 +128,46 @@ def test_layer_adds_no_other_collective():
     assert others == {"all_reduce x4": 2}
 
 
+def _count_context_parallel(tp: int, cp: int, jobs: list) -> list[dict]:
+    """Bytes that this rank receives over the context-parallel group: forward, and forward + backward."""
+    from helix_megatron.compare.comm import CommMeter
+
+    start(tp, cp)
+    groups, found = Groups(), []
+    for case, helix in jobs:
+        case.draw()
+        plan = helix.resolve(case.heads, case.groups, case.dim, tp)
+        layer = make_layer(case, helix, tp, groups.of(plan.grid), context_parallel_size=cp)
+        load(layer, case, plan.layout.qkv_rows(0), plan.layout.proj_columns(0), torch.float32)
+        hidden = case.tensors["hidden"].float().requires_grad_()
+        meter = CommMeter()
+        with meter.counting():
+            out, _ = layer(hidden, None)
+            forward = meter.as_json()
+            out.sum().backward()
+        sizes = [
+            {n: t["bytes"] for n, t in x.items() if n.endswith(f"x{cp}")} for x in (forward, meter.as_json())
+        ]
+        found.append({"forward": sizes[0], "both": sizes[1]})
+    return found
+
+
+def test_bytes_of_context_parallelism():
+    """Whole K and V of the heads that a rank attends with: 2 (p-1) S B K' D, forward and backward."""
+    p, s, b, d = 3, 12, 2, 16
+    heads = dict(heads=8, groups=4), HelixConfig(1, 2, rotary_percent=0.0, query_placement="heads"), 2
+    dims = dict(heads=8, groups=4), HelixConfig(1, 2, rotary_percent=0.0, query_placement="dims"), 2
+    shared = dict(heads=3, groups=1), HelixConfig(1, 2, rotary_percent=0.0), 1  # ranks share query positions
+    uneven = dict(heads=9, groups=3), HelixConfig(1, 2, rotary_percent=0.0), 3
+    shapes = (heads, dims, shared, uneven)
+    jobs = [(Case(dim=d, seq=s, batch=b, rotary_percent=0.0, **shape), helix) for shape, helix, _ in shapes]
+    for rank in run_ranks(_count_context_parallel, 2 * p, 2, p, jobs):
+        for found, (_, _, kv_heads) in zip(rank, shapes, strict=True):
+            received = 2 * (p - 1) * s * b * kv_heads * d * 4
+            assert found["forward"] == {f"all_gather x{p}": received}
+            assert found["both"] == {f"all_gather x{p}": received, f"all_to_all x{p}": received}
+
+
 # ---- precision ----
 def _half_precision_errors(tp: int, dtype: torch.dtype, jobs: list) -> list[dict[str, float]]:
     start(tp)

@@ -1,24 +1,80 @@
 """A fixed hundred of tests/soak.py: random layers equal the float64 formula or are refused."""
 
+import json
+
+import pytest
 import soak
 from reference import Case
 
 from helix_megatron.config import HelixConfig
+from helix_megatron.launch import RankError
 
 
 def test_a_hundred_random_layers():
-    found = soak.soak(seed=0, first=0, count=100)
+    lines = list(soak.soak(seed=0, numbers=range(100)))
+    found = soak.summary(lines)
     assert found["failures"] == [], found
     assert found["equal"] >= 40 and len(found["grids"]) >= 5 and found["refused"], found
     assert sum(count for grid, count in found["grids"].items() if "uneven" in grid) >= 15, found
+    for tp in soak.SIZES:  # process groups have threads: none are made from one configuration to the next
+        threads = [line["threads"] for line in lines if line["tp"] == tp]
+        assert threads[-1] <= threads[0] + 1, (tp, threads)
 
 
-def test_a_wrong_layer_and_a_rank_that_alone_refuses_are_failures(monkeypatch):
-    job = soak.Job(0, 2, Case(4, 2, 8), HelixConfig(), {})
-    monkeypatch.setattr(soak, "draw", lambda *args: job)
-    for outcomes in (
-        [{"grid": "1x2", "error": 1e-3}] * 2,
+JOB = soak.Job(0, 2, Case(4, 2, 8), HelixConfig(), {})
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        [{"grid": "1x2", "error": 1e-3}, {"grid": "1x2", "error": 0.0}],
+        [{"grid": "1x2", "error": 0.0}, {"grid": "1x2", "error": float("nan")}],
         [{"grid": "1x2", "error": 0.0}, {"refused": "why"}],
-    ):
-        monkeypatch.setattr(soak, "run_ranks", lambda *args, found=outcomes, **kwargs: [[o] for o in found])
-        assert len(soak.soak(0, 0, 1)["failures"]) == 1
+        [{"refused": "why"}, {"grid": "1x2", "error": 0.0}],
+    ],
+)
+def test_a_wrong_layer_and_a_rank_that_alone_refuses_are_failures(outcomes):
+    assert soak.verdict(JOB, outcomes)["verdict"] == "failed"
+
+
+def test_verdicts_of_right_layers_and_refusals():
+    assert soak.verdict(JOB, [{"grid": "1x2", "error": 1e-6}] * 2)["verdict"] == "equal"
+    assert soak.verdict(JOB, [{"refused": "why"}] * 2)["verdict"] == "refused"
+
+
+def test_a_rank_that_fails_is_a_failure_of_its_configuration_alone(monkeypatch):
+    def run_ranks(_function, tp, _tp, jobs, **_kwargs):
+        if any(job.number == 3 for job in jobs):
+            raise RankError("it died", 1)
+        return [[{"grid": "1x2", "error": 0.0} for _ in jobs]] * tp
+
+    monkeypatch.setattr(soak, "run_ranks", run_ranks)
+    verdicts = {line["number"]: line["verdict"] for line in soak.soak(0, range(8))}
+    assert verdicts == {number: "failed" if number == 3 else "equal" for number in range(8)}
+
+
+def test_a_soak_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
+    out, asked = tmp_path / "soak.jsonl", []
+
+    def run_ranks(_function, tp, _tp, jobs, **_kwargs):
+        asked.extend(job.number for job in jobs)
+        return [
+            [{"refused": "why"} if job.number % 2 else {"grid": "1x2", "error": 1e-7} for job in jobs]
+        ] * tp
+
+    def main(*flags):
+        asked.clear()
+        monkeypatch.setattr("sys.argv", ["soak.py", "--out", str(out), *flags])
+        assert soak.main() == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(soak, "run_ranks", run_ranks)
+    assert main("--share", "2/5", "--total", "20")["ran"] == 4
+    assert sorted(asked) == [4, 5, 6, 7]
+    out.write_text(out.read_text() + '{"seed": 0, "numb')  # stopped in mid-line
+    found = main("--from", "2", "--count", "6")
+    assert sorted(asked) == [2, 3]
+    assert (found["ran"], found["equal"], found["refused"]) == (6, 3, {"why": 3})
+    assert main("--from", "2", "--count", "6", "--seed", "1")["ran"] == 6  # another seed is another soak
+    assert main("--from", "2", "--count", "6", "--seconds", "-1")["ran"] == 6
+    assert asked == []
