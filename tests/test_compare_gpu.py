@@ -58,11 +58,13 @@ class FakeNvml(types.ModuleType):
         self.kib = {138: 1000, 139: 2000}
         self.links = self.monitor = True
         self.busy, self.memory, self.milliwatts, self.bandwidth = 50, 20, 300_000, 40.0
-        self.refuses = set()
+        self.refuses, self.refused = set(), []
+        self.metric_return = self.NVML_SUCCESS
         self.freed, self.allocated, self.asked, self.open = [], 0, [], 0
 
     def _call(self, name):
         if name in self.refuses:
+            self.refused.append(name)
             raise NVMLError("GPU is lost")
 
     def nvmlInit(self):
@@ -70,6 +72,7 @@ class FakeNvml(types.ModuleType):
         self.open += 1
 
     def nvmlShutdown(self):
+        self._call("nvmlShutdown")
         self.open -= 1
 
     def nvmlDeviceGetHandleByIndex(self, index):
@@ -118,6 +121,7 @@ class FakeNvml(types.ModuleType):
         assert (metricsGet.version, metricsGet.numMetrics, metricsGet.metrics[0].metricId) == (1, 1, 10)
         assert metricsGet.sample1 < metricsGet.sample2
         metricsGet.metrics[0].value = self.bandwidth
+        metricsGet.metrics[0].nvmlReturn = self.metric_return
         return metricsGet
 
 
@@ -176,6 +180,27 @@ def test_what_there_is_not_is_absent(fake):
         assert result == {}
 
 
+def test_a_monitor_that_answers_with_an_error(fake):
+    """Of a performance monitor that is refused, or has no such metric, there is no bandwidth; all else is."""
+    for refuses, answer in (({"gpm"}, fake.NVML_SUCCESS), (set(), fake.NOT_SUPPORTED)):
+        fake.refuses, fake.metric_return, result = refuses, answer, {}
+        with nvml.watched(result, host=False) as watch:
+            watch.sample()
+        assert "memory_bandwidth_percent" not in result["gpu"]
+        assert result["gpu"]["watts"] == 300
+
+
+def test_what_is_refused_is_not_asked_again_and_the_end_harms_nothing(fake):
+    result = {}
+    with nvml.watched(result, host=False) as watch:
+        fake.refuses = {"power", "nvmlShutdown"}
+        watch.sample()
+        watch.sample()
+    assert fake.refused == ["power", "nvmlShutdown"]
+    assert result["gpu"]["samples"] == 2
+    assert "watts" not in result["gpu"]
+
+
 def test_no_nvml_at_all(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     result = {}
@@ -208,6 +233,7 @@ def test_an_error_in_the_middle_of_a_run(fake, monkeypatch):
     merged = summary.gpu([found, {**found, "errors": {}}])
     assert merged["errors"] == ["power: GPU is lost"]
     assert merged["memory_bandwidth_percent"] == 40
+    assert "watts" not in summary.gpu([{**found, "watts": 300.0}, found])  # a mean over some is none
 
 
 # ---- where a GPU's time goes
@@ -225,13 +251,13 @@ WHOLE = event("helix iteration", 100, 1100, CPU)
 def test_kernels_that_overlap_are_split_once():
     events = [
         WHOLE,
-        event("helix iteration", 100, 1100),  # the profiler's mark on the GPU is no kernel
+        event("helix iteration", 150, 1090),  # the profiler's mark on the GPU is no kernel
         event("aten::mm", 100, 1000, CPU),
+        event("softmax", 300, 450),  # on another stream, and seen before what began before it
         event("gemm", 150, 350),
-        event("softmax", 300, 450),  # on another stream
         event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 400, 650),  # 50 of it behind computing
         event("Memcpy DtoD", 700, 800),
-        event("ncclDevKernel_AllGather", 720, 760),  # all of it behind a copy
+        event("NCCL AllGather", 720, 760),  # all of it behind a copy
         event("gemm", 1050, 1300),  # 50 of it inside
         event("gemm", 10, 90),  # before
     ]
@@ -271,6 +297,10 @@ def test_a_gpu_run_profiles_one_iteration_of_the_warm_up(monkeypatch):
     assert taken["split_seconds"]["compute"] == pytest.approx(taken["split_seconds"]["idle"])
     assert taken["split_seconds"]["communication"] == 0
     assert "split_seconds" not in workloads.Samples(1, host=False).as_json(1, 1)
+    monkeypatch.setattr(workloads.kernels, "profiled", lambda body: pytest.fail("a host has no kernels"))
+    on_host = workloads.Samples(3, host=True)
+    for _ in range(4):
+        on_host.iteration(lambda: None, meter)
 
 
 def test_the_split_of_ranks_and_runs_is_their_mean():
@@ -286,3 +316,5 @@ def test_the_split_of_ranks_and_runs_is_their_mean():
     runs = [{"ranks": [rank(1.0), rank(2.0)]}, {"ranks": [rank(3.0), rank(6.0)]}]
     found = summary.workload(runs, "train", 2, False, None)
     assert found["split_seconds"] == {"compute": 3.0, "communication": 1.0, "idle": 0.5}
+    del runs[1]["ranks"][1]["workloads"]["train"]["split_seconds"]  # one rank's profiler saw no kernel
+    assert "split_seconds" not in summary.workload(runs, "train", 2, False, None)

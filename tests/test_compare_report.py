@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -196,11 +197,12 @@ def test_predictions_stand_beside_the_measured(report):
     out, results, text = report
     assert results["prediction"]["cluster"] == "dgx-h100"
     rows = {(row[0], row[1]): row[2:] for row in predicted.rows(results)}
-    measured, *_, ratio = rows["Helix 8x2", "train"]
+    measured, planned, ratio = rows["Helix 8x2", "train"]
     entry = next(v for v in results["variants"] if v["name"] == "Helix 8x2")
     mean = entry["measured"]["workloads"]["train"]["iteration_seconds"]["mean"]
     seconds = entry["predicted"]["workloads"]["train"]
     assert measured == f"{1e3 * mean:,.4g}"
+    assert planned == f"{1e3 * seconds:,.4g}"
     assert ratio == f"{seconds / mean:.2f}"
     shape = predicted.inputs.model_of_flags(
         {"--num-layers": 2, "--hidden-size": 128, "--num-attention-heads": 32, "--seq-length": 16,
@@ -210,7 +212,12 @@ def test_predictions_stand_beside_the_measured(report):
     layout = Layout(16, helix=True, grid=HelixGrid(8, 2), comm_type="a2a", placement="heads",
                     kv_cache="sequence")  # fmt: skip
     problem = Problem(shape, layout, Workload("train", 2, 16, "fp32", fused=False))
-    assert seconds == predict(problem, predicted.inputs.cluster("dgx-h100")).seconds
+    machine = predicted.inputs.cluster("dgx-h100")
+    assert seconds == predict(problem, machine).seconds
+    together = replace(layout, micro_batch=2)  # the whole batch of prompts of 4 tokens, then 3 steps
+    for name, kind, length in (("first_token", "prefill", 4), ("decode", "decode", 4 + 1 + 1)):
+        problem = Problem(shape, together, Workload(kind, 2, length, "fp32", fused=False))
+        assert entry["predicted"]["workloads"][name] == predict(problem, machine).seconds
     page = (out / "report.html").read_text()
     for output in (text, page):
         assert "NVIDIA H100 SXM data sheet" in output
@@ -230,6 +237,9 @@ def test_what_the_planner_cannot_predict_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(predicted.inputs, "of_cores", lambda: predicted.inputs.of_gpus([("unknown", 1, 0)]))
     _, results, text, _ = compare(tmp_path / "three", variants=items)
     assert "no preset fits this machine's GPUs" in results["prediction"]["cause"]
+    assert "The planner predicts nothing: no preset fits this machine's GPUs" in text
+    two = configuration.parse(document(world_size=16, nnodes=2, host=False, cluster="dgx-h100"), "file.yaml")
+    assert predicted.cluster(two).nodes == 2
     assert "predicted" not in results["variants"][0]
 
 

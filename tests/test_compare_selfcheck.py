@@ -32,8 +32,15 @@ def test_a_harness_that_cannot_tell_does_not_pass():
     biased = selfcheck.judge(same, [1.05 * value for value in again], slowed, runs=5)  # A differs from itself
     assert biased["false_alarms"] >= 18
     assert not biased["passed"]
-    with pytest.raises(ValueError, match="no tries of 5"):
-        selfcheck.judge([1.0], [1.0], [1.0], runs=5)
+    faster = selfcheck.judge(
+        same, again, [0.9 * value for value in same], runs=5
+    )  # a difference, not the one
+    assert faster["found"] == 0
+    late = selfcheck.judge(same, again, same[:50] + slowed[50:], runs=5)  # slowed from the eleventh try on
+    assert 8 <= late["found"] <= 12
+    for lengths in ((1, 1, 1), (10, 10, 5), (10, 5, 10)):
+        with pytest.raises(ValueError, match="no tries of 5"):
+            selfcheck.judge(*([1.0] * length for length in lengths), runs=5)
 
 
 def test_slowing_adds_the_share_it_says(monkeypatch):

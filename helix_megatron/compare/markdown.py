@@ -56,6 +56,7 @@ def method(results: dict[str, Any]) -> list[str]:
         f"Communication: {BYTES_MEAN}. Per layer: a whole training step (model, data and optimizer) divided "
         "by the layers. algbw and busbw as nccl-tests defines them, over the time that a rank spends in the "
         "collective, waiting for the others included.",
+        *([predicted.said(results)] if "cause" in results.get("prediction", {}) else []),
     ]
 
 
