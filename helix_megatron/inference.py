@@ -219,6 +219,7 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     exact = not plan.layout.per_slice
     speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
+    sinks = getattr(model_config, "softmax_type", "vanilla")
     reasons = {
         "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
@@ -226,6 +227,10 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
             inference_config.use_flashinfer_fused_rope is not False
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
+        "attention output gates (--attention-output-gate)": exact
+        and getattr(model_config, "attention_output_gate", False),
+        f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
+        "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
     }
     for feature, used in reasons.items():
         if used:

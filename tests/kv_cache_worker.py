@@ -12,7 +12,8 @@ from helix_megatron.config import HelixConfig
 def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
     """A Helix layer with the case's weights, and its layout."""
     case.draw()
-    layout = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved).layout
+    plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
+    layout = plan.layout
     layer = make_layer(case, helix, tp, groups.of(layout.grid)).eval()
     rank = torch.distributed.get_rank() % tp
     load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
@@ -70,8 +71,8 @@ def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int)
     return decode(layer, case, StaticInferenceContext(case.batch, max_length), [prompt], CommMeter())[1]
 
 
-def refused(tp: int, ways: list[str]) -> list[str]:
-    """The error of each way to ask a layer for what a sharded cache does not serve."""
+def refused(tp: int, ways: list[str], cache: str = "auto") -> list[str]:
+    """The error of each way to ask a layer for what a cache of its kind does not serve."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     start(tp)
@@ -80,18 +81,24 @@ def refused(tp: int, ways: list[str]) -> list[str]:
         case = Case(4, 2, 8, seq=6)
         case.window = (3, 1) if way == "window ahead" else None
         case.mask = "none" if way == "not causal" else "causal"
-        layer, _ = make(case, HelixConfig(1, 2), tp, groups)
+        case.gate, case.sinks = way == "gate", way == "sinks"
+        layer, _ = make(case, HelixConfig(1, 2, kv_cache=cache), tp, groups)
         context = StaticInferenceContext(case.batch, 4 if way == "too long" else case.seq)
         mask = None
         if way in ("padding mask", "causal mask"):
             mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
             mask[..., 3:, 2] |= way == "padding mask"
+        if way == "context parallelism":
+            layer.config.context_parallel_size = 2
         if way == "graphs":
             layer.config.cuda_graph_impl = "local"
         extra = {"attention_bias": torch.zeros(1)} if way == "bias" else {}
         try:
             hidden = case.tensors["hidden"].float()
             layer(hidden, mask, None, context, case.rope_table(), **extra)
+            if way in ("gate", "sinks", "context parallelism"):  # what a cache of slices does comes second
+                context = StaticInferenceContext(case.batch, case.seq)
+                decode(layer, case, context, [3])
         except (NotImplementedError, ValueError) as error:
             messages.append(str(error))
         else:

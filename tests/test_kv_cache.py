@@ -429,6 +429,9 @@ def test_what_the_cache_does_not_serve_is_refused():
         "too long": "do not fit an inference context of 2 sequences of 4 positions",
         "bias": "attention_bias",
         "graphs": "--cuda-graph-impl local",
+        "gate": "--attention-output-gate",
+        "sinks": "attention sinks (--softmax-type)",
+        "context parallelism": "context parallelism",
     }
     for messages in run_ranks(refused, 2, 2, list(ways)):
         for message, part in zip(messages, ways.values(), strict=True):
@@ -443,6 +446,10 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
         ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "use_flashinfer_fused_rope"),
         ({}, dict(batch_invariant_mode=True), {}, "--batch-invariant-mode"),
+        ({}, dict(attention_output_gate=True), {}, "--attention-output-gate"),
+        ({}, dict(softmax_type="learnable"), {}, "softmax type 'learnable' (--softmax-type)"),
+        ({}, dict(softmax_type="off-by-one"), {}, "softmax type 'off-by-one' (--softmax-type)"),
+        ({}, dict(context_parallel_size=2), {}, "--context-parallel-size"),
         ({}, {}, dict(block_size_tokens=9), "block of 9 tokens"),
         ({}, {}, {}, "built"),
     ]

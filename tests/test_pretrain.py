@@ -186,3 +186,61 @@ def test_run_refuses_a_missing_script():
 
     assert run.main(["nowhere.py"]) == 2
     assert run.main(["--attention-impl", "helix"]) == 2
+
+
+# ---- the choice of a grid ----
+def rank_log(line):
+    """What rank 0 of four logs about Helix while Megatron's arguments are read."""
+    import contextlib
+    import io
+    import os
+
+    from megatron.training.arguments import parse_and_validate_args
+
+    from helix_megatron import integrate
+
+    os.environ["WORLD_SIZE"] = "4"  # read by the parser; nothing is started
+    del os.environ["MASTER_ADDR"]  # and no rank is there to agree with
+    integrate.install()
+    printed = io.StringIO()
+    sys.argv = ["pretrain_gpt", *line]
+    with contextlib.redirect_stdout(printed):
+        parse_and_validate_args()
+    return [text for text in printed.getvalue().splitlines() if text.startswith("> Helix")]
+
+
+@pytest.mark.training
+def test_the_choice_of_a_grid_is_logged_with_its_reason():
+    from training import HELIX, MODEL
+
+    def line(heads, groups, *flags):
+        layout = f"{HELIX} --tensor-model-parallel-size 4 --num-attention-heads {heads}"
+        return [*MODEL, *layout.split(), "--num-query-groups", str(groups), *flags]
+
+    lines = (
+        line(12, 2),
+        line(8, 4),
+        line(12, 2, "--helix-head-parallel-size", "1"),
+        line(12, 2, "--helix-dim-parallel-size", "2"),
+    )
+    chosen, whole, given, half = (run_ranks(rank_log, 1, arguments)[0] for arguments in lines)
+    # 2x2: K and V of one KV head, a slice of 8 from one rank; 1x4: of both, slices of 4 from three
+    assert chosen[1] == (
+        "> Helix chose grid 2x2: most head groups, so least to exchange: 16 elements a token and layer "
+        "against 48 for 1x4"
+    )
+    assert (
+        whole[1] == "> Helix chose grid 4x1: tp = 4 divides the 4 KV heads, nothing is exchanged in attention"
+    )
+    assert [len(lines) for lines in (chosen, whole, given, half)] == [2, 2, 1, 1]
+
+
+@pytest.mark.training
+def test_a_training_run_logs_its_choice(tmp_path, trainer):
+    from training import HELIX, MODEL, rank_train
+
+    flags = f"{HELIX} --tensor-model-parallel-size 2 --train-iters 1 --data-cache-path {trainer.index}"
+    run_ranks(rank_train, 2, [*MODEL, *flags.split()], log_dir=tmp_path)
+    logs = [(tmp_path / f"rank_{rank}.log").read_text() for rank in range(2)]
+    assert "> Helix chose grid 1x2: most head groups, so least to exchange" in logs[0]
+    assert "Helix chose" not in logs[1]
