@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 SERVE = ["hypercorn", "msgpack", "pyzmq", "quart"]  # Megatron's text-generation server
 CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
+BRIDGE = ["transformers<5.24"]  # Megatron-Bridge 0.6 imports modules that transformers 5.24 has no longer
 DOCS = ["furo", "myst-parser", "sphinx"]  # scripts/docs.sh
 
 setup(
@@ -41,7 +42,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
         "test": TEST,
         "docs": DOCS,
-        "dev": [*CONVERT, *SERVE, *TEST, *DOCS, "mypy", "ruff", "types-PyYAML"],
+        "dev": [*CONVERT, *SERVE, *TEST, *BRIDGE, *DOCS, "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["helix=helix_megatron.cli:main"]},
 )
