@@ -143,15 +143,20 @@ def _ratio(ax: Axes, entry: dict[str, Any], y: float, colour: str, label: str | 
                 ax.plot(edge, y, marker, ms=4, color=colour, clip_on=False)
 
 
+def _one_for_each(names: list[str], variants: list[Any], narrow: bool) -> tuple[Figure, list[Any]]:
+    """Axes for each workload, side by side or, on a phone, one below another; with room for a legend."""
+    columns = 1 if narrow else len(names)
+    rows = len(names) // columns
+    return new_figure(narrow, 0.3 + rows * bars_height(len(variants), narrow), columns, rows)
+
+
 def time_split(results: dict[str, Any], narrow: bool) -> Figure | None:
     """Where the time of an iteration goes: compute, communication, idle."""
     variants = _measured(results)
     names = [w for w in ("train", "decode") if any("split_seconds" in _works(v).get(w, {}) for v in variants)]
     if not names:
         return None
-    columns = 1 if narrow else len(names)
-    rows = len(names) // columns
-    figure, axes = new_figure(narrow, 0.3 + rows * bars_height(len(variants), narrow), columns, rows)
+    figure, axes = _one_for_each(names, variants, narrow)
     for index, (ax, name) in enumerate(zip(axes, names)):
         for y, variant in enumerate(variants):
             left = 0.0
@@ -160,7 +165,7 @@ def time_split(results: dict[str, Any], narrow: bool) -> Figure | None:
                 ax.barh(y, 1e3 * seconds, left=left, height=0.62, color=PARTS[part], label=label)
                 left += 1e3 * seconds
         name_rows(ax, variants, narrow)
-        if columns == 2 and index:
+        if index and not narrow:
             ax.set_yticklabels([])
         ax.set_title(f"{WORKLOADS[name][0].upper()}{WORKLOADS[name][1:]}")
         ax.set_xlabel("ms per iteration, mean rank")
@@ -232,9 +237,7 @@ def prediction(results: dict[str, Any], narrow: bool) -> Figure | None:
     names = [w for w in WORKLOADS if any(w in v["predicted"]["workloads"] for v in variants)]
     if not names:
         return None
-    columns = 1 if narrow else len(names)
-    rows = len(names) // columns
-    figure, axes = new_figure(narrow, 0.3 + rows * bars_height(len(variants), narrow), columns, rows)
+    figure, axes = _one_for_each(names, variants, narrow)
     for index, (ax, name) in enumerate(zip(axes, names)):
         for y, variant in enumerate(variants):
             if name not in variant["predicted"]["workloads"]:
@@ -248,7 +251,7 @@ def prediction(results: dict[str, Any], narrow: bool) -> Figure | None:
                 predicted, y, "D", ms=4.5, mfc="white", mec="#d55e00", label="predicted" if first else None
             )
         name_rows(ax, variants, narrow)
-        if index and columns > 1:
+        if index and not narrow:
             ax.set_yticklabels([])
         ax.set_xlim(left=0)
         ax.margins(x=0.08)
