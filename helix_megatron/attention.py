@@ -145,6 +145,12 @@ class HelixParallelSelfAttention(SelfAttention):
                 return inference.forward_with_shards(
                     self, hidden_states, attention_mask, inference_context, rotary_pos_emb, *args, **kwargs
                 )
+            gated = _setting(self.config, "attention_output_gate")
+            if inference_context is not None and cache == "dim" and gated:
+                raise NotImplementedError(
+                    f"Helix grid {self.helix_plan.grid}: inference with an output gate "
+                    "(--attention-output-gate) was never checked with sliced heads; use a grid with m = 1"
+                )
         return super().forward(
             hidden_states,
             attention_mask,

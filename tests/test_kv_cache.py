@@ -436,6 +436,8 @@ def test_what_the_cache_does_not_serve_is_refused():
     for messages in run_ranks(refused, 2, 2, list(ways)):
         for message, part in zip(messages, ways.values(), strict=True):
             assert part in message
+    for messages in run_ranks(refused, 2, 2, ["gate"], "dim"):
+        assert "--attention-output-gate" in messages[0]
 
 
 @pytest.mark.dynamic_engine
