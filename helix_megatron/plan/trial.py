@@ -7,6 +7,7 @@ stepped by Megatron's optimizer; data are random tokens, made on every rank.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,12 +79,18 @@ def core_config(problem: Problem) -> Any:
 
 @contextmanager
 def parallel(problem: Problem) -> Iterator[None]:
-    """Process groups of the layout, and Helix switched on if it uses it, while entered."""
+    """Process groups of the layout, and Helix switched on if it uses it, while entered.
+
+    The groups made meanwhile are destroyed, which Megatron leaves to the end of the process: a layout has
+    about 30, each of gloo's keeps two threads, and a process that tries many layouts would drown in them.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     from helix_megatron import integrate
 
     layout = problem.layout
+    groups = torch.distributed.distributed_c10d._world.pg_map  # torch has no public list of them
+    before = set(groups)
     helix = layout.helix_config(problem.shape)
     if helix is not None:
         integrate.enable(helix, layout.grid)
@@ -94,6 +101,9 @@ def parallel(problem: Problem) -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         integrate.disable()
+        for group in set(groups) - before:
+            torch.distributed.destroy_process_group(group)
+        gc.collect()  # models hold their groups, and hold each other
 
 
 def build(problem: Problem) -> torch.nn.Module:
