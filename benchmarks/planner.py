@@ -1,7 +1,7 @@
 """Is the planner right on this host? Predicted and measured step times of every layout of many problems.
 
-    python benchmarks/planner.py             probes, measures, prints the table; goes on where it was stopped
-    python benchmarks/planner.py --fresh     from the beginning
+    python benchmarks/planner.py --fresh --out benchmarks/results/planner_host.json
+    python benchmarks/planner.py             goes on where it was stopped
 
 A problem is a model, a workload and a number of ranks; its layouts are Megatron's tp x pp x dp and Helix
 grids. All layouts of a problem run in the same processes, in turns. A hit: the measured best is the planner's
@@ -18,7 +18,10 @@ import os
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import bench
+import torch
 import yaml
 
 from helix_megatron.grid import HelixGrid, legal_grids
@@ -79,8 +82,6 @@ def _sliced(grid: HelixGrid, placement: str, size: int) -> Layout:
 
 def measure(jobs: list[list[Problem]], folder: str, names: list[str]) -> None:
     """A rank: medians of all layouts of each problem; rank 0 writes one file a problem."""
-    import torch
-
     from helix_megatron.compare.measure import pin
     from helix_megatron.plan import trial
 
@@ -127,6 +128,7 @@ def paper() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default="runs/planner", help="probe and samples, for resuming")
+    parser.add_argument("--out", help="also write the JSON document here, and the table as .md beside it")
     parser.add_argument("--fresh", action="store_true", help="forget what has been measured")
     options = parser.parse_args()
     folder = Path(options.folder)
@@ -139,7 +141,15 @@ def main() -> None:
         probe.main(str(constants), 4)
     cluster = clusters.from_dict(yaml.safe_load(constants.read_text()), str(constants))
     rows = run(cluster, folder)
-    show(rows)
+    summary = judged(rows)
+    text = table(rows, summary, f"Measured on {bench.hardware()}; torch {torch.__version__}")
+    document = {"benchmark": "planner", "measured": "measured_seconds; predicted_seconds are computed",
+                "hardware": bench.hardware(), "torch": torch.__version__, **summary,
+                "constants": clusters.to_dict(cluster), "rows": rows}  # fmt: skip
+    if options.out:
+        Path(options.out).write_text(json.dumps(document) + "\n", encoding="utf-8")
+        Path(options.out).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print("\n".join(paper()), text, json.dumps(document), sep="\n\n")
 
 
 def run(cluster: clusters.Cluster, folder: Path) -> list[dict]:
@@ -163,36 +173,66 @@ def run(cluster: clusters.Cluster, folder: Path) -> list[dict]:
         assert samples is not None, name
         measured = [statistics.median(series) for series in samples]
         predicted = [predict(problem, cluster).seconds for problem in job]
-        rows.append({"problem": name, "layouts": [asdict(p.layout) for p in job],
-                     "names": [p.layout.describe() for p in job],
+        rows.append({"problem": name, "work": job[0].workload.kind,
+                     "layouts": [asdict(p.layout) for p in job], "names": [p.layout.describe() for p in job],
                      "measured_seconds": measured, "predicted_seconds": predicted})  # fmt: skip
     return rows
 
 
-def show(rows: list[dict]) -> None:
-    """Table, shares, JSON."""
-    print("\n".join(paper()))
-    print(
-        f"{'problem':38} {'measured best':32} {'ms':>7} {'predicted first':32} {'ms':>7} {'measured':>8} ok"
-    )
-    hits = close = 0
+def judged(rows: list[dict]) -> dict[str, Any]:
+    """Adds to each row whether the measured best was a first or second choice, and what the first one costs.
+
+    Returns counts over all problems, and quantiles of predicted / measured of each kind of work.
+    """
+    ratios: dict[str, list[float]] = {}
     for row in rows:
         measured, predicted = row["measured_seconds"], row["predicted_seconds"]
         best = min(range(len(measured)), key=measured.__getitem__)
         order = sorted(range(len(measured)), key=predicted.__getitem__)
-        row["hit"] = best in order[:2]
+        row |= {"best": best, "first": order[0], "hit": best in order[:2]}
         row["over_best"] = measured[order[0]] / measured[best] - 1
-        hits += row["hit"]
-        close += row["over_best"] <= 0.10
-        print(
-            f"{row['problem']:38} {row['names'][best]:32} {measured[best] * 1e3:7.1f} "
-            f"{row['names'][order[0]]:32} {predicted[order[0]] * 1e3:7.1f} {measured[order[0]] * 1e3:8.1f} "
-            f"{'yes' if row['hit'] else 'NO'} {row['over_best']:+.0%}"
+        for layout, p, m in zip(row["layouts"], predicted, measured, strict=True):
+            work = row["work"] + (", Helix" if layout["helix"] else "")
+            ratios.setdefault(work, []).append(p / m)
+    return {
+        "problems": len(rows),
+        "first_or_second": sum(row["hit"] for row in rows),
+        "within_10_percent": sum(row["over_best"] <= 0.10 for row in rows),
+        "predicted_over_measured": {
+            work: {"least": min(r), "median": statistics.median(r), "most": max(r), "layouts": len(r)}
+            for work, r in sorted(ratios.items())
+        },
+    }
+
+
+def table(rows: list[dict], summary: dict[str, Any], machine: str) -> str:
+    """Markdown."""
+    lines = [
+        f"{machine}. Step times of {sum(len(row['names']) for row in rows)} layouts in {len(rows)} problems.",
+        "",
+        f"- The measured best is the first or second choice: {summary['first_or_second']} of {len(rows)}.",
+        f"- The first choice is within 10 % of the best: {summary['within_10_percent']} of {len(rows)}.",
+        "",
+        "| work | layouts | predicted / measured: median | least | most |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for work, r in summary["predicted_over_measured"].items():
+        lines.append(f"| {work} | {r['layouts']} | {r['median']:.2f} | {r['least']:.2f} | {r['most']:.2f} |")
+    lines += [
+        "",
+        "| problem | measured best | ms, measured | predicted first | ms, predicted | ms, measured "
+        "| over the best | first or second |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        best, first = row["best"], row["first"]
+        measured, predicted = row["measured_seconds"], row["predicted_seconds"]
+        lines.append(
+            f"| {row['problem']} | {row['names'][best]} | {measured[best] * 1e3:.1f} | {row['names'][first]} "
+            f"| {predicted[first] * 1e3:.1f} | {measured[first] * 1e3:.1f} | {row['over_best']:.0%} "
+            f"| {'yes' if row['hit'] else 'NO'} |"
         )
-    print(f"measured best is the first or second choice: {hits} of {len(rows)}")
-    print(f"first choice within 10 % of the best: {close} of {len(rows)}")
-    summary = {"problems": len(rows), "first_or_second": hits, "within_10_percent": close}
-    print(json.dumps({"benchmark": "planner", **summary, "rows": rows}))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

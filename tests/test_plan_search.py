@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from helix_megatron import cli
-from helix_megatron.grid import legal_grids
+from helix_megatron.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, compute, inputs, rule, search
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
 from helix_megatron.plan.timing import predict
@@ -92,6 +92,57 @@ def test_a_training_step_costs_six_flops_a_parameter_and_token(name):
     tokens, s = 8 * 512, 512
     attention = 3.5 * 4 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * s / 2 * tokens
     assert compute.flops_of_step(problem) == pytest.approx(6 * matrices * tokens + attention, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "grid", "kind", "heads_read"),
+    [
+        ("llama-3-8b", True, None, "cached attention", 4),
+        ("llama-3-8b", False, None, "repeated attention", 4 + 2 * 16),  # 16 copies written and read
+        ("llama-3-8b", False, (1, 2), "cached attention", 8 / 2),
+        ("paper-gpt", False, None, "cached attention", 16),
+    ],
+)
+def test_a_new_token_reads_the_cache_as_its_core_does(name, fused, grid, kind, heads_read):
+    shape, work = find(name), Workload("decode", 8, 1023, "fp32", fused=fused)
+    layout = Layout(2, micro_batch=8)
+    if grid:
+        layout = Layout(2, helix=True, grid=HelixGrid(*grid), comm_type="a2a", placement="heads",
+                        kv_cache="sequence", micro_batch=8)  # fmt: skip
+    attention = compute.attention(Problem(shape, layout, work))
+    assert attention.kind == kind
+    assert attention.bytes.value == 2 * 8 * 1024 * heads_read * 128 * 4
+
+
+def test_a_step_ends_with_passes_over_gradients_and_weights():
+    shape = find("smollm2-135m")
+    for fused, dtype, accumulated in ((False, "fp32", 12), (False, "bf16", 10), (True, "bf16", 0)):
+        problem = Problem(shape, Layout(1, 1, 2), Workload("train", 8, 64, dtype, fused=fused))
+        assert compute.accumulation_bytes(problem, 0).value == accumulated * shape.num_parameters
+    host = clusters.find("host")
+    lines = {
+        line.name: line.seconds for line in predict(Problem(shape, Layout(1, 1, 2), work_of(8)), host).lines
+    }
+    assert lines["update"] == pytest.approx(28 * shape.num_parameters / host.rates["update"].bandwidth)
+    assert lines["norm, clipping, zeroing"] == pytest.approx(
+        16 * shape.num_parameters / host.rates["pass"].bandwidth
+    )
+    few, many = (predict(Problem(shape, Layout(1, 1, 2), work_of(b)), host).parts for b in (2, 8))
+    assert many["optimizer"] == few["optimizer"]  # once a step, gradients are added once a micro-batch
+    passes = 12 * shape.num_parameters / host.rates["pass"].bandwidth
+    assert many["compute"] == pytest.approx(4 * few["compute"]) and few["compute"] > passes
+
+
+def work_of(batch):
+    return Workload("train", batch, 64, "fp32", fused=False)
+
+
+def test_a_cluster_that_lacks_a_rate_is_refused():
+    rates = {kind: rate for kind, rate in clusters.find("host").rates.items() if kind != "update"}
+    with pytest.raises(ValueError, match=r"no rate of 'update'.*helix plan --probe"):
+        predict(
+            Problem(find("smollm2-135m"), Layout(1), work_of(2)), replace(clusters.find("host"), rates=rates)
+        )
 
 
 def test_collectives_between_nodes_wait_for_the_adapters():

@@ -10,7 +10,8 @@ search.py     every layout that fits, ranked                              }
 rule.py       the grid without a search, for `--attention-impl helix`     }
 inputs.py     models and clusters from presets, files and flags
 report.py     table, JSON, explanation
-probe.py      measures a host's constants
+probe.py      measures a host's constants: collectives and software,
+rates.py      and what its cores do in a second
 trial.py      builds a layout with Megatron and measures it: what predictions are checked against
 command.py    the command line
 """

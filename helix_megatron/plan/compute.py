@@ -2,8 +2,11 @@
 
     matrix product    2 t rows columns FLOP; it reads the weights and moves its input and output
     attention         4 d FLOP for each pair of a query and a key it looks at: with a fused core only the
-                      causal half of them; in decode the whole cache is read
+                      causal half of them; in decode the whole cache is read, and Megatron's unfused core
+                      writes and reads KV heads once for each of their query heads
+                      On a host a fused core takes its time over the scores too, if d is small
     pass              norms, RoPE, activation, residual: nothing but memory traffic
+    update            Adam
 
 A backward pass costs twice the products, 2.5 times fused attention (its scores are made again), twice the
 rest. Symbols as in memory.py.
@@ -17,14 +20,14 @@ from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total
 
-GEMM, FUSED, UNFUSED, CACHED, PASS = (
-    "gemm",
+GEMM, PASS, UPDATE = "gemm", "pass", "update"
+FUSED, UNFUSED, CACHED, REPEATED = (
     "fused attention",
     "unfused attention",
     "cached attention",
-    "pass",
+    "repeated attention",
 )
-_BACKWARD = {GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, PASS: 2.0}
+_BACKWARD = {GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, REPEATED: 0.0, PASS: 2.0}
 
 
 @dataclass(frozen=True)
@@ -88,32 +91,30 @@ def attention(problem: Problem) -> Operation:
     heads = shape.num_attention_heads / layout.tp
     if work.kind == "decode":
         keys = work.length + 1
-        cached = Term(
-            "KV cache", {"K and V": 2, "b": b, "elements": _cached_elements(problem, keys), "bytes": e}
-        )
+        kv: float = max(1, shape.num_query_groups // layout.tp)
+        if layout.sliced:
+            kv = problem.heads.kv_heads / layout.m
+        repeated = not layout.sliced and not work.fused and heads > kv
+        read = {"heads, repeated": kv + 2 * heads} if repeated else {"heads": kv}
+        cached = Term("KV cache", {"K and V": 2, "b": b, "keys": keys, **read, "d": d, "bytes": e})
         flops = Term("attention", {"4": 4, "d": d, "b": b, "H/tp": heads, "keys": keys})
-        return Operation("attention", CACHED, problem.layers, flops, cached)
+        return Operation("attention", REPEATED if repeated else CACHED, problem.layers, flops, cached)
     s = work.length
     sums = layout.sliced and layout.comm_type == "all_reduce" and work.kind == "train"
-    fused = not sums and (work.fused or layout.sliced)
-    pairs = {"b": b, "H/tp": heads, "queries": s, "keys": s / 2 if fused else s}
-    flops = Term("attention", {"4": 4, "d": d, **pairs})
-    if fused:
+    pairs = {"b": b, "H/tp": heads, "queries": s}
+    if not sums and (work.fused or layout.sliced):
+        skipped = work.fused or work.kind == "train"  # on a host, prompts in a cache of slices are masked
+        pairs["keys"] = s / 2 if skipped else s
+        flops = Term("attention", {"4": 4, "d": d, **pairs})
         moved = Term("attention", {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e})
+        if not work.fused:  # a core is as busy with the scores, in its caches
+            moved = Term("attention", {**pairs, "fp32": 4})
         return Operation("attention", FUSED, problem.layers, flops, moved)
+    pairs["keys"] = s
+    flops = Term("attention", {"4": 4, "d": d, **pairs})
     copies = layout.m if sums else 1  # every rank of the dim group has all scores of the head group
     moved = Term("attention", {"passes over scores": 6 * copies, **pairs, "fp32": 4})
     return Operation("attention", UNFUSED, problem.layers, flops, moved)
-
-
-def _cached_elements(problem: Problem, keys: int) -> float:
-    """Elements of keys that a rank reads for one sequence and layer."""
-    shape, layout = problem.shape, problem.layout
-    if layout.sliced:
-        return problem.heads.kv_heads * shape.kv_channels * keys / layout.m
-    if not problem.workload.fused:  # the unfused core repeats KV heads for every query head
-        return shape.num_attention_heads / layout.tp * shape.kv_channels * keys
-    return max(1, shape.num_query_groups // layout.tp) * shape.kv_channels * keys
 
 
 def _passes(problem: Problem) -> Operation:
@@ -130,14 +131,26 @@ def _passes(problem: Problem) -> Operation:
     return Operation("norms, RoPE, activation", PASS, problem.layers, Term("passes", {"0": 0}), moved)
 
 
-def optimizer_bytes(problem: Problem, stage: int) -> Term:
-    """Memory traffic of Adam's update: gradient, moments and weights read, all but the gradient written."""
+def optimizer_bytes(problem: Problem, stage: int) -> tuple[Term, Term]:
+    """Memory traffic of a step's end: (passes, Adam's update).
+
+    passes    norm of the gradients, clipping, zeroing: 4 + 8 + 4 bytes of an element in fp32
+    update    gradient, moments and weights read, all but the gradient written
+    """
     work = problem.workload
     per_element = 28 if work.dtype == "fp32" else 34  # fp32 weights beside the half-precision ones
     share = {"1/dp": 1 / problem.layout.dp} if work.distributed_optimizer else {}
-    return Term(
-        "optimizer", {"elements": total(parameters(problem, stage)), "bytes moved": per_element, **share}
+    elements = {"elements": total(parameters(problem, stage)), **share}
+    return (
+        Term("norm, clipping, zeroing", {**elements, "bytes moved": 16}),
+        Term("update", {**elements, "bytes moved": per_element}),
     )
+
+
+def accumulation_bytes(problem: Problem, stage: int) -> Term:
+    """Memory traffic of adding a micro-batch's gradients to the fp32 sums; fused layers' products do it."""
+    moved = 0 if problem.workload.fused else problem.workload.element + 8
+    return Term("accumulation", {"elements": total(parameters(problem, stage)), "bytes moved": moved})
 
 
 def flops_of_step(problem: Problem) -> float:

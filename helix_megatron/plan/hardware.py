@@ -52,8 +52,8 @@ class Cluster:
     Args:
         name: as shown.
         memory: bytes of a device.
-        rates: "gemm", "fused attention", "unfused attention", "cached attention", "pass" to Rate; of one
-            dtype as "gemm fp32".
+        rates: "gemm", "fused attention", "unfused attention", "cached attention", "repeated attention",
+            "pass", "update" (compute.py) to Rate; of one dtype as "gemm fp32".
         gpus_per_node: devices of a node.
         nodes: how many.
         domain: devices that the fast link joins, at least a node's.
@@ -95,8 +95,14 @@ class Cluster:
         return (self.memory - self.reserve) / ranks
 
     def rate(self, kind: str, dtype: str) -> Rate:
-        """The rate of an operation's kind."""
-        return self.rates.get(f"{kind} {dtype}") or self.rates[kind]
+        """The rate of an operation's kind. ValueError where the cluster has none."""
+        rate = self.rates.get(f"{kind} {dtype}") or self.rates.get(kind)
+        if rate is None:
+            raise ValueError(
+                f"cluster {self.name} has no rate of {kind!r}, only of {', '.join(sorted(self.rates))}; "
+                "measure it with helix plan --probe FILE, or start its file from a preset with base: NAME."
+            )
+        return rate
 
     def share(self, busy: int) -> float:
         """How many times longer computing takes while `busy` ranks compute."""

@@ -1,7 +1,7 @@
 """Measures a host's constants: what `helix plan --probe FILE` writes and `--cluster FILE` reads.
 
     collectives    latency and bandwidth of each kind and group size, all ranks of the machine busy
-    rates          matrix products, attention (unfused, fused, over a cache), copies; one rank a core
+    rates          what a core does, one rank on each (rates.py)
     software       seconds of a layer and of a step beyond these, from models too small to compute much,
                    built with Megatron (trial.py), Megatron's attention and Helix's
 
@@ -13,9 +13,7 @@ GPUs are not probed: their presets are the vendors' figures.
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,13 @@ from typing import Any
 import yaml
 
 from helix_megatron.grid import HelixGrid
-from helix_megatron.plan import clusters, inputs, timing
+from helix_megatron.plan import clusters, inputs, rates, timing
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.presets import ModelShape
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
-SMALL, LARGE = 4096, 1 << 20  # bytes that a rank receives, about
+SMALL, LARGE = 4096, 4 << 20  # bytes that a rank receives, about
 
 
 def main(path: str, ranks: int | None) -> int:
@@ -59,10 +57,10 @@ def measured(base: Cluster, ranks: int | None = None) -> Cluster:
     for world in worlds:
         for key, pair in run_ranks(collectives, world, timeout_s=300)[0].items():
             lines[key] = Line(*pair)
-    rates = run_ranks(device_rates, max(2, cores), timeout_s=300)[0]
+    reached = run_ranks(rates.device_rates, max(2, cores), timeout_s=300)[0]
     cluster = replace(
         base,
-        rates={**base.rates, **{kind: Rate(*values) for kind, values in rates.items()}},
+        rates={**base.rates, **{kind: Rate(*values) for kind, values in reached.items()}},
         lines=lines,
         layer_overhead={},
         step_overhead={},
@@ -122,87 +120,7 @@ def _collective_seconds(kind: str, group: Any, received: int) -> float:
         else:
             dist.recv(tensor, ranks[rank - 1], group=group)
 
-    return _seconds(once, 9)
-
-
-def _seconds(once: Callable[[], Any], turns: int) -> float:
-    """Lower quartile of the seconds of `once`, the slowest rank's each time."""
-    import torch
-    import torch.distributed as dist
-
-    seconds = []
-    for _ in range(turns + 2):
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(3):
-            once()
-        elapsed = torch.tensor([(time.perf_counter() - start) / 3], dtype=torch.float64)
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        seconds.append(elapsed.item())
-    return _quartile(seconds[2:])
-
-
-def _quartile(seconds: list[float]) -> float:
-    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
-
-
-# ---- rates ----
-def device_rates() -> dict[str, tuple[float, float, float]]:
-    """(FLOP/s, bytes/s, launch seconds) of each kind of operation, one rank on each core, fp32."""
-    import torch
-    import torch.distributed as dist
-    from torch.nn.functional import scaled_dot_product_attention
-
-    from helix_megatron.compare.measure import pin
-
-    pin(int(os.environ["RANK"]))
-    dist.init_process_group("nccl")
-    torch.set_num_threads(1)
-
-    def seconds(function: Callable[[], Any]) -> float:
-        return _seconds(function, 7)
-
-    def gemm(t: int, inner: int, columns: int) -> float:
-        a, weight = torch.randn(t, inner), torch.randn(columns, inner)
-        return seconds(lambda: a @ weight.t())
-
-    t, width = 256, 512
-    launch = gemm(1, 8, 8)
-    flops = 2 * t * width * width / max(gemm(t, width, width) - launch, 1e-7)
-    bandwidth = 4 * 2048 * 2048 / max(gemm(1, 2048, 2048) - launch, 1e-7)
-    found = {"gemm": (flops, bandwidth, launch)}
-
-    def unfused(heads: int, s: int, d: int) -> float:
-        q, k, v = (torch.randn(heads, s, d) for _ in range(3))
-        mask = torch.triu(torch.ones(s, s, dtype=torch.bool), 1)
-        return seconds(lambda: torch.bmm(torch.softmax(torch.bmm(q, k.mT).masked_fill(mask, -1e4), -1), v))
-
-    def fused(heads: int, s: int, d: int) -> float:
-        q, k, v = (torch.randn(1, heads, s, d) for _ in range(3))
-        return seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
-
-    heads, s = 8, 256
-    least = unfused(1, 2, 8)
-    passes = 6 * heads * s * s * 4 / max(unfused(heads, s, 8) - least, 1e-7)
-    wide = max(unfused(heads, s, 128) - unfused(heads, s, 8), 1e-7)
-    found["unfused attention"] = (4 * 120 * heads * s * s / wide, passes, least)
-    least = fused(1, 2, 8)
-    found["fused attention"] = (
-        4 * 32 * heads * s * s / 2 / max(fused(heads, s, 32) - least, 1e-7),
-        1e10,
-        least,
-    )
-
-    def cached(keys: int) -> float:
-        q, k, v = torch.randn(8, 1, 32), torch.randn(8, keys, 32), torch.randn(8, keys, 32)
-        return seconds(lambda: torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v))
-
-    least = cached(2)
-    found["cached attention"] = (1e12, 2 * 8 * 4096 * 32 * 4 / max(cached(4096) - least, 1e-7), least)
-    x = torch.randn(1 << 20)
-    found["pass"] = (1e12, 2 * 4 * (1 << 20) / seconds(lambda: x * 1.5), 0.0)
-    dist.destroy_process_group()
-    return found
+    return rates.seconds_of(once, 9)
 
 
 # ---- software ----
@@ -238,7 +156,11 @@ def _trials(problems: Sequence[Problem]) -> list[float]:
 
     pin(int(os.environ["RANK"]))
     torch.distributed.init_process_group("nccl")
-    return [_quartile(trial.measure(p, 8, 2, held=False).seconds) for p in problems]
+    seconds: list[list[float]] = [[] for _ in problems]
+    for _ in range(3):  # in turns: other load should not meet one of them only
+        for problem, series in zip(problems, seconds, strict=True):
+            series += trial.measure(problem, 6, 2, held=False).seconds
+    return [rates.quartile(series) for series in seconds]
 
 
 def with_software(cluster: Cluster, trials: dict[str, tuple[Problem, float]]) -> Cluster:

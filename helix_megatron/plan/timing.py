@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from helix_megatron.plan import compute, traffic
 from helix_megatron.plan.hardware import Cluster, overhead_key
 from helix_megatron.plan.layout import Problem
+from helix_megatron.plan.terms import Term
 from helix_megatron.plan.traffic import STEP, Collective
 
 PARTS = ("compute", "exchange", "all-reduce", "pipeline", "gradients", "optimizer")
@@ -88,6 +89,10 @@ class _Stage:
                 f"{operation.bytes} = {operation.bytes.value:.3g} B at {rate.bandwidth:.3g} B/s)"
             )
             lines.append(Line("compute", operation.name, operation.calls * passes * one, formula))
+        if self.train:
+            accumulated = compute.accumulation_bytes(problem, self.stage)
+            if accumulated.value:
+                lines.append(self._moved("compute", accumulated, compute.PASS))
         layout = problem.layout
         key = overhead_key(work.kind, layout.sliced, layout.comm_type, layout.placement, layout.kv_cache)
         overhead = self.cluster.layer_overhead
@@ -98,6 +103,12 @@ class _Stage:
             formula = f"{problem.layers} layers x {per_layer * 1e6:.4g} us ({key})"
             lines.append(Line("compute", "software of a layer", problem.layers * per_layer, formula))
         return lines
+
+    def _moved(self, part: str, term: Term, kind: str) -> Line:
+        """A pass over memory, on a device of its own."""
+        rate = self.cluster.rate(kind, self.problem.workload.dtype)
+        formula = f"{term} = {term.value:.3g} B at {rate.bandwidth:.3g} B/s"
+        return Line(part, term.name, term.value / rate.bandwidth, formula)
 
     def _seconds(self, item: Collective, busy: int) -> float:
         layout = self.problem.layout
@@ -142,11 +153,10 @@ class _Stage:
             for item in self.once:
                 seconds = item.calls * self._seconds(item, layout.world)
                 parts["gradients" if item.what != "optimizer" else "optimizer"] += seconds
-            update = compute.optimizer_bytes(problem, self.stage)
-            rate = cluster.rate("pass", problem.workload.dtype)
-            seconds = update.value / rate.bandwidth * cluster.share(layout.world)
-            parts["optimizer"] += seconds
-            lines.append(Line("optimizer", "update", seconds, f"{update} B at {rate.bandwidth:.3g} B/s"))
+            passes, update = compute.optimizer_bytes(problem, self.stage)
+            for term, kind in ((passes, compute.PASS), (update, compute.UPDATE)):
+                lines.append(self._moved("optimizer", term, kind))
+                parts["optimizer"] += lines[-1].seconds * cluster.share(layout.world)
         return Prediction(parts, tuple(lines), self.stage)
 
     def _collective_lines(self) -> list[Line]:
