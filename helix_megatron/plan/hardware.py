@@ -46,6 +46,28 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Way:
+    """seconds of a collective = sum of count x seconds over its steps + bytes received / bandwidth."""
+
+    name: str
+    steps: tuple[tuple[float, str, float], ...]
+    """(count, what, seconds of one)."""
+    bandwidth: float
+
+    def seconds(self, received: float) -> float:
+        return sum(count * one for count, _, one in self.steps) + received / self.bandwidth
+
+    def formula(self, received: float) -> str:
+        """The same with its numbers."""
+        steps = [
+            f"{one * 1e6:.6g} us {what}" if count == 1 else f"{count:.4g} {what} x {one * 1e6:.6g} us"
+            for count, what, one in self.steps
+            if count
+        ]
+        return f"{self.name}: {' + '.join(steps)} + {received:.6g} B / {self.bandwidth:.6g} B/s"
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Equal devices in equal nodes.
 
@@ -109,7 +131,11 @@ class Cluster:
         return max(1.0, busy / self.slots) if self.slots else 1.0
 
     def collective(self, kind: str, size: int, stride: int, received: float, busy: int) -> float:
-        """Seconds of one collective.
+        """Seconds of one collective; arguments as of `way`."""
+        return self.way(kind, size, stride, received, busy).seconds(received)
+
+    def way(self, kind: str, size: int, stride: int, received: float, busy: int) -> Way:
+        """How one collective goes: measured, or the fastest of NCCL's ways.
 
         Args:
             kind: as CommMeter names it.
@@ -120,8 +146,8 @@ class Cluster:
         """
         if self.lines:
             line = self.line(kind, size, busy)
-            return line.latency + received / line.bandwidth
-        return self._nccl(kind, size, stride, received)
+            return Way("measured", ((1, "latency", line.latency),), line.bandwidth)
+        return min(self._nccl(kind, size, stride), key=lambda way: way.seconds(received))
 
     def line(self, kind: str, size: int, busy: int) -> Line:
         """The measured line of the nearest group size and number of busy ranks, scaled to the size."""
@@ -136,14 +162,13 @@ class Cluster:
         grown = size / near[1]
         return line if grown == 1 else Line(line.latency * grown, line.bandwidth / grown)
 
-    def _nccl(self, kind: str, size: int, stride: int, received: float) -> float:
+    def _nccl(self, kind: str, size: int, stride: int) -> list[Way]:
         in_domain = min(size, max(1, self.domain // stride))
         nodes = ceil(size / in_domain)
         if kind == "recv":
             near = size * stride <= self.domain
-            return (
-                8e-6 + received / (self.fast if near else self.slow) if near else 14e-6 + received / self.slow
-            )
+            latency, bandwidth = (8e-6, self.fast) if near else (14e-6, self.slow)
+            return [Way("message", ((1, "latency", latency),), bandwidth)]
         adapters = self.slow * (in_domain if kind != "all_to_all" else 1)
         bandwidth = self.fast if nodes == 1 else min(self.fast, adapters)
         if kind == "all_to_all" and nodes > 1:  # what stays in the domain does not pass the adapter
@@ -153,13 +178,20 @@ class Cluster:
         inside = steps - between
         near_ll = 0.6e-6 * (1.8 if nodes > 1 else 1)
         ways = [
-            6.6e-6 + inside * near_ll + between * 2.7e-6 + 4 * received / bandwidth,
-            8.4e-6 + inside * 3.4e-6 + between * 14e-6 + received / bandwidth,
+            _way("ring, low latency", 6.6e-6, inside, near_ll, between, 2.7e-6, bandwidth / 4),
+            _way("ring", 8.4e-6, inside, 3.4e-6, between, 14e-6, bandwidth),
         ]
         if kind == "all_reduce":
-            latency = 6.8e-6 + 2 * (in_domain - 1) * near_ll + 2 * log2(nodes) * 5e-6
-            ways.append(latency + 4 * received / bandwidth)
-        return min(ways)
+            inside, far = 2 * (in_domain - 1), 2 * log2(nodes)
+            ways.append(_way("tree", 6.8e-6, inside, near_ll, far, 5e-6, bandwidth / 4))
+        return ways
+
+
+def _way(
+    name: str, start: float, inside: float, near: float, between: float, far: float, bandwidth: float
+) -> Way:
+    steps = (1, "start", start), (inside, "steps in the domain", near), (between, "between nodes", far)
+    return Way(name, steps, bandwidth)
 
 
 def _key(text: str) -> tuple[str, int, int]:

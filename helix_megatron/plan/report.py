@@ -165,9 +165,7 @@ def explain(candidate: Candidate, cluster: Cluster) -> list[str]:
         f"  {problem.layers} layers a stage, {problem.micro_batches} micro-batches of "
         f"{candidate.layout.micro_batch} in a replica, {problem.tokens} tokens each",
         f"  step = {' + '.join(f'{part} {s * 1e3:.4g} ms' for part, s in prediction.parts.items() if s)}",
-        f"  the parts sum {problem.micro_batches} micro-batches of stage {prediction.stage}, the slowest; "
-        f"pipeline adds {candidate.layout.pp - 1} more of them for filling and draining",
-        f"  time of one micro-batch, stage {prediction.stage}:",
+        f"  seconds of the step on stage {prediction.stage}, the slowest; lines of a part add up to it:",
     ]
     text += [
         f"    {line.part:10} {line.seconds * 1e3:10.4g} ms  {line.name}: {line.formula}"
@@ -205,6 +203,7 @@ def _entry(candidate: Candidate, workload: Workload) -> dict[str, Any]:
         "predicted_seconds": candidate.seconds,
         "predicted_tokens_per_second": tokens_of_step(workload) / candidate.seconds,
         "predicted_parts": candidate.prediction.parts,
+        "predicted_lines": [asdict(line) for line in candidate.prediction.lines],
         "predicted_bytes": candidate.memory.bytes(),
         "predicted_received": {name: {"calls": c, "bytes": b} for name, (c, b) in received.items()},
         "predicted_flops_per_second": compute.flops_of_step(candidate.problem)

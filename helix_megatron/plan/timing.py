@@ -10,12 +10,16 @@ Note [A step]
     step            the longer of the two, + gradient reduction, optimizer, once
 
     In decode M = 1: a token passes the stages one after another. Nothing is assumed to overlap with
-    computing: Megatron's overlap flags can only make it faster.
+    computing: Megatron's overlap flags can only make it faster. A step's parts are sums of the lines that
+    explain them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 
 from helix_megatron.plan import compute, traffic
 from helix_megatron.plan.hardware import Cluster, overhead_key
@@ -23,27 +27,40 @@ from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.terms import Term
 from helix_megatron.plan.traffic import STEP, Collective
 
+SHARE = "ranks sharing a device"
 PARTS = ("compute", "exchange", "all-reduce", "pipeline", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the explanation: seconds in a step, and what they are."""
+    """One line of the explanation: seconds of the whole step, and the formula that gives them."""
 
     part: str
     name: str
     seconds: float
     formula: str
 
+    def times(self, factors: Mapping[str, float]) -> Line:
+        """As often: name of a factor to its number, put before the formula; factors of 1 are not shown."""
+        shown = "".join(f"{_exact(number)} {name} x " for name, number in factors.items() if number != 1)
+        return replace(self, seconds=self.seconds * prod(factors.values()), formula=shown + self.formula)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of a step, by part."""
+    """Predicted seconds of a step."""
 
-    parts: dict[str, float]
     lines: tuple[Line, ...]
-    """Of the slowest stage, for one micro-batch unless the part is of the whole step."""
+    """Of the slowest stage."""
     stage: int
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds by part."""
+        sums = dict.fromkeys(PARTS, 0.0)
+        for line in self.lines:
+            sums[line.part] += line.seconds
+        return sums
 
     @property
     def seconds(self) -> float:
@@ -70,8 +87,7 @@ class _Stage:
         found = traffic.collectives(problem, stage)
         self.collectives = [item for item in found if item.phase != STEP]
         self.once = [item for item in found if item.phase == STEP]
-        self.pace = sum(line.seconds for line in self.computing) * cluster.share(self.busy)
-        self.pace += sum(self._exchange(self.busy).values())
+        self.pace = _seconds(self._micro_batch(self.busy))
 
     def _computing(self) -> list[Line]:
         """One micro-batch on a device of its own."""
@@ -84,11 +100,12 @@ class _Stage:
                 passes += operation.backward + (1 if problem.layout.recompute else 0)
             one = rate.seconds(operation.flops.value, operation.bytes.value)
             formula = (
-                f"{operation.calls} calls x {passes:g} passes x ({rate.launch * 1e6:.3g} us + max of "
-                f"{operation.flops} = {operation.flops.value:.3g} FLOP at {rate.flops:.3g}/s, "
-                f"{operation.bytes} = {operation.bytes.value:.3g} B at {rate.bandwidth:.3g} B/s)"
+                f"({rate.launch * 1e6:.6g} us + max of "
+                f"{operation.flops} = {operation.flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
+                f"{operation.bytes} = {operation.bytes.value:.6g} B at {rate.bandwidth:.6g} B/s)"
             )
-            lines.append(Line("compute", operation.name, operation.calls * passes * one, formula))
+            line = Line("compute", operation.name, one, formula)
+            lines.append(line.times({"calls": operation.calls, "passes": passes}))
         if self.train:
             accumulated = compute.accumulation_bytes(problem, self.stage)
             if accumulated.value:
@@ -100,17 +117,19 @@ class _Stage:
         if self.train and layout.recompute:
             per_layer *= 4 / 3
         if per_layer:
-            formula = f"{problem.layers} layers x {per_layer * 1e6:.4g} us ({key})"
-            lines.append(Line("compute", "software of a layer", problem.layers * per_layer, formula))
+            formula = f"({per_layer * 1e6:.6g} us); {key}"
+            line = Line("compute", "software of a layer", per_layer, formula)
+            lines.append(line.times({"layers": problem.layers}))
         return lines
 
     def _moved(self, part: str, term: Term, kind: str) -> Line:
         """A pass over memory, on a device of its own."""
         rate = self.cluster.rate(kind, self.problem.workload.dtype)
-        formula = f"{term} = {term.value:.3g} B at {rate.bandwidth:.3g} B/s"
+        formula = f"({term} = {term.value:.6g} B at {rate.bandwidth:.6g} B/s)"
         return Line(part, term.name, term.value / rate.bandwidth, formula)
 
-    def _seconds(self, item: Collective, busy: int) -> float:
+    def _once(self, item: Collective, busy: int) -> Line:
+        """One call of a collective."""
         layout = self.problem.layout
         stride = {"dp": layout.tp, "pp": layout.tp * layout.dp, "embd": layout.tp * layout.dp}.get(
             item.group, 1
@@ -120,54 +139,57 @@ class _Stage:
         size = 2 if item.group == "pp" else item.size  # a message passes between two ranks
         if item.group == "pp" and self.cluster.lines:
             size = item.size
-        return self.cluster.collective(item.kind, size, stride, item.bytes, busy)
+        way = self.cluster.way(item.kind, size, stride, item.bytes, busy)
+        part = "gradients" if item.phase == STEP and item.what != "optimizer" else item.what
+        formula = f"({way.formula(item.bytes)}); {item.kind} over {item.size} ({item.group}) of {item.term}"
+        return Line(part, item.name, way.seconds(item.bytes), formula)
 
-    def _exchange(self, busy: int) -> dict[str, float]:
-        """Seconds of the collectives of one micro-batch, by part."""
-        sums = dict.fromkeys(("exchange", "all-reduce", "pipeline"), 0.0)
+    def _micro_batch(self, busy: int) -> list[Line]:
+        """One micro-batch while `busy` ranks are at work."""
+        share = self.cluster.share(busy)
+        lines = [line.times({SHARE: share}) for line in self.computing]
         for item in self.collectives:
-            sums[item.what] += item.calls / self.problem.micro_batches * self._seconds(item, busy)
-        return sums
+            calls = item.calls / self.problem.micro_batches
+            lines.append(self._once(item, busy).times({"calls": calls}))
+        return lines
 
     def prediction(self) -> Prediction:
-        problem, cluster = self.problem, self.cluster
-        layout, batches = problem.layout, problem.micro_batches
-        alone = sum(line.seconds for line in self.computing)
-        critical, work = self._exchange(self.busy), self._exchange(layout.world)
-        path = (batches + layout.pp - 1) * (alone * cluster.share(self.busy) + sum(critical.values()))
-        crowded = batches * (alone * cluster.share(layout.world) + sum(work.values()))
-        if path >= crowded:
-            compute_time, exchange = alone * cluster.share(self.busy), critical
-        else:
-            compute_time, exchange = alone * cluster.share(layout.world), work
-        parts = dict.fromkeys(PARTS, 0.0)
-        parts["compute"] = batches * compute_time
-        for what, seconds in exchange.items():
-            parts[what] = batches * seconds
-        if path >= crowded:
-            parts["pipeline"] += (layout.pp - 1) * (compute_time + sum(exchange.values()))
-        once = cluster.step_overhead.get(problem.workload.kind, 0.0) * cluster.share(layout.world)
-        parts["optimizer" if self.train else "compute"] += once
-        lines = [*self.computing, *self._collective_lines()]
-        if self.train:
-            for item in self.once:
-                seconds = item.calls * self._seconds(item, layout.world)
-                parts["gradients" if item.what != "optimizer" else "optimizer"] += seconds
-            passes, update = compute.optimizer_bytes(problem, self.stage)
-            for term, kind in ((passes, compute.PASS), (update, compute.UPDATE)):
-                lines.append(self._moved("optimizer", term, kind))
-                parts["optimizer"] += lines[-1].seconds * cluster.share(layout.world)
-        return Prediction(parts, tuple(lines), self.stage)
+        layout, batches = self.problem.layout, self.problem.micro_batches
+        one, crowded = self._micro_batch(self.busy), self._micro_batch(layout.world)
+        pace, fill = _seconds(one), layout.pp - 1
+        if (batches + fill) * pace < batches * _seconds(crowded):
+            one, fill = crowded, 0
+        lines = [line.times({"micro-batches": batches}) for line in one]
+        if fill:
+            formula = f"({pace * 1e6:.6g} us); one micro-batch: the lines above but for their first factor"
+            if batches == 1:
+                formula = f"({pace * 1e6:.6g} us); one micro-batch: the lines above"
+            fills = Line("pipeline", "filling and draining", pace, formula)
+            lines.append(fills.times({"other stages": fill}))
+        lines += self._step_end()
+        return Prediction(tuple(lines), self.stage)
 
-    def _collective_lines(self) -> list[Line]:
+    def _step_end(self) -> list[Line]:
+        """Once in a step, with all ranks at work."""
+        world = self.problem.layout.world
+        share = {SHARE: self.cluster.share(world)}
+        software = self.cluster.step_overhead.get(self.problem.workload.kind, 0.0)
+        part = "optimizer" if self.train else "compute"
         lines = []
-        for item in (*self.collectives, *self.once):
-            share = 1 if item.phase == STEP else self.problem.micro_batches
-            one = self._seconds(item, self.busy)
-            formula = (
-                f"{item.calls // share} x {item.kind} over {item.size} ({item.group}), each "
-                f"{item.term} = {item.bytes:.4g} B in {one * 1e6:.4g} us"
-            )
-            part = "gradients" if item.phase == STEP and item.what != "optimizer" else item.what
-            lines.append(Line(part, item.name, item.calls / share * one, formula))
+        if software:
+            line = Line(part, "software of a step", software, f"({software * 1e6:.6g} us)")
+            lines.append(line.times(share))
+        if self.train:
+            lines += [self._once(item, world).times({"calls": item.calls}) for item in self.once]
+            passes, update = compute.optimizer_bytes(self.problem, self.stage)
+            for term, kind in ((passes, compute.PASS), (update, compute.UPDATE)):
+                lines.append(self._moved("optimizer", term, kind).times(share))
         return lines
+
+
+def _seconds(lines: list[Line]) -> float:
+    return sum(line.seconds for line in lines)
+
+
+def _exact(number: float) -> str:
+    return f"{number:,.0f}" if number == round(number) else f"{number:.6g}"

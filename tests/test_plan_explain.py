@@ -1,0 +1,139 @@
+"""The planner's explanation: its lines add up to the parts, and the numbers it prints give the seconds."""
+
+import json
+import re
+from dataclasses import replace
+from math import prod
+
+import pytest
+
+from helix_megatron import cli
+from helix_megatron.grid import HelixGrid
+from helix_megatron.plan import clusters
+from helix_megatron.plan.layout import Layout, Problem, Workload
+from helix_megatron.plan.timing import PARTS, predict
+from helix_megatron.presets import find
+
+H100 = replace(clusters.find("dgx-h100"), nodes=2)
+HOST = replace(
+    clusters.find("host"),
+    gpus_per_node=4,
+    layer_overhead={"train megatron": 2e-3, "train a2a heads": 3e-3, "decode heads sequence": 3e-3},
+    step_overhead={"train": 5e-3, "prefill": 1e-3, "decode": 2e-3},
+)
+
+
+def sliced(n, m, **more):
+    return Layout(n * m, helix=True, grid=HelixGrid(n, m), comm_type="a2a", placement="heads",
+                  kv_cache="sequence", **more)  # fmt: skip
+
+
+def gpu(kind, **more):
+    return Workload(kind, 32, 4096, distributed_optimizer=kind == "train", **more)
+
+
+def host(kind):
+    return Workload(kind, 8, 256, "fp32", fused=False)
+
+
+GPT, LLAMA, SMALL = find("paper-gpt"), find("llama-3-8b"), find("smollm2-135m")
+PLANS = {
+    "train, two nodes": (GPT, sliced(8, 2, sequence_parallel=True), gpu("train"), H100),
+    "train, stages": (LLAMA, Layout(4, 2, 2, micro_batch=2, sequence_parallel=True), gpu("train"), H100),
+    "train, recompute": (LLAMA, Layout(2, 4, 2, recompute=True), gpu("train"), H100),
+    "train, small": (SMALL, Layout(1, 1, 16), gpu("train"), H100),
+    "prefill": (GPT, Layout(16, micro_batch=32), gpu("prefill"), H100),
+    "prefill, stages": (LLAMA, Layout(8, 2, micro_batch=32), gpu("prefill"), H100),
+    "decode": (LLAMA, sliced(8, 2, micro_batch=32), gpu("decode"), H100),
+    "decode, stages": (LLAMA, Layout(4, 4, micro_batch=32), gpu("decode"), H100),
+    "host, train": (LLAMA, Layout(2, 1, 2), host("train"), HOST),
+    "host, train, Helix": (GPT, sliced(2, 2), host("train"), HOST),
+    "host, train, stages": (LLAMA, Layout(1, 4), host("train"), replace(HOST, slots=4)),
+    "host, train, stages share": (SMALL, Layout(1, 2, 2), host("train"), HOST),
+    "host, prefill": (LLAMA, Layout(4, micro_batch=8), host("prefill"), HOST),
+    "host, decode": (LLAMA, sliced(2, 2, micro_batch=8), host("decode"), HOST),
+    "host, decode, stages": (LLAMA, Layout(1, 4, micro_batch=8), host("decode"), HOST),
+}
+
+
+def number(text):
+    return float(text.replace(",", ""))
+
+
+def product(term):
+    """Of "2 x t 1,024 x inner 576": the last word of each factor is its number."""
+    return prod(number(factor.split()[-1]) for factor in term.split(" x "))
+
+
+def seconds(formula):
+    """What the printed numbers come to, and nothing but them."""
+    factors, inner = re.fullmatch(r"((?:[\d,.e+-]+ [a-z -]+ x )*)\((.*)\)(?:; .*)?", formula).groups()
+    times = prod(number(factor.split()[0]) for factor in factors.split(" x ") if factor)
+    if operation := re.fullmatch(r"(\S+) us \+ max of (.*) = (\S+) FLOP at (\S+)/s, (.*)", inner):
+        launch, flops_of, flops, rate, moved = operation.groups()
+        assert product(flops_of) == pytest.approx(number(flops), rel=2e-3)
+        return times * (number(launch) / 1e6 + max(number(flops) / number(rate), over_memory(moved)))
+    if " B at " in inner:
+        return times * over_memory(inner)
+    way = re.sub(r"^[a-z, ]+: ", "", inner)  # the name of a collective's algorithm
+    total = 0.0
+    for term in way.split(" + "):
+        if sent := re.fullmatch(r"(\S+) B / (\S+) B/s", term):
+            received = re.search(r" of ([^;]*)$", formula).group(1)
+            assert product(received) == pytest.approx(number(sent.group(1)), rel=2e-3)
+            total += number(sent.group(1)) / number(sent.group(2))
+        elif steps := re.fullmatch(r"(\S+) [a-z ]+ x (\S+) us", term):
+            total += number(steps.group(1)) * number(steps.group(2)) / 1e6
+        else:
+            total += number(re.fullmatch(r"(\S+) us[a-z ]*", term).group(1)) / 1e6
+    return times * total
+
+
+def over_memory(text):
+    term, moved, rate = re.fullmatch(r"(.*) = (\S+) B at (\S+) B/s", text).groups()
+    assert product(term) == pytest.approx(number(moved), rel=2e-3)
+    return number(moved) / number(rate)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_lines_add_up_to_the_parts_and_parts_to_the_step(name):
+    shape, layout, work, cluster = PLANS[name]
+    found = predict(Problem(shape, layout, work), cluster)
+    assert set(found.parts) == set(PARTS)
+    for part, shown in found.parts.items():
+        assert sum(line.seconds for line in found.lines if line.part == part) == pytest.approx(shown)
+    assert sum(found.parts.values()) == found.seconds > 0
+    for line in found.lines:
+        assert seconds(line.formula) == pytest.approx(line.seconds, rel=1e-4), line
+    texts = " ".join(line.formula for line in found.lines)
+    assert ("ranks sharing a device" in texts) is (cluster.slots == 2)
+    fills = [line for line in found.lines if line.name == "filling and draining"]
+    assert len(fills) == (layout.pp > 1 and "share" not in name)
+
+
+def test_on_a_host_sums_are_twice_what_a_core_alone_would_take():
+    problem = Problem(LLAMA, Layout(2, 1, 2), host("train"))
+    alone, shared = (predict(problem, replace(HOST, slots=slots)).parts for slots in (4, 2))
+    assert shared["compute"] == pytest.approx(2 * alone["compute"])
+    assert shared["gradients"] == alone["gradients"]  # measured with that many ranks at work
+
+
+@pytest.mark.parametrize("layout", [Layout(8, 2), Layout(1, 2)])
+def test_the_command_prints_and_exports_the_same_lines(capsys, layout):
+    where = ["--cluster", "host", "--gpus", "4"] if layout.tp == 1 else ["--nodes", "2", "--dtype", "fp16"]
+    words = ["plan", "--model", "smollm2-135m" if layout.tp == 1 else "paper-gpt", *where, "--batch", "16",
+             "--tp", str(layout.tp), "--pp", str(layout.pp), "--top", "1", "--memory", "200",
+             "--seq-length", "512"]  # fmt: skip
+    assert cli.main([*words, "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main([*words, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["candidates"][0]
+    assert first["predicted_lines"]
+    sums = dict.fromkeys(PARTS, 0.0)
+    for line in first["predicted_lines"]:
+        sums[line["part"]] += line["seconds"]
+        assert f"{line['name']}: {line['formula']}" in text
+        assert seconds(line["formula"]) == pytest.approx(line["seconds"], rel=1e-4)
+    assert sums == pytest.approx(first["predicted_parts"])
+    for part, shown in first["predicted_parts"].items():
+        assert not shown or f"{part} {shown * 1e3:.4g} ms" in text
