@@ -41,21 +41,51 @@ def everything(shape, devices, work):
                 if place == "dims" or whole:
                     same.append(Layout(tp, helix=True, grid=grid, comm_type=comm, placement=place,
                                        kv_cache=cache))  # fmt: skip
-        sp = work.kind == "train" and tp > 1
+        sp = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
         for layout, size in itertools.product(same, sizes):
             layout = replace(layout, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sp)
             if illegal(shape, layout, work) is None:
                 yield layout
 
 
+def assert_nothing_left_out_is_faster(shape, cluster, work):
+    """The search's first layout is the fastest of all legal ones, memory apart."""
+    cluster = replace(cluster, memory=1e15)
+    problems = [Problem(shape, layout, work) for layout in everything(shape, cluster.devices, work)]
+    plan = search.search(shape, cluster, work)
+    assert len(problems) > plan.tried
+    fastest = min(problems, key=lambda problem: predict(problem, cluster).seconds)
+    missed = f"{shape.name} on {cluster.name}, {work}: {fastest.layout}"
+    assert plan.candidates[0].seconds == pytest.approx(predict(fastest, cluster).seconds, rel=1e-12), missed
+
+
 @pytest.mark.parametrize("work", [DECODE, TRAIN], ids=["decode", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_pruning_never_loses_the_best_layout(name, work):
-    shape, cluster = find(name), replace(H100, memory=1e15)
-    times = [predict(Problem(shape, layout, work), cluster).seconds for layout in everything(shape, 16, work)]
-    plan = search.search(shape, cluster, work)
-    assert plan.candidates[0].seconds == pytest.approx(min(times), rel=1e-12)
-    assert len(times) > plan.tried
+    assert_nothing_left_out_is_faster(find(name), H100, work)
+
+
+LENGTHS = (64, 600, 2000, 6000, 131072)
+SOME_WORKS = [Workload(*rest) for rest in itertools.product(("decode", "prefill"), (1, 16), LENGTHS)]
+SOME_WORKS += [Workload("train", 16, s, distributed_optimizer=True) for s in LENGTHS[:3]]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "name"),
+    [
+        *(("dgx-h100", 2, name) for name in MODELS),
+        *(("pcie-l40s", 2, name) for name in ("qwen2-7b", "phi-3-medium")),
+        ("dgx-a100", 4, "smollm2-135m"),
+        ("dgx-h100", 3, "smollm2-135m"),
+        ("host", 4, "llama-3-8b"),
+    ],
+)
+def test_pruning_never_loses_the_best_layout_of_any_context(cluster, nodes, name):
+    cluster = replace(clusters.find(cluster), nodes=nodes)
+    for work in SOME_WORKS:
+        if not cluster.fused:
+            work = replace(work, dtype="fp32", distributed_optimizer=False, fused=False)
+        assert_nothing_left_out_is_faster(find(name), cluster, work)
 
 
 def test_candidates_are_ranked_fit_and_use_every_device():
@@ -279,8 +309,9 @@ def test_no_layout_is_an_answer_too(capsys):
 
 # ---- the rule ----
 @pytest.mark.parametrize("work", [DECODE, TRAIN], ids=["decode", "train"])
+@pytest.mark.parametrize("cache", ["sequence", "dim"])
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_the_rule_is_the_fastest_grid_of_its_size(name, work):
+def test_the_rule_is_the_fastest_grid_of_its_size(name, cache, work):
     shape = find(name)
     for tp in (2, 4, 8, 16, 32):
         grids = legal_grids(shape.attention, tp, even=True)
@@ -291,9 +322,9 @@ def test_the_rule_is_the_fastest_grid_of_its_size(name, work):
         if grid.dim_parallel_size == 1:
             assert "nothing is exchanged" in reason
             continue
-        whole = shape.num_attention_heads % tp == 0
+        whole = shape.num_attention_heads % tp == 0 and cache == "sequence"
         layout = Layout(tp, helix=True, comm_type="a2a", placement="heads" if whole else "dims",
-                        kv_cache="sequence", micro_batch=8)  # fmt: skip
+                        kv_cache=cache, micro_batch=8)  # fmt: skip
         if shape.ffn_hidden_size % tp:
             continue
         times = {

@@ -2,9 +2,10 @@
 
 Every legal grid of a tensor-parallel size does equal work and keeps equal memory (uneven slices: on the mean
 of the ranks). They differ in what the m ranks of a dim group exchange: 2 (m - 1) G d / T elements of K and V
-for a token, and (m - 1)/m H d / T each of queries and outputs where m does not divide a group's query heads.
-Both grow with m, and so does the group. So the rule is: as many head groups as the model allows. Whether
-another tensor-parallel size would be better it cannot say; that takes a cluster and a search (`helix plan`).
+for a token, and (m - 1)/m H d / T each of queries and outputs where m does not divide a group's query heads;
+with a cache of slices, 2 (m - 1) H / T scores for a token and each key it looks at. All grow with m, and so
+does the group. So the rule is: as many head groups as the model allows. Whether another tensor-parallel size
+would be better it cannot say; that takes a cluster and a search (`helix plan`).
 """
 
 from __future__ import annotations

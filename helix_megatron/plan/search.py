@@ -2,35 +2,38 @@
 
 Note [Exhaustive, and what is pruned]
     tp x pp x dp = all devices; tp over its divisors that the heads (Megatron) or some n x m grid (Helix)
-    allow, pp over those of the layers, dp over those of the batch; grids, query placements, comm types,
-    caches; micro-batches of 1, 2, 4, 8. Slices of unequal size are not modelled, hence not proposed. Pruned
-    without a prediction, as something else is no worse:
+    allow, pp over those of the layers, dp over those of the batch; query placements, comm types, caches;
+    micro-batches of 1, 2, 4, 8; in training sequence parallelism where it is possible. Slices of unequal
+    size are not modelled, hence not proposed. Left out without a prediction, as something else is no worse:
       a grid with m = 1        is Megatron's own attention
       m larger than needed     equal work and memory, but more bytes, (m-1) G d / T elements of K and V a
                                token, in a larger group: of the legal grids of a tp, the one with largest n
       m > 1 where m = 1 works  likewise, if both run a fused attention core
-      "dims"                   where "heads" is legal: it exchanges queries and outputs besides
-      all_reduce               a2a moves less, unless s < 4 d (scores against K and V)
-      cache "dim"              its traffic grows with the context; only kept up to 4 d positions
+      what changes nothing     comm types in decode and with a cache "sequence", caches in training
       full recompute           where the layout fits without
-      weights that do not fit  by their bytes alone
+    Which placement, comm type and cache is fastest turns on context, batch and links, and is predicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
-from helix_megatron.grid import legal_grids
+from helix_megatron.grid import HelixGrid, legal_grids
 from helix_megatron.plan import memory
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
 from helix_megatron.plan.memory import Memory
-from helix_megatron.plan.terms import total
 from helix_megatron.plan.timing import Prediction, predict
 from helix_megatron.presets import ModelShape
 
 MICRO_BATCHES = (1, 2, 4, 8)
+_VARIANTS = {  # comm types and caches that differ
+    "train": (("a2a", "sequence"), ("all_reduce", "sequence")),
+    "prefill": (("a2a", "sequence"), ("a2a", "dim"), ("all_reduce", "dim")),
+    "decode": (("a2a", "sequence"), ("a2a", "dim")),
+}
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,39 @@ class Candidate:
 
 @dataclass
 class Plan:
-    """The result of a search."""
+    """What was asked, and the result of the search."""
 
+    shape: ModelShape
+    cluster: Cluster
+    workload: Workload
+    tp: int | None = None
+    """The only tensor-parallel size that was allowed."""
+    pp: int | None = None
+    """The only number of pipeline stages that was allowed."""
     candidates: list[Candidate] = field(default_factory=list)
     """Fastest first."""
     tried: int = 0
-    """Layouts that are legal."""
+    """Layouts that are legal, in all their variants."""
+    sliced: int = 0
+    """Of these, with sliced heads."""
     too_big: int = 0
     """Of these, layouts that do not fit."""
-    smallest: float = 0.0
-    """Bytes of the least that a layout which does not fit would need."""
+    least: tuple[Layout, Memory] | None = None
+    """Of the layouts that do not fit, the one that needs least, and what it needs."""
+
+    @property
+    def best(self) -> list[Candidate]:
+        """Every tp, pp, dp and grid once, in its fastest variant (micro-batch, placement, ...)."""
+        kept: dict[tuple[int, int, int, HelixGrid | None], Candidate] = {}
+        for candidate in self.candidates:
+            layout = candidate.layout
+            kept.setdefault((layout.tp, layout.pp, layout.dp, layout.grid), candidate)
+        return list(kept.values())
+
+    @property
+    def smallest(self) -> float:
+        """Bytes that `least` needs on its fullest rank; 0 where all fits."""
+        return self.least[1].total if self.least else 0.0
 
 
 def search(
@@ -74,23 +100,32 @@ def search(
     Args:
         tp, pp: only these sizes.
     """
-    plan = Plan()
-    for layout in layouts(shape, cluster, workload):
-        if (tp and layout.tp != tp) or (pp and layout.pp != pp):
-            continue
-        problem = Problem(shape, layout, workload)
+    plan = Plan(shape, cluster, workload, tp, pp)
+    for layout in layouts(shape, cluster, workload, tp, pp):
         plan.tried += 1
-        fits = _fit(problem, cluster, plan)
-        if fits is None and workload.kind == "train":
-            problem = Problem(shape, replace(layout, recompute=True), workload)
-            fits = _fit(problem, cluster, plan)
-        if fits is None:
+        plan.sliced += layout.sliced
+        for problem in _ways(shape, layout, workload):
+            stage, held = memory.fullest(problem)
+            if held.total <= cluster.capacity:
+                plan.candidates.append(Candidate(problem, predict(problem, cluster), stage, held))
+                break
+            if plan.least is None or held.total < plan.smallest:
+                plan.least = (problem.layout, held)
+        else:
             plan.too_big += 1
-            continue
-        stage, held = fits
-        plan.candidates.append(Candidate(problem, predict(problem, cluster), stage, held))
     plan.candidates.sort(key=_order)
     return plan
+
+
+def fits(
+    shape: ModelShape, cluster: Cluster, workload: Workload, tp: int | None = None, pp: int | None = None
+) -> bool:
+    """Whether any layout is legal and fits; arguments as of `search`."""
+    return any(
+        memory.fullest(problem)[1].total <= cluster.capacity
+        for layout in layouts(shape, cluster, workload, tp, pp)
+        for problem in _ways(shape, layout, workload)
+    )
 
 
 def _order(candidate: Candidate) -> tuple[float, bool, int, int]:
@@ -99,42 +134,62 @@ def _order(candidate: Candidate) -> tuple[float, bool, int, int]:
     return (candidate.seconds, layout.helix, layout.pp, layout.tp)
 
 
-def _fit(problem: Problem, cluster: Cluster, plan: Plan) -> tuple[int, Memory] | None:
-    """The fullest stage and what it holds; None when that is more than a device has."""
-    weights = total(memory.parameters(problem, 0)) * problem.workload.element
-    if weights <= cluster.capacity:
-        stage, held = memory.fullest(problem)
-        if held.total <= cluster.capacity:
-            return stage, held
-        weights = held.total
-    plan.smallest = min(plan.smallest or weights, weights)
-    return None
+def _ways(shape: ModelShape, layout: Layout, workload: Workload) -> Iterator[Problem]:
+    """As it is and, in training, with full recompute."""
+    yield Problem(shape, layout, workload)
+    if workload.kind == "train":
+        yield Problem(shape, replace(layout, recompute=True), workload)
 
 
-def layouts(shape: ModelShape, cluster: Cluster, workload: Workload) -> Iterator[Layout]:
-    """Every layout of all devices that is legal and not pruned (see the note above)."""
-    devices = cluster.devices
-    for tp in _divisors(devices):
-        if shape.ffn_hidden_size % tp:
+def layouts(
+    shape: ModelShape, cluster: Cluster, workload: Workload, tp: int | None = None, pp: int | None = None
+) -> Iterator[Layout]:
+    """Every layout of all devices that is legal and not left out (see the note above)."""
+    attentions: dict[int, list[Layout]] = {}
+    for size_tp, size_pp, dp in sizes(shape, cluster.devices, workload, tp, pp):
+        if workload.batch % dp:
             continue
-        attentions = list(attention_layouts(shape, tp, workload))
-        if not attentions:
+        if size_tp not in attentions:
+            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload))
+        for size, attention in product(_micro_batches(workload, dp), attentions[size_tp]):
+            layout = replace(
+                attention,
+                pp=size_pp,
+                dp=dp,
+                micro_batch=size,
+                sequence_parallel=_sequence_parallel(workload, size_tp),
+            )
+            if illegal(shape, layout, workload) is None:
+                yield layout
+
+
+def sizes(
+    shape: ModelShape, devices: int, workload: Workload, tp: int | None = None, pp: int | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """(tp, pp, dp) of all `devices` that the model allows, whatever the batch."""
+    for size_tp in [k for k in _divisors(devices) if tp in (None, k)]:
+        if shape.ffn_hidden_size % size_tp or not any(attention_layouts(shape, size_tp, workload)):
             continue
-        for pp in _divisors(devices // tp):
-            dp = devices // tp // pp
-            if shape.num_layers % pp or workload.batch % dp:
-                continue
-            for size in _micro_batches(workload, dp):
-                for attention in attentions:
-                    layout = replace(
-                        attention,
-                        pp=pp,
-                        dp=dp,
-                        micro_batch=size,
-                        sequence_parallel=_sequence_parallel(workload, tp),
-                    )
-                    if illegal(shape, layout, workload) is None:
-                        yield layout
+        for size_pp in [k for k in _divisors(devices // size_tp) if pp in (None, k)]:
+            if shape.num_layers % size_pp == 0:
+                yield size_tp, size_pp, devices // size_tp // size_pp
+
+
+def uneven_only(shape: ModelShape, tp: int, workload: Workload) -> bool:
+    """Whether `tp` ranks can run this model, but only by slices of unequal size, which are not modelled."""
+    if shape.ffn_hidden_size % tp or any(attention_layouts(shape, tp, workload)):
+        return False
+    return bool(legal_grids(shape.attention, tp))
+
+
+def sizes_with_uneven_slices(plan: Plan) -> list[int]:
+    """The tensor-parallel sizes of a plan's devices that are left out as `uneven_only`."""
+    tps = [plan.tp] if plan.tp else _divisors(plan.cluster.devices)
+    return [
+        tp
+        for tp in tps
+        if plan.cluster.devices % tp == 0 and uneven_only(plan.shape, tp, plan.workload)
+    ]  # fmt: skip
 
 
 def _sequence_parallel(workload: Workload, tp: int) -> bool:
@@ -156,14 +211,10 @@ def attention_layouts(shape: ModelShape, tp: int, workload: Workload) -> Iterato
         yield plain
     whole = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
     sliced = [grid for grid in legal_grids(shape.attention, tp, even=True) if grid.dim_parallel_size > 1]
+    placements = ["heads", "dims"] if shape.num_attention_heads % tp == 0 else ["dims"]
     for grid in [] if whole else sliced[:1]:  # most head groups first
-        n, m = grid.head_parallel_size, grid.dim_parallel_size
-        placement = "heads" if shape.num_attention_heads // n % m == 0 else "dims"
-        short = workload.length < 4 * shape.kv_channels
-        caches = ["sequence", "dim"] if short and workload.kind != "train" else ["sequence"]
-        comms = ["a2a", "all_reduce"] if short and workload.kind == "train" else ["a2a"]
-        for comm in comms:
-            for cache in caches:
+        for comm, cache in _VARIANTS[workload.kind]:
+            for placement in placements:
                 yield Layout(
                     tp, helix=True, grid=grid, comm_type=comm, placement=placement, kv_cache=cache
                 )  # fmt: skip
