@@ -359,8 +359,9 @@ def test_the_probe_recovers_what_a_layer_and_a_step_cost():
 
 
 def test_a_machine_without_a_known_gpu_is_refused_and_known_ones_are_read():
-    eight = inputs.of_gpus([("NVIDIA H100 80GB HBM3", 85_000_000_000, 18)] * 8)
+    eight = inputs.of_gpus([("NVIDIA H100 80GB HBM3", 85_000_000_000, tuple(range(8)))] * 8)
     assert (eight.gpus_per_node, eight.memory, eight.fast) == (8, 85e9, H100.fast)
-    assert inputs.of_gpus([("NVIDIA A100-SXM4-80GB", 85_000_000_000, 0)] * 2).fast < H100.fast
+    alone = [("NVIDIA A100-SXM4-80GB", 85_000_000_000, (index,)) for index in range(2)]
+    assert inputs.of_gpus(alone).fast < clusters.find("dgx-a100").fast
     with pytest.raises(ValueError, match=r"no preset fits this machine's GPUs \(Tesla V100\)"):
-        inputs.of_gpus([("Tesla V100", 16_000_000_000, 6)])
+        inputs.of_gpus([("Tesla V100", 16_000_000_000, (0,))])

@@ -9,6 +9,7 @@ timing.py     seconds of a step, from the four above                      }
 search.py     every layout that fits, ranked                              }
 rule.py       the grid without a search, for `--attention-impl helix`     }
 inputs.py     models and clusters from presets, files and flags
+nvml.py       this machine's GPUs
 report.py     table, JSON, explanation
 probe.py      measures a host's constants: collectives and software,
 rates.py      and what its cores do in a second

@@ -17,7 +17,7 @@ GB = 1e9
 _ASSUMED = "assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a launch"
 
 
-def _gpus(
+def gpus(
     name: str,
     *,
     tflops: float,
@@ -30,6 +30,7 @@ def _gpus(
     gpus_per_node: int = 8,
     sources: tuple[str, ...],
 ) -> Cluster:
+    """GPUs with a data sheet's figures: dense bf16 and TF32, per device, links per direction."""
     bandwidth = 0.8 * memory_tbs * 1e12
     peak = tflops * 1e12
     attention = Rate(0.5 * peak, bandwidth)
@@ -57,30 +58,30 @@ def _gpus(
 
 _H100 = "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16 dense, 80 GB, 3.35 TB/s, NVLink 900 GB/s both ways)"
 _CLUSTERS = (
-    _gpus("dgx-h100", tflops=989, tf32=494, memory_gb=80, memory_tbs=3.35, domain=8, fast_gbs=450,
-          slow_gbs=50, sources=(_H100, "DGX H100 data sheet: one 400 Gb/s adapter per GPU")),
-    _gpus("dgx-h200", tflops=989, tf32=494, memory_gb=141, memory_tbs=4.8, domain=8, fast_gbs=450,
-          slow_gbs=50, sources=("NVIDIA H200 data sheet (as H100, 141 GB, 4.8 TB/s)", "400 Gb/s per GPU")),
-    _gpus("dgx-a100", tflops=312, tf32=156, memory_gb=80, memory_tbs=2.039, domain=8, fast_gbs=300,
-          slow_gbs=25,
-          sources=("NVIDIA A100 80GB SXM data sheet (312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways)",
-                   "DGX A100: one 200 Gb/s adapter per GPU")),
-    _gpus("dgx-b200", tflops=2250, tf32=1125, memory_gb=180, memory_tbs=8, domain=8, fast_gbs=900,
-          slow_gbs=50,
-          sources=("DGX B200 data sheet (8 GPUs: 1,440 GB, 64 TB/s; 36 PFLOP/s bf16 with sparsity, half "
-                   "dense: 2.25 each; NVLink 1.8 TB/s both ways)", "400 Gb/s per GPU")),
-    _gpus("gb200-nvl72", tflops=2500, tf32=1250, memory_gb=186, memory_tbs=8, domain=72, fast_gbs=900,
-          slow_gbs=50, gpus_per_node=72,
-          sources=("GB200 NVL72 data sheet (72 GPUs in one NVLink domain: 13.4 TB, 576 TB/s, 360 PFLOP/s "
-                   "bf16 with sparsity, half dense)", "one 400 Gb/s adapter per GPU")),
-    _gpus("pcie-h100", tflops=756, tf32=378, memory_gb=80, memory_tbs=2.0, domain=8, fast_gbs=55,
-          slow_gbs=12.5,
-          sources=("NVIDIA H100 PCIe data sheet (756 TFLOP/s bf16 dense, 80 GB, 2 TB/s)",
-                   "PCIe 5.0 x16 (64 GB/s, about 55 reached); assumed: one 400 Gb/s adapter per four GPUs")),
-    _gpus("pcie-l40s", tflops=362, tf32=183, memory_gb=48, memory_tbs=0.864, domain=8, fast_gbs=26,
-          slow_gbs=12.5,
-          sources=("NVIDIA L40S data sheet (362 TFLOP/s bf16 dense, 48 GB, 864 GB/s)",
-                   "PCIe 4.0 x16 (32 GB/s, about 26 reached); assumed: one 400 Gb/s adapter per four GPUs")),
+    gpus("dgx-h100", tflops=989, tf32=494, memory_gb=80, memory_tbs=3.35, domain=8, fast_gbs=450,
+         slow_gbs=50, sources=(_H100, "DGX H100 data sheet: one 400 Gb/s adapter per GPU")),
+    gpus("dgx-h200", tflops=989, tf32=494, memory_gb=141, memory_tbs=4.8, domain=8, fast_gbs=450,
+         slow_gbs=50, sources=("NVIDIA H200 data sheet (as H100, 141 GB, 4.8 TB/s)", "400 Gb/s per GPU")),
+    gpus("dgx-a100", tflops=312, tf32=156, memory_gb=80, memory_tbs=2.039, domain=8, fast_gbs=300,
+         slow_gbs=25,
+         sources=("NVIDIA A100 80GB SXM data sheet (312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways)",
+                  "DGX A100: one 200 Gb/s adapter per GPU")),
+    gpus("dgx-b200", tflops=2250, tf32=1125, memory_gb=180, memory_tbs=8, domain=8, fast_gbs=900,
+         slow_gbs=50,
+         sources=("DGX B200 data sheet (8 GPUs: 1,440 GB, 64 TB/s; 36 PFLOP/s bf16 with sparsity, half "
+                  "dense: 2.25 each; NVLink 1.8 TB/s both ways)", "400 Gb/s per GPU")),
+    gpus("gb200-nvl72", tflops=2500, tf32=1250, memory_gb=186, memory_tbs=8, domain=72, fast_gbs=900,
+         slow_gbs=50, gpus_per_node=72,
+         sources=("GB200 NVL72 data sheet (72 GPUs in one NVLink domain: 13.4 TB, 576 TB/s, 360 PFLOP/s "
+                  "bf16 with sparsity, half dense)", "one 400 Gb/s adapter per GPU")),
+    gpus("pcie-h100", tflops=756, tf32=378, memory_gb=80, memory_tbs=2.0, domain=8, fast_gbs=55,
+         slow_gbs=12.5,
+         sources=("NVIDIA H100 PCIe data sheet (756 TFLOP/s bf16 dense, 80 GB, 2 TB/s)",
+                  "PCIe 5.0 x16 (64 GB/s, about 55 reached); assumed: one 400 Gb/s adapter per four GPUs")),
+    gpus("pcie-l40s", tflops=362, tf32=183, memory_gb=48, memory_tbs=0.864, domain=8, fast_gbs=26,
+         slow_gbs=12.5,
+         sources=("NVIDIA L40S data sheet (362 TFLOP/s bf16 dense, 48 GB, 864 GB/s)",
+                  "PCIe 4.0 x16 (32 GB/s, about 26 reached); assumed: one 400 Gb/s adapter per four GPUs")),
 )  # fmt: skip
 
 _HOST = Cluster(

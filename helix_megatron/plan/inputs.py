@@ -11,6 +11,7 @@ from typing import Any
 from helix_megatron import presets, yaml_config
 from helix_megatron.plan import clusters
 from helix_megatron.plan.hardware import Cluster
+from helix_megatron.plan.nvml import gpus, of_gpus
 from helix_megatron.presets import ModelShape
 
 _NEEDED = ("--num-layers", "--hidden-size", "--num-attention-heads")
@@ -112,72 +113,10 @@ def cluster(name: str) -> Cluster:
     return clusters.find(name)
 
 
-# What a GPU's name contains, most telling first, and the preset whose rates it has.
-_GPU_NAMES = (
-    ("GB200", "gb200-nvl72"),
-    ("B200", "dgx-b200"),
-    ("H200", "dgx-h200"),
-    ("H100 PCIe", "pcie-h100"),
-    ("H100", "dgx-h100"),
-    ("A100", "dgx-a100"),
-    ("L40S", "pcie-l40s"),
-)
-
-
 def this_machine() -> Cluster:
     """This machine's devices: GPUs as NVML names and counts them, with a preset's rates; else its cores."""
     found = gpus()
     return of_gpus(found) if found else of_cores()
-
-
-def of_gpus(found: Sequence[tuple[str, int, int]]) -> Cluster:
-    """The cluster that (name, bytes of memory, active NVLinks) of one machine's GPUs tell.
-
-    Raises:
-        ValueError: different GPUs, or some that no preset knows.
-    """
-    names = sorted({name for name, _, _ in found})
-    preset = next((preset for part, preset in _GPU_NAMES if part in names[0]), None)
-    if len(names) > 1 or preset is None:
-        raise ValueError(
-            f"no preset fits this machine's GPUs ({', '.join(names)}); describe them in a YAML file, for "
-            "example {base: dgx-h100, ...}."
-        )
-    base = clusters.find(preset)
-    linked = all(links for _, _, links in found)
-    pcie = clusters.find("pcie-h100").fast
-    return replace(
-        base,
-        name=f"this machine ({len(found)} x {names[0]})",
-        memory=float(min(memory for _, memory, _ in found)),
-        gpus_per_node=len(found),
-        domain=len(found),
-        fast=base.fast if linked else min(base.fast, pcie),
-        sources=(*base.sources, f"NVML: {len(found)} GPUs, NVLink {'on' if linked else 'off'}"),
-    )
-
-
-def gpus() -> list[tuple[str, int, int]]:
-    """(name, bytes of memory, active NVLinks) of each GPU; none without NVML or a driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # not installed, or no driver
-        return []
-    found = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        name = pynvml.nvmlDeviceGetName(handle)
-        links = 0
-        for link in range(18):
-            try:
-                links += pynvml.nvmlDeviceGetNvLinkState(handle, link)
-            except pynvml.NVMLError:
-                break
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-        found.append((name if isinstance(name, str) else name.decode(), int(memory), links))
-    return found
 
 
 def of_cores() -> Cluster:
