@@ -303,7 +303,7 @@ def test_bad_input_is_refused_in_one_line(capsys, words, message):
 def test_no_layout_is_an_answer_too(capsys):
     code, out, _ = run(capsys, "--model", "llama-3.1-70b", "--nodes", "2", "--workload", "train")
     assert code == 1 and "none of" in out and "GB are there" in out
-    code, out, _ = run(capsys, "--model", "gpt-1t", "--gpus", "11", "--workload", "train", "--nodes", "1")
+    code, out, _ = run(capsys, "--model", "gpt-1t", "--gpus", "11", "--workload", "train", "--nodes", "11")
     assert code == 1 and "uses exactly 11 ranks" in out
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from helix_megatron.plan import cluster_fields
 from helix_megatron.plan.hardware import Cluster, Line, Rate
 from helix_megatron.yaml_config import check_keys, nearest
 
@@ -111,6 +112,7 @@ _HOST = Cluster(
     sources=("rough constants of two cores and gloo; measure yours: helix plan --probe FILE",),
 )  # fmt: skip
 CLUSTERS: dict[str, Cluster] = {cluster.name: cluster for cluster in (*_CLUSTERS, _HOST)}
+_RATES = sorted({kind for cluster in CLUSTERS.values() for kind in cluster.rates})
 
 
 # ---- files ----
@@ -120,35 +122,59 @@ def to_dict(cluster: Cluster) -> dict[str, Any]:
 
 
 def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
-    """Inverse of to_dict; `base: PRESET` starts from a preset. ValueError naming what is wrong."""
-    known = [f.name for f in fields(Cluster)]
-    check_keys(document, [*known, "base"], where)
-    values = {key: value for key, value in document.items() if key != "base"}
-    for name, kind in (("rates", Rate), ("lines", Line)):
-        if name in values:
-            if not isinstance(values[name], dict):
-                raise ValueError(f"{where}: {name} is {values[name]!r}; it is a mapping.")
-            for key, entry in values[name].items():
-                check_keys(entry, [f.name for f in fields(kind)], f"{where}: {name}: {key}")
-                for part, number in entry.items():
-                    if (
-                        not isinstance(number, int | float)
-                        or number < 0
-                        or (number == 0 and part != "launch")
-                    ):
-                        raise ValueError(f"{where}: {name}: {key}: {part} is {number!r}; a positive number.")
-            values[name] = {key: kind(**entry) for key, entry in values[name].items()}
-    if "sources" in values:
-        values["sources"] = tuple(values["sources"])
-    try:
-        if "base" in document:
-            base = find(str(document["base"]))
-            if "rates" in values:
-                values["rates"] = {**base.rates, **values["rates"]}
-            return replace(base, **values)
-        return Cluster(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}; start from a preset with base: NAME.") from error
+    """Inverse of to_dict; `base: PRESET` starts from a preset.
+
+    Without a `domain` the fast link joins as many nodes as the preset's does (see `resized`).
+
+    Raises:
+        ValueError: naming the file, the field, its value and its unit.
+    """
+    check_keys(document, [*(f.name for f in fields(Cluster)), "base"], where)
+    values = {
+        key: cluster_fields.read(key, value, f"{where}: {key}", _RATES)
+        for key, value in document.items()
+        if key != "base"
+    }
+    if "base" in document:
+        base = find(str(document["base"]))
+        if "rates" in values:
+            values["rates"] = {**base.rates, **values["rates"]}
+        sized = resized(base, values.get("gpus_per_node", base.gpus_per_node))
+        return checked(replace(sized, **values), where)
+    for key in ("name", "memory", "rates"):
+        if key not in values:
+            raise ValueError(f"{where} has no {key}; give it, or start from a preset with base: NAME.")
+    values.setdefault("domain", values.get("gpus_per_node", Cluster.gpus_per_node))
+    return checked(Cluster(**values), where)
+
+
+def resized(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> Cluster:
+    """`cluster` with other nodes: the fast link joins as many machines as before, and no more."""
+    joined, inside = divmod(cluster.domain, cluster.gpus_per_node)
+    domain = joined * gpus_per_node if joined else min(inside, gpus_per_node)
+    return replace(
+        cluster,
+        gpus_per_node=gpus_per_node,
+        nodes=nodes or cluster.nodes,
+        domain=cluster.domain if cluster.lines else domain,  # lines are of any group
+    )
+
+
+def checked(cluster: Cluster, where: str) -> Cluster:
+    """`cluster`, where its fields go together. ValueError that names those that do not."""
+    if cluster.reserve >= cluster.memory:
+        raise ValueError(
+            f"{where}: a device has {cluster.memory / GB:g} GB of memory, and {cluster.reserve / GB:g} GB of "
+            "them are kept for context and communicators (reserve): nothing is left for a model."
+        )
+    if not cluster.lines:
+        for name, needed in (("fast", cluster.devices > 1), ("slow", cluster.devices > cluster.domain)):
+            if needed and not getattr(cluster, name):
+                raise ValueError(
+                    f"{where}: {name} is 0 bytes/s for {cluster.devices} devices, {cluster.domain} in a "
+                    "domain; give it, or start from a preset with base: NAME."
+                )
+    return cluster
 
 
 def find(name: str) -> Cluster:

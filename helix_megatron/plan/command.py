@@ -59,6 +59,7 @@ def add_plan(subparsers: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    _check(options)
     if options.probe:
         from helix_megatron.plan import probe
 
@@ -83,7 +84,7 @@ def _plan(options: argparse.Namespace) -> int:
     )
     plan = search(shape, cluster, workload, options.tp, options.pp)
     if options.json:
-        print(json.dumps(report.as_json(plan, shape, cluster, workload, options.top)))
+        print(json.dumps(report.as_json(plan, shape, cluster, workload, options.top), allow_nan=False))
         return 0 if plan.candidates else 1
     from rich.console import Console
 
@@ -109,27 +110,62 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _cluster(options: argparse.Namespace) -> Cluster:
     """The cluster with the user's changes. ValueError for sizes that cannot be."""
-    from helix_megatron.plan import inputs
+    from helix_megatron.plan import clusters, inputs
 
-    for name in ("nodes", "gpus", "memory", "domain", "inter_node", "tp", "pp", "top"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
     cluster = inputs.cluster(options.cluster)
-    changes: dict[str, Any] = {}
-    if options.nodes:
-        changes["nodes"] = options.nodes
     if options.gpus:
-        nodes = changes.get("nodes", cluster.nodes)
-        if options.gpus % cluster.gpus_per_node == 0 and not options.nodes:
-            nodes = options.gpus // cluster.gpus_per_node
-        if options.gpus % nodes:
-            raise ValueError(f"--gpus {options.gpus} is not a multiple of {nodes} nodes.")
-        changes |= {"nodes": nodes, "gpus_per_node": options.gpus // nodes}
+        cluster = clusters.resized(cluster, *_nodes(options, cluster))
+    elif options.nodes:
+        cluster = replace(cluster, nodes=options.nodes)
+    changes: dict[str, Any] = {}
     if options.memory:
         changes["memory"] = options.memory * 1e9
     if options.domain:
         changes["domain"] = options.domain
     if options.inter_node:
         changes["slow"] = options.inter_node * 1e9
-    return replace(cluster, **changes)
+    given = f"--memory {options.memory:g}" if options.memory else options.cluster
+    return clusters.checked(replace(cluster, **changes), given)
+
+
+def _nodes(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
+    """(devices of a node, nodes) for --gpus. ValueError where they are not that many, or not equally many."""
+    gpus, whole = options.gpus, cluster.gpus_per_node
+    nodes = options.nodes or (gpus // whole if gpus % whole == 0 else cluster.nodes)
+    if gpus % nodes:
+        raise ValueError(f"--gpus {gpus} is not a multiple of {nodes} nodes.")
+    if gpus // nodes > whole and not cluster.slots:  # ranks may share a host's cores, not a GPU
+        least = next(n for n in range(-(-gpus // whole), gpus + 1) if gpus % n == 0)
+        raise ValueError(
+            f"--gpus {gpus} on {nodes} node{'s' * (nodes > 1)} is {gpus // nodes} in each, and a node of "
+            f"{cluster.name} has {whole}; give --nodes {least} ({gpus // least} in each), or a YAML file "
+            f"with {{base: {options.cluster}, gpus_per_node: {gpus // nodes}}}."
+        )
+    return gpus // nodes, nodes
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError for an option that is no size."""
+    for name in (
+        "nodes",
+        "gpus",
+        "batch",
+        "length",
+        "memory",
+        "domain",
+        "inter_node",
+        "tp",
+        "pp",
+        "top",
+        "ranks",
+    ):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            flag = "seq-length" if name == "length" else name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; it must be positive{' and finite' * (value > 0)}.")
+    for name, unit in (("memory", "GB"), ("inter_node", "GB/s")):
+        value = getattr(options, name)
+        if value is not None and value >= 1e6:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value:g} {unit}; it is in {unit}, not in bytes."
+            )

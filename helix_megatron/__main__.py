@@ -1,0 +1,7 @@
+"""`python -m helix_megatron`: the `helix` command."""
+
+import sys
+
+from helix_megatron.cli import main
+
+sys.exit(main())
