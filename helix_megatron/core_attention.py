@@ -29,18 +29,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    get_sliding_window_causal_mask,
-    is_layer_window_attention,
-    sharded_state_dict_default,
-)
+from megatron.core.transformer.utils import is_layer_window_attention, sharded_state_dict_default
 from torch import Tensor
 
 from helix_megatron.config import HelixPlan
 from helix_megatron.exchange import all_reduce_sum, gather_slices
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, seed_of_dim_group
-from helix_megatron.layout import global_chunks
+from helix_megatron.layout import global_chunks, position_chunks
+from helix_megatron.masks import hidden_from_scores, rows_of_chunk
 from helix_megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention, bottom_right_causal_mask
 from helix_megatron.slices import (
     gather_keys_values,
@@ -166,14 +163,14 @@ class HelixCoreAttention(torch.nn.Module):
         if packed_seq_params is not None:
             return self._packed(query, key, value, attn_mask_type, packed_seq_params)
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
-        mask = attention_mask
-        if not self.core_is_local and mask_type in (AttnMaskType.causal, AttnMaskType.no_mask):
-            mask = None  # Transformer Engine makes these itself and ignores a tensor
         cached = query.shape[0] != key.shape[0]
         if self.comm_type == "all_reduce" or cached:
-            out = self._summed_scores(query, key, value, mask, cached)
+            own = not self.core_is_local and mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
+            mask = None if cached and own else attention_mask
+            mask_type = self.attn_mask_type if cached else mask_type  # a step of one query comes as no_mask
+            out = self._summed_scores(query, key, value, mask, mask_type)
         else:
-            out = self._whole_heads(query, key, value, mask, mask_type)
+            out = self._whole_heads(query, key, value, attention_mask, mask_type)
         return out.flatten(-2)
 
     def _packed(
@@ -247,35 +244,50 @@ class HelixCoreAttention(torch.nn.Module):
         """Attention of this rank's query positions over all keys: [S_p, B, N/a * D].
 
         Causal positions look at their prefix only, so each zigzag chunk runs on its own with a causal
-        mask aligned to the bottom right.
+        mask aligned to the bottom right, and its rows of the tensor (Note [Masks and Transformer Engine]).
         """
         if self.window_size is not None and self.core_is_local:  # it looks at the window alone
             mask, mask_type = None, AttnMaskType.causal
-        if mask is not None:
-            if mask_type is AttnMaskType.padding and not self.core_is_local:
-                raise NotImplementedError(
-                    "Helix: Transformer Engine's padding masks are not supported for a share of the query "
-                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape}; use a grid "
-                    "whose m divides the query heads of a group"
-                )
-            if mask.shape[2] != 1:
+        causal = mask_type in CAUSAL_TYPES
+        if not self.core_is_local:
+            self._refuse_masks_of_shares(mask, mask_type)
+        if not causal or (mask is not None and self.core_is_local):
+            if mask is not None and mask.shape[2] != 1:
                 mask = select_positions(mask, self.position_part, self.position_parts, dim=2)
             return self._core_or_empty(query, key, value, mask, mask_type)
-        if mask_type not in CAUSAL_TYPES:
-            return self._core_or_empty(query, key, value, None, mask_type)
         cp = self.cp_group
         owner, owners = (cp.rank(), cp.size()) if cp is not None else (0, 1)
+        shares = position_chunks(length * owners, owner, owners)
         chunks = global_chunks(length, self.position_part, self.position_parts, owner, owners)
         queries = query.split([stop - start for start, stop in chunks])
         outs = []
         for (start, stop), chunk in zip(chunks, queries, strict=True):
-            mask = None
-            if self.core_needs_mask and self.window_size is None and stop > start:
-                mask = bottom_right_causal_mask(stop - start, stop, key.device)
+            rows = None
+            if mask is not None:
+                rows = rows_of_chunk(mask, (start, stop), shares, stop)
+            elif self.core_needs_mask and self.window_size is None and stop > start:
+                rows = bottom_right_causal_mask(stop - start, stop, key.device)
             outs.append(
-                self._core_or_empty(chunk, key[:stop], value[:stop], mask, AttnMaskType.causal_bottom_right)
+                self._core_or_empty(chunk, key[:stop], value[:stop], rows, AttnMaskType.causal_bottom_right)
             )
         return torch.cat(outs)
+
+    def _refuse_masks_of_shares(self, mask: Tensor | None, mask_type: AttnMaskType) -> None:
+        """Transformer Engine reads these of a whole sequence, not of some rows of it."""
+        padding = mask_type in (AttnMaskType.padding, AttnMaskType.padding_causal)
+        reasons = {
+            "padding masks": mask is not None and padding,
+            f"sliding windows with {mask_type.name} attention": (
+                self.window_size is not None and mask_type not in CAUSAL_TYPES
+            ),
+        }
+        for what, used in reasons.items():
+            if used:
+                raise NotImplementedError(
+                    f"Helix: Transformer Engine's {what} are not supported for a share of the query "
+                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape}; use a grid "
+                    "whose m divides the query heads of a group"
+                )
 
     def _core_or_empty(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
@@ -292,7 +304,7 @@ class HelixCoreAttention(torch.nn.Module):
 
     # ---- all_reduce ----
     def _summed_scores(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cached: bool
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
     ) -> Tensor:
         if self.has_sinks or self.cp_group is not None:
             raise NotImplementedError(
@@ -306,12 +318,10 @@ class HelixCoreAttention(torch.nn.Module):
         scaled = (query.float() * self.softmax_scale).unflatten(2, (key.shape[2], ratio))
         scores = torch.einsum("sbkrd,lbkd->bkrsl", scaled, key.float()).flatten(1, 2)  # [B, N, S, L]
         scores = all_reduce_sum(scores, self.group)
-        if self.window_size is not None:
-            mask = get_sliding_window_causal_mask(s, length, self.window_size)
-        elif mask is None and self.attn_mask_type in CAUSAL_TYPES and s > 1:
-            mask = bottom_right_causal_mask(s, length, scores.device)
-        if mask is not None:
-            scores = scores.masked_fill(mask, -10000.0)  # Megatron's value for a forbidden position
+        te = None if self.core_is_local else value.dtype
+        hidden = hidden_from_scores(mask, mask_type, self.window_size, (s, length), scores.device, te)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -10000.0)  # Megatron's value for a forbidden position
         probs = torch.softmax(scores, dim=-1)
         if self.training and self.attention_dropout.p > 0:
             # The ranks of a dim group hold the same probabilities and must drop the same of them.

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,7 +21,13 @@ from helix_megatron import integrate
 from helix_megatron.config import HelixConfig
 from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
 
-MASK_TYPES = {"causal": "causal", "padding": "padding", "arbitrary": "arbitrary", "none": "no_mask"}
+MASK_TYPES = {
+    "causal": "causal",
+    "padding": "padding",
+    "arbitrary": "arbitrary",
+    "none": "no_mask",
+    "documents": "causal",
+}
 
 
 def start(tp: int, cp: int = 1) -> None:
@@ -70,7 +79,12 @@ def make_config(case: Case, tp: int, **overrides) -> TransformerConfig:
 
 
 class TEDotProductAttention(torch.nn.Module):
-    """Transformer Engine's core as Helix must call it: mask types by name, own masks, whole heads."""
+    """Transformer Engine's core as Helix must call it: mask types by name, own masks, whole heads.
+
+    Like its flash and fused kernels it ignores a tensor under a causal type; `reads_masks`: like the unfused.
+    """
+
+    reads_masks = False
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, pg_collection, **kwargs):
         super().__init__()
@@ -92,6 +106,9 @@ class TEDotProductAttention(torch.nn.Module):
             mask = column > row + length - s
         else:
             mask = attention_mask if name in ("arbitrary", "padding") else torch.zeros(s, length).bool()
+        if self.reads_masks and attention_mask is not None and name != "no_mask":
+            assert attention_mask.shape[2:] == (s, length)
+            mask = mask | attention_mask
         if self.window is not None:
             mask = mask | (column < row + length - s - self.window[0])
         ratio = heads // key.shape[2]
@@ -101,10 +118,19 @@ class TEDotProductAttention(torch.nn.Module):
         return torch.einsum("bhst,tbhd->sbhd", probs, value).flatten(-2)
 
 
+class UnfusedTEDotProductAttention(TEDotProductAttention):
+    """Transformer Engine's unfused kernel."""
+
+    reads_masks = True
+
+
 def make_layer(
-    case: Case, helix: HelixConfig | None, tp: int, groups=None, te_core: bool = False, **overrides
+    case: Case, helix: HelixConfig | None, tp: int, groups=None, te_core=False, te=False, **overrides
 ):
-    """Helix's layer, or Megatron's own when helix is None. Integration is what puts Helix in the spec."""
+    """Helix's layer, or Megatron's own when helix is None. Integration is what puts Helix in the spec.
+
+    te: the whole of Transformer Engine's spec, whose linear_qkv starts with a norm of its input.
+    """
     if helix is not None:
         integrate.enable(helix)
     try:
@@ -112,11 +138,15 @@ def make_layer(
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization="RMSNorm"
         ).submodules.self_attention
+        if te:
+            spec = get_gpt_layer_with_transformer_engine_spec().submodules.self_attention
         from megatron.core.transformer.enums import AttnMaskType
 
         spec.params = {"attn_mask_type": AttnMaskType[MASK_TYPES[case.mask]]}
         if te_core:
-            spec.submodules.core_attention = TEDotProductAttention
+            spec.submodules.core_attention = (
+                UnfusedTEDotProductAttention if te_core == "unfused" else TEDotProductAttention
+            )
         if groups is not None:
             spec.params["helix_groups"] = groups
         pgs = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])

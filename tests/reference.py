@@ -29,7 +29,7 @@ class Case:
     window: tuple[int, int] | None = None
     gate: bool = False  # a sigmoid gate on the output, from rows of its own behind the query heads
     sinks: bool = False  # a learned logit per head, of which nothing is read
-    mask: str = "causal"  # "causal" (made by the core), "padding" or "arbitrary" (a tensor), "none"
+    mask: str = "causal"  # "causal" (made by the core), "none"; tensors: "padding", "arbitrary", "documents"
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -63,6 +63,10 @@ class Case:
             return None
         causal = torch.ones(self.seq, self.seq, dtype=torch.bool).triu(1)
         mask = causal.expand(self.batch, 1, -1, -1).clone()
+        if self.mask == "documents":  # a second one begins early in each sample
+            for sample in range(self.batch):
+                mask[sample, :, self.seq // 4 + sample :, : self.seq // 4 + sample] = True
+            return mask
         if self.mask == "padding":  # the last keys of the second sample are padding
             mask[-1, :, :, self.seq - self.seq // 4 :] = True
             mask[:, :, :, 0] = False
@@ -137,7 +141,8 @@ def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
     mask = case.attention_mask()
     if case.window is not None:
         row, column = torch.arange(s)[:, None], torch.arange(s)[None, :]
-        mask = (column > row + case.window[1]) | (column < row - case.window[0])
+        hidden = (column > row + case.window[1]) | (column < row - case.window[0])
+        mask = hidden | mask if case.mask == "documents" else hidden
     elif mask is None and case.mask == "causal":
         mask = torch.ones(s, s, dtype=torch.bool).triu(1)
     if mask is not None:
