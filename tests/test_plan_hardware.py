@@ -1,11 +1,18 @@
 """What the planner is told of machines: NVML's readings, groups over domains, measured lines, the probe."""
 
+import itertools
 import sys
+import time
 import types
+from dataclasses import replace
 
 import pytest
 
-from helix_megatron.plan import clusters, inputs, nvml
+from helix_megatron.plan import clusters, inputs, nvml, search
+from helix_megatron.plan.hardware import Line
+from helix_megatron.plan.layout import Workload
+from helix_megatron.plan.placement import placements
+from helix_megatron.presets import find
 
 GB = 10**9
 
@@ -109,3 +116,120 @@ def test_gpus_that_nvml_does_not_tell_are_no_host(monkeypatch):
     monkeypatch.setattr(nvml.Path, "glob", lambda self, pattern: iter(["/dev/nvidia0"]))
     with pytest.raises(ValueError, match=r"cannot be read by NVML .*pip install nvidia-ml-py"):
         inputs.cluster("this")
+
+
+# ---- groups over domains ----
+def groups(tp, dp, pp, kind):
+    """The ranks of every group of a layout, as Megatron numbers them."""
+    rank = lambda t, d, p: t + tp * (d + dp * p)  # noqa: E731
+    if kind == "tp":
+        return [[rank(t, d, p) for t in range(tp)] for d in range(dp) for p in range(pp)]
+    if kind == "dp":
+        return [[rank(t, d, p) for d in range(dp)] for t in range(tp) for p in range(pp)]
+    ends = range(pp) if kind == "pp" else (0, pp - 1)
+    return [[rank(t, d, p) for p in ends] for t in range(tp) for d in range(dp)]
+
+
+def where(rank, node, domain):
+    """The domain of a rank: whole nodes of it, or a part of one."""
+    if domain >= node:
+        return rank // node // (domain // node)
+    return rank // node, rank % node // domain
+
+
+def lie(ranks, node, domain):
+    touched = [where(rank, node, domain) for rank in ranks]
+    counts = [touched.count(one) for one in set(touched)]
+    return len(counts), min(counts), max(counts)
+
+
+NODES = [(8, 8), (6, 6), (4, 72), (72, 72), (8, 4), (8, 3), (6, 4), (4, 10), (5, 1)]
+
+
+@pytest.mark.parametrize(("node", "domain"), NODES)
+def test_every_group_is_placed_as_its_ranks_are(node, domain):
+    tried = 0
+    for nodes, tp, dp in itertools.product(
+        (1, 2, 3, 4, 18, 36), (1, 2, 3, 4, 6, 8, 12, 16, 24), range(1, 13)
+    ):
+        devices = node * nodes
+        if devices > 144 or devices % (tp * dp):
+            continue
+        pp = devices // tp // dp
+        strides = {"tp": (tp, 1), "dp": (dp, tp), "pp": (pp, tp * dp), "embd": (2, tp * dp * (pp - 1))}
+        for kind, (size, stride) in strides.items():
+            if size > 1 and stride:
+                expected = {lie(ranks, node, domain) for ranks in groups(tp, dp, pp, kind)}
+                assert placements(size, stride, devices, node, domain) == expected, (devices, tp, dp, kind)
+                tried += 1
+    assert tried > 20
+
+
+def test_a_group_that_straddles_domains_waits_for_the_adapters():
+    """tp = 16 in racks of 72: ranks 64 to 79 lie in two of them, eight in each."""
+    rack, big = clusters.find("gb200-nvl72"), 1e9
+    two = replace(rack, nodes=2)
+    inside, across = (c.collective("all_reduce", 16, 1, big, 144) for c in (rack, two))
+    assert inside == pytest.approx(8.4e-6 + 30 * 3.4e-6 + big / rack.fast)
+    assert across == pytest.approx(8.4e-6 + 28 * 3.4e-6 + 2 * 14e-6 + big / (8 * rack.slow))
+    assert two.collective("all_reduce", 8, 1, big, 144) < inside  # 8 divides 72
+    three = replace(clusters.find("dgx-h100"), nodes=3)  # tp = 6: ranks 6 to 11, two in a node and four
+    assert three.collective("all_reduce", 6, 1, big, 24) == pytest.approx(
+        8.4e-6 + 8 * 3.4e-6 + 2 * 14e-6 + big / (2 * three.slow)
+    )
+    assert three.collective("all_to_all", 6, 1, big, 24) == pytest.approx(
+        8.4e-6 + 4 * 3.4e-6 + 14e-6 + big * 4 / 5 / three.slow  # the two in a node have four elsewhere
+    )
+
+
+def test_some_stage_sends_over_the_slow_link():
+    big = 1e9
+    for nodes, link in ((1, "fast"), (2, "slow")):
+        cluster = replace(clusters.find("dgx-h100"), nodes=nodes)
+        rate = getattr(cluster, link)
+        assert cluster.collective("recv", 2, 1, big, 16) == pytest.approx(big / rate, rel=1e-2)
+    rack = replace(clusters.find("gb200-nvl72"), gpus_per_node=4, nodes=18)
+    assert rack.way("recv", 2, 8, 1, 72).bandwidth == rack.fast
+
+
+@pytest.mark.parametrize("node", [8, 6, 72])
+def test_thousands_of_gpus_in_odd_domains_are_planned_in_two_seconds(node):
+    cluster = replace(clusters.find("dgx-h100"), gpus_per_node=node, domain=node, nodes=4608 // node)
+    placements.cache_clear()
+    start = time.process_time()
+    plan = search.search(find("llama-3.1-70b"), cluster, Workload("train", 4608, 2048))
+    assert time.process_time() - start < 2
+    assert plan.candidates[0].layout.world == 4608
+
+
+# ---- measured links ----
+def linked(**links):
+    lines = {key.replace("__", " "): Line(*pair) for key, pair in links.items()}
+    return replace(clusters.find("dgx-h100"), nodes=4, links=lines)
+
+
+def test_measured_links_hold_where_they_were_measured():
+    cluster = linked(all_reduce__1x2=(2e-5, 4e11), all_reduce__1x8=(5e-5, 2e11), recv__2x1=(3e-5, 5e10),
+                     all_reduce__1x8__small=(1e-5, 1e10), all_reduce__2x8=(1e-4, 1e11),
+                     all_gather__2x1=(1e-3, 1e10), all_gather__2x8=(1e-3, 1e10))  # fmt: skip
+    model = replace(cluster, links={})
+    time_of = lambda *group, **on: on.get("c", cluster).collective(*group, 32)  # noqa: E731
+    assert time_of("all_reduce", 8, 1, 1e9) == pytest.approx(5e-5 + 1e9 / 2e11)
+    assert time_of("all_reduce", 8, 1, 1e3) == pytest.approx(1e-5 + 1e3 / 1e10)  # the faster of the two lines
+    assert time_of("all_reduce", 2, 4, 1e9) == pytest.approx(2e-5 + 1e9 / 4e11)
+    halfway = 2e-5 * 2 / 3 + 5e-5 / 3 + 1e9 * (2 / 3 / 4e11 + 1 / 3 / 2e11)
+    assert time_of("all_reduce", 4, 1, 1e9) == pytest.approx(halfway)
+    assert time_of("all_reduce", 16, 1, 1e9) == pytest.approx(1e-4 + 1e9 / 1e11)
+    assert time_of("recv", 2, 8, 1e9) == time_of("recv", 4, 8, 1e9) == pytest.approx(3e-5 + 1e9 / 5e10)
+    for group in (("all_gather", 8, 1), ("all_reduce", 32, 1), ("all_reduce", 2, 8), ("all_gather", 12, 1)):
+        assert time_of(*group, 1e9) == time_of(*group, 1e9, c=model), group  # NCCL's model elsewhere
+    assert "measured: " in cluster.way("all_reduce", 8, 1, 1e9, 8).formula(1e9)
+    assert "measured small: " in cluster.way("all_reduce", 8, 1, 1e3, 8).formula(1e3)
+    assert clusters.from_dict(clusters.to_dict(cluster), "test") == cluster
+
+
+@pytest.mark.parametrize("key", ["all_reduce x8 @8", "all_reduce 1x1", "sum 1x2", "recv 0x2", "recv 2x1 big"])
+def test_a_link_by_another_name_is_refused(key):
+    document = {"base": "dgx-h100", "links": {key: {"latency": 1e-5, "bandwidth": 1e11}}}
+    with pytest.raises(ValueError, match=rf'links: {key}: a link is called "KIND DOMAINSxRANKS"'):
+        clusters.from_dict(document, "mine.yaml")

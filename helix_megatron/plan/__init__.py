@@ -5,6 +5,7 @@ memory.py     bytes that a rank holds                                     }
 traffic.py    collectives of a step, and the bytes a rank receives        } pure arithmetic
 compute.py    matrix products, attention and passing over memory          }
 hardware.py   what a cluster can do: constants of devices and links       }
+placement.py  which domains of the fast link a group's ranks lie in
 timing.py     seconds of a step, from the four above                      }
 search.py     every layout that fits, ranked                              }
 rule.py       the grid without a search, for `--attention-impl helix`     }

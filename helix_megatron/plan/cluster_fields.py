@@ -35,7 +35,8 @@ _NUMBERS: dict[str, tuple[str, float, float, bool]] = {
     "overhead": ("seconds", 0.0, 1e4, True),
 }
 _COUNTS = {"gpus_per_node": 1, "nodes": 1, "domain": 1, "slots": 0}
-_PARTS = {"rates": (Rate, ("flops", "bandwidth"), ("launch",)), "lines": (Line, ("latency", "bandwidth"), ())}
+_LINE: tuple[Any, tuple[str, ...], tuple[str, ...]] = (Line, ("latency", "bandwidth"), ())
+_PARTS = {"rates": (Rate, ("flops", "bandwidth"), ("launch",)), "lines": _LINE, "links": _LINE}
 
 
 def read(name: str, value: Any, where: str, rates: Iterable[str]) -> Any:
@@ -49,7 +50,7 @@ def read(name: str, value: Any, where: str, rates: Iterable[str]) -> Any:
     """
     if name in _COUNTS:
         return count(value, where, _COUNTS[name])
-    if name in ("rates", "lines"):
+    if name in _PARTS:
         return _entries(name, _mapping(value, where), where, rates)
     if name in ("layer_overhead", "step_overhead"):
         check_keys(_mapping(value, where), _OVERHEADS if name == "layer_overhead" else KINDS, where)
@@ -100,7 +101,7 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _entries(name: str, value: Mapping[str, Any], where: str, rates: Iterable[str]) -> dict[str, Any]:
-    """`rates` or `lines`: name of an entry to Rate or Line."""
+    """`rates`, `lines` or `links`: name of an entry to Rate or Line."""
     kind, needed, other = _PARTS[name]
     if name == "rates":
         check_keys(value, {*rates, *(f"{rate} {dtype}" for rate in rates for dtype in ELEMENT_BYTES)}, where)
@@ -109,6 +110,8 @@ def _entries(name: str, value: Mapping[str, Any], where: str, rates: Iterable[st
         here = f"{where}: {key}"
         if name == "lines":
             _check_line(str(key), here)
+        if name == "links":
+            _check_link(str(key), here)
         if not isinstance(entry, dict):
             raise ValueError(f"{here} is {entry!r}; it is a mapping of {', '.join((*needed, *other))}.")
         check_keys(entry, (*needed, *other), here)
@@ -130,3 +133,12 @@ def _check_line(key: str, where: str) -> None:
         raise ValueError(f'{where}: a line is called "KIND xSIZE @BUSY"; kinds: {kinds}.')
     if not 2 <= int(found[2]) <= int(found[3]):
         raise ValueError(f"{where}: a group has 2 ranks or more, and at most the {found[3]} that are busy.")
+
+
+def _check_link(key: str, where: str) -> None:
+    found = re.fullmatch(r"(\w+) (\d+)x(\d+)( small)?", key)
+    if not found or found[1] not in COLLECTIVES or int(found[2]) * int(found[3]) < 2:
+        raise ValueError(
+            f'{where}: a link is called "KIND DOMAINSxRANKS", ranks of each domain, two or more in all, and '
+            f"for small messages the same with small behind it; kinds: {', '.join(COLLECTIVES)}."
+        )

@@ -7,8 +7,13 @@ Note [Time of a collective]
         tree (all_reduce)   6.8 us + 2 (k-1) 0.6 us + 2 log2(nodes) 5 us,                     1/4 bandwidth
     steps: 2 (p-1) for all_reduce, p-1 otherwise; bandwidth: the slower of the links in the domain and, for
     a group over several nodes, the adapters of its k ranks in a node together (an all_to_all: each rank's
-    own). Over several nodes a low-latency step in the domain takes 1.8 times as long.
-    A probe instead measures latency and bandwidth of each collective, group size and number of busy ranks.
+    own). Over several nodes a low-latency step in the domain takes 1.8 times as long. "Nodes" are domains of
+    the fast link. Of all groups of a size and stride the slowest counts: k is its smallest number of ranks in
+    a domain (the tree's: the largest). A message between stages passes the slow link if any does.
+
+    A probe measures instead. On a host: latency and bandwidth of each collective, group size and number of
+    busy ranks. Between GPUs: of each collective, number of domains and ranks in each, for small messages and
+    for large ones (the faster line holds). Groups that lie unevenly, or beyond what was measured: NCCL's.
 
 Note [Ranks that share a device]
     On a host `slots` cores serve all ranks. A rank's computing takes share = busy ranks / slots times as long
@@ -19,7 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil, log2
+from functools import cached_property
+from math import log2
+
+from helix_megatron.plan.placement import placements, reach
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class Cluster:
         layer_overhead: seconds that a layer costs besides its operations, by what it does (host: Python and
             small tensors), see `overhead_key`.
         slots: devices that really exist when ranks share them; 0: one for each rank.
-        lines: measured collectives, "kind xSIZE @BUSY" to Line; empty: NCCL's model.
+        lines: measured collectives of ranks that share devices, "kind xSIZE @BUSY" to Line.
+        links: measured collectives of ranks with a device each, "kind DOMAINSxRANKS" (of each domain) to
+            Line, of small messages "kind DOMAINSxRANKS small"; what is in neither: NCCL's model.
         step_overhead: seconds of a step or a forward pass outside the layers.
         sources: where the figures are from.
     """
@@ -102,6 +112,7 @@ class Cluster:
     step_overhead: Mapping[str, float] = field(default_factory=dict)
     slots: int = 0
     lines: Mapping[str, Line] = field(default_factory=dict)
+    links: Mapping[str, Line] = field(default_factory=dict)
     fused: bool = True
     """Whether Megatron runs Transformer Engine's fused layers here."""
     sources: tuple[str, ...] = ()
@@ -135,19 +146,29 @@ class Cluster:
         return self.way(kind, size, stride, received, busy).seconds(received)
 
     def way(self, kind: str, size: int, stride: int, received: float, busy: int) -> Way:
-        """How one collective goes: measured, or the fastest of NCCL's ways.
+        """How one collective goes, in the slowest group of its kind: measured, or the fastest of NCCL's ways.
 
         Args:
             kind: as CommMeter names it.
             size: ranks of the group.
-            stride: distance between neighbours of the group.
+            stride: distance between neighbours of the group; groups fill the devices one after another.
             received: bytes that each rank receives.
             busy: ranks that are at work at the same time.
         """
         if self.lines:
             line = self.line(kind, size, busy)
             return Way("measured", ((1, "latency", line.latency),), line.bandwidth)
-        return min(self._nccl(kind, size, stride), key=lambda way: way.seconds(received))
+        if kind == "recv":  # some two neighbours are the farthest apart
+            near = self.devices <= reach(self.gpus_per_node, self.domain)
+            found = frozenset({(1, 2, 2) if near else (2, 1, 1)})
+        else:
+            found = placements(size, stride, self.devices, self.gpus_per_node, self.domain)
+        ways = (self._measured(kind, *one) or self._nccl(kind, size, *one) for one in found)
+
+        def seconds(way: Way) -> float:
+            return way.seconds(received)
+
+        return max((min(several, key=seconds) for several in ways), key=seconds)
 
     def line(self, kind: str, size: int, busy: int) -> Line:
         """The measured line of the nearest group size and number of busy ranks, scaled to the size."""
@@ -162,17 +183,40 @@ class Cluster:
         grown = size / near[1]
         return line if grown == 1 else Line(line.latency * grown, line.bandwidth / grown)
 
-    def _nccl(self, kind: str, size: int, stride: int) -> list[Way]:
-        in_domain = min(size, max(1, self.domain // stride))
-        nodes = ceil(size / in_domain)
+    @cached_property
+    def _lines_of_links(self) -> dict[tuple[str, int], dict[int, Line]]:
+        """`links` by ("kind" or "kind small", domains) and ranks in each."""
+        found: dict[tuple[str, int], dict[int, Line]] = {}
+        for key, line in self.links.items():
+            kind, shape, *small = key.split(" ")
+            domains, ranks = map(int, shape.split("x"))
+            found.setdefault((" ".join([kind, *small]), domains), {})[ranks] = line
+        return found
+
+    def _measured(self, kind: str, domains: int, fewest: int, most: int) -> list[Way]:
+        """Ways that were measured, between two measured numbers of ranks in proportion; or none."""
+        ways = []
+        for name in (kind, f"{kind} small"):
+            known = self._lines_of_links.get((name, domains), {})
+            low = max((ranks for ranks in known if ranks <= fewest), default=None)
+            high = min((ranks for ranks in known if ranks >= most), default=None)
+            if fewest != most or low is None or high is None:
+                continue
+            part = (most - low) / (high - low) if high > low else 0.0
+            latency = known[low].latency * (1 - part) + known[high].latency * part
+            inverse = (1 - part) / known[low].bandwidth + part / known[high].bandwidth
+            ways.append(Way(f"measured{name[len(kind) :]}", ((1, "latency", latency),), 1 / inverse))
+        return ways
+
+    def _nccl(self, kind: str, size: int, nodes: int, fewest: int, most: int) -> list[Way]:
+        """NCCL's ways in a group over `nodes` domains, with that few and that many ranks in one of them."""
         if kind == "recv":
-            near = size * stride <= self.domain
-            latency, bandwidth = (8e-6, self.fast) if near else (14e-6, self.slow)
+            latency, bandwidth = (8e-6, self.fast) if nodes == 1 else (14e-6, self.slow)
             return [Way("message", ((1, "latency", latency),), bandwidth)]
-        adapters = self.slow * (in_domain if kind != "all_to_all" else 1)
+        adapters = self.slow * (fewest if kind != "all_to_all" else 1)
         bandwidth = self.fast if nodes == 1 else min(self.fast, adapters)
         if kind == "all_to_all" and nodes > 1:  # what stays in the domain does not pass the adapter
-            bandwidth = self.slow * (size - 1) / max(1, size - in_domain)
+            bandwidth = self.slow * (size - 1) / max(1, size - fewest)
         steps = 2 * (size - 1) if kind == "all_reduce" else size - 1
         between = 2 * (nodes - 1) if kind == "all_reduce" else nodes - 1
         inside = steps - between
@@ -182,7 +226,7 @@ class Cluster:
             _way("ring", 8.4e-6, inside, 3.4e-6, between, 14e-6, bandwidth),
         ]
         if kind == "all_reduce":
-            inside, far = 2 * (in_domain - 1), 2 * log2(nodes)
+            inside, far = 2 * (most - 1), 2 * log2(nodes)
             ways.append(_way("tree", 6.8e-6, inside, near_ll, far, 5e-6, bandwidth / 4))
         return ways
 
