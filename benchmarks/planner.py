@@ -2,6 +2,7 @@
 
     python benchmarks/planner.py --fresh --out benchmarks/results/planner_host.json
     python benchmarks/planner.py             goes on where it was stopped
+    python benchmarks/planner.py --paper     only the paper's configurations, predicted, for docs/paper.md
 
 A problem is a model, a workload and a number of ranks; its layouts are Megatron's tp x pp x dp and Helix
 grids. All layouts of a problem run in the same processes, in turns. A hit: the measured best is the planner's
@@ -24,12 +25,15 @@ import bench
 import torch
 import yaml
 
+from helix_megatron.compare import paper as paper_numbers
 from helix_megatron.grid import HelixGrid, legal_grids
-from helix_megatron.plan import clusters, probe
+from helix_megatron.plan import clusters, memory, probe, report
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
+from helix_megatron.plan.search import MICRO_BATCHES
 from helix_megatron.plan.timing import predict
 from helix_megatron.presets import ModelShape, find
 
+PAPER_CLUSTER = replace(clusters.find("dgx-h100"), nodes=2)
 LAYOUTS = 7  # of a problem
 TURNS = 4
 
@@ -110,19 +114,66 @@ def _samples(folder: Path, name: str, job: list[Problem]) -> list[list[float]] |
 
 
 def paper() -> list[str]:
-    """The paper's shape on 16 H100, predicted: its two configurations, and what Helix grids would do."""
-    cluster = replace(clusters.find("dgx-h100"), nodes=2)
-    work = Workload("train", 128, 10000, distributed_optimizer=True)
-    lines = ["The paper's GPT on 16 H100 (two machines), one training step, PREDICTED:"]
-    rows = [("Megatron TP=8 PP=2", Layout(8, 2)), ("Megatron TP=16 = Helix 16x1", Layout(16))]
-    rows += [(f"Helix {n}x{16 // n}", _sliced(HelixGrid(n, 16 // n), "heads", 1)) for n in (8, 4)]
-    for name, layout in rows:
-        problem = Problem(find("paper-gpt"), replace(layout, sequence_parallel=True), work)
-        lines.append(f"  {name:28} {predict(problem, cluster).seconds:6.2f} s")
+    """The paper's two configurations, predicted, beside what it says of them: Markdown, see docs/paper.md.
+
+    128 sequences of 10,000, fp16. Training: the best micro-batch of the planner's that fits. Prefill: 16
+    micro-batches of 8 sequences, so that stages overlap. Decode: a token of all 128 after 10,000 each.
+    """
+    gpt = find("paper-gpt")
+    thin = replace(gpt, num_attention_heads=64, num_query_groups=64, kv_channels=64)  # of two slices
+    published = paper_numbers.PUBLISHED
+    lines = [
+        "| | tokens/s: training | prefill | decode | ms of communication in a decode step "
+        "| GB a GPU: training | decode |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in published.values():
+        lines.append(
+            f"| the paper: {row.name} | {row.tps:,.0f} (which kind is not said) | | "
+            f"| {row.tpot_ms} (per token) | {row.total_gb:g} (which kind is not said) | |"
+        )
+    rates = {}
+    for name, shape, layout in (
+        ("Megatron TP=8 PP=2", gpt, Layout(8, 2)),
+        ("Helix, the paper's formula (per-slice), any n x m", thin, Layout(16)),
+        ("Helix 8x2, exact", gpt, _sliced(HelixGrid(8, 2), "heads", 1)),
+        ("Helix 4x4, exact", gpt, _sliced(HelixGrid(4, 4), "heads", 1)),
+    ):
+        train, prefill, decode = (_of_paper(shape, layout, kind) for kind in ("train", "prefill", "decode"))
+        rates[name] = [tokens / predict(p, PAPER_CLUSTER).seconds for p, tokens in (train, prefill, decode)]
+        shown = " | ".join(f"{float(f'{rate:.3g}'):,.0f}" for rate in rates[name])
+        held = " | ".join(f"{memory.fullest(p)[1].total / 1e9:.3g}" for p, _ in (train, decode))
+        lines.append(f"| predicted: {name} | {shown} | {_communication(decode[0]) * 1e3:.2g} | {held} |")
+    base, new = (rates[name] for name in list(rates)[:2])
+    train, prefill, decode = (b / a for a, b in zip(base, new, strict=True))
+    said = published["proposed"].tps / published["baseline"].tps
     return [
         *lines,
-        "None of it has been measured; what the paper reports: docs/paper.md.",
+        "",
+        f"Throughput of m x n = 16 (per-slice) over that of TP=8 PP=2: {said:.2f} in the paper; predicted "
+        f"{train:.2f} in training, {prefill:.2f} in prefill, {decode:.2f} in decode.",
     ]
+
+
+def _of_paper(shape: ModelShape, layout: Layout, kind: str) -> tuple[Problem, int]:
+    """(the fastest problem that fits, its tokens in a step)."""
+    work = Workload(
+        kind, paper_numbers.BATCH, paper_numbers.LENGTH, "fp16", distributed_optimizer=kind == "train"
+    )
+    sizes = {"train": MICRO_BATCHES, "prefill": (8,), "decode": (work.batch,)}[kind]
+    problems = [
+        Problem(shape, replace(layout, micro_batch=size, sequence_parallel=kind == "train"), work)
+        for size in sizes
+    ]
+    fit = [p for p in problems if memory.fullest(p)[1].total <= PAPER_CLUSTER.capacity]
+    return min(fit, key=lambda p: predict(p, PAPER_CLUSTER).seconds), report.tokens_of_step(work)
+
+
+def _communication(problem: Problem) -> float:
+    """Seconds of a decode step's collectives on the way of a token through all stages."""
+    lines = predict(problem, PAPER_CLUSTER).lines
+    collectives = [line for line in lines if line.part != "compute" and line.name != "filling and draining"]
+    return problem.layout.pp * sum(line.seconds for line in collectives)
 
 
 def main() -> None:
@@ -130,7 +181,13 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/planner", help="probe and samples, for resuming")
     parser.add_argument("--out", help="also write the JSON document here, and the table as .md beside it")
     parser.add_argument("--fresh", action="store_true", help="forget what has been measured")
+    parser.add_argument(
+        "--paper", action="store_true", help="print the paper's configurations; measure nothing"
+    )
     options = parser.parse_args()
+    if options.paper:
+        print("\n".join(paper()))
+        return
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if options.fresh:

@@ -1,6 +1,6 @@
 """Two hosts emulated on one: reductions level by level against flat ones over a slow link.
 
-    sudo python benchmarks/two_hosts.py --rates 100 1000 --output benchmarks/results/two_hosts.json
+    sudo python benchmarks/two_hosts.py --rates 100 1000 --turns 31 --output benchmarks/results/two_hosts.json
 
 A 2x2 grid: ranks 0 and 1 live in one network namespace, ranks 2 and 3 in another, joined by a virtual cable
 whose rate `tc` limits (a token bucket; no delay is added). So a dim group is a host, and head groups cross
@@ -9,7 +9,8 @@ the cable. Each size of tensor is reduced flat (gloo's own collective over the f
 
 Predicted payload of an all-reduce in each direction, for N bytes: flat ring 2 (T-1)/T N = 1.5 N; by level N
 (two pairs of ranks all-reduce N/2 each). A ring that visits hosts in order is thus already good; what is
-saved is at most a half, whatever m, against 1/m of a reduction that sums nothing before it crosses.
+saved is at most a half, whatever m, against 1/m of a reduction that sums nothing before it crosses. gloo
+reduce-scatters by an all-reduce of which a rank keeps its part: twice the bytes, on both sides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import bench
 import torch
 import torch.distributed as dist
 
@@ -177,14 +179,21 @@ def measure(rate: float, options: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["rate Mbit/s  collective      MiB   flat ms  by level ms  ratio   sent/N flat  by level"]
+    """Markdown: medians, and the ratio of the two in a turn with its quartiles."""
+    lines = [
+        "| Mbit/s | collective | MiB | flat, ms | by level, ms | by level / flat (quartiles) "
+        "| bytes on the cable / N: flat | by level |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
-        flat, level = (statistics.median(row[f"{name}_ms"]) for name in ("flat", "by_level"))
+        flat, level = row["flat_ms"], row["by_level_ms"]
+        ratios = [b / a for a, b in zip(flat, level, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         sent = [max(row[f"{name}_sent"]) / row["bytes"] for name in ("flat", "by_level")]
         lines.append(
-            f"{row['rate_mbit']:11g}  {row['collective']:14s} {row['bytes'] / 2**20:4g} {flat:9.1f} "
-            f"{level:12.1f} "
-            f"{level / flat:6.3f} {sent[0]:13.2f} {sent[1]:9.2f}"
+            f"| {row['rate_mbit']:g} | {row['collective']} | {row['bytes'] / 2**20:g} "
+            f"| {statistics.median(flat):.1f} | {statistics.median(level):.1f} "
+            f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {sent[0]:.2f} | {sent[1]:.2f} |"
         )
     return "\n".join(lines)
 
@@ -203,7 +212,7 @@ def main() -> int:
     with two_hosts():
         rows = [row for rate in options.rates for row in measure(rate, options)]
     print(table(rows))
-    document = {"grid": str(GRID), "turns": options.turns, "rows": rows}
+    document = {"grid": str(GRID), "turns": options.turns, "hardware": bench.hardware(), "rows": rows}
     if options.output:
         options.output.write_text(json.dumps(document) + "\n")
     return 0

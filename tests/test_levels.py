@@ -1,7 +1,13 @@
 """Tensor-parallel collectives level by level on a 3x2 grid: the flat results, fewer bytes between groups."""
 
+import importlib
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from layer_worker import Groups, load, make_layer, run, start
+from levels_worker import rank_count
 from reference import Case
 
 from helix_megatron import integrate, levels
@@ -79,3 +85,47 @@ def test_results_of_the_flat_collectives_and_bytes_of_the_slow_level():
         # Gathered: the input, once more for the weight's gradient, and the output's gradient.
         for kind, calls in (("reduce_scatter", 2), ("all_gather", 3)):
             assert by_level[f"{kind} x{N}"] == (calls, calls * (N - 1) / N * whole / M)
+
+
+# ---- bytes on the slow level, of gloo's own messages ----
+ELEMENTS = 60 * 4096  # fp32
+
+
+def crossing(ranks, key, host_of):
+    """Bytes from host to host, all ranks together, in sizes of the tensor."""
+    pairs = [(r, s) for r in range(len(ranks)) for s in range(len(ranks)) if host_of(r) != host_of(s)]
+    return sum(ranks[r][key][s] for r, s in pairs) / (4 * ELEMENTS)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 2), (2, 3)])
+def test_bytes_between_hosts_beside_the_flat_ones(n, m):
+    """By level: (n-1) N for a gather, 1/m of an exchange in which every rank sends to every other. A flat
+    ring sums on its way: n of its T hops cross if it visits host after host, and then (T-m)/(T-1) is left;
+    all of them if it changes host at every hop, and then (n-1)/(T-1), which is less than 1/m."""
+    size = n * m
+    ranks = run_ranks(rank_count, size, n, m, ELEMENTS, host_mode=False, timeout_s=100)
+    for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+        gathers = 1 if kind == "all_gather" else 2
+        # gloo scatters by an all-reduce of which a rank keeps its part: twice the bytes, by level as well.
+        sums = 1 if kind == "reduce_scatter" else gathers
+        by_level = crossing(ranks, (kind, "by level"), lambda rank: rank // m)
+        in_order = crossing(ranks, (kind, "flat"), lambda rank: rank // m)
+        changing = crossing(ranks, (kind, "flat"), lambda rank: rank % n)
+        direct = crossing(ranks, (kind, "direct"), lambda rank: rank // m)
+        assert by_level == pytest.approx(gathers * (n - 1), rel=0.01), kind
+        assert in_order == pytest.approx(gathers * n * (size - 1) / size, rel=0.01), kind
+        assert changing == pytest.approx(gathers * (size - 1), rel=0.01), kind
+        assert direct == pytest.approx(sums * (size - m), rel=0.01), kind
+        assert by_level / in_order == pytest.approx((size - m) / (size - 1), rel=0.02), kind
+        assert by_level / changing == pytest.approx((n - 1) / (size - 1), rel=0.02), kind
+        assert by_level / changing < 1 / m, kind
+        assert by_level / direct * sums / gathers == pytest.approx(1 / m, rel=0.02), kind
+
+
+def test_the_page_has_the_measured_table(monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    two_hosts = importlib.import_module("two_hosts")
+    rows = json.loads((root / "benchmarks/results/two_hosts.json").read_text())["rows"]
+    assert len(rows) == 12
+    assert two_hosts.table(rows) in (root / "docs/levels.md").read_text()

@@ -1,9 +1,12 @@
 """The planner's explanation: its lines add up to the parts, and the numbers it prints give the seconds."""
 
+import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +140,33 @@ def test_the_command_prints_and_exports_the_same_lines(capsys, layout):
     assert sums == pytest.approx(first["predicted_parts"])
     for part, shown in first["predicted_parts"].items():
         assert not shown or f"{part} {shown * 1e3:.4g} ms" in text
+
+
+# ---- the paper's configurations ----
+@pytest.fixture(scope="module")
+def benchmark():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("planner_benchmark", folder / "planner.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(folder))
+    return module
+
+
+def test_the_page_has_the_table_of_the_papers_configurations(benchmark):
+    page = Path(__file__).parents[1] / "docs/paper.md"
+    assert "\n".join(benchmark.paper()) in page.read_text(), "python benchmarks/planner.py --paper"
+
+
+def test_per_slice_on_every_grid_is_the_papers_row(benchmark):
+    """Megatron with H m heads of d/m: one time whatever m, and nothing in the exchange."""
+    for kind in ("train", "prefill", "decode"):
+        seconds = []
+        for m in (1, 2, 4, 16):
+            heads = dict(num_attention_heads=32 * m, num_query_groups=32 * m, kv_channels=128 // m)
+            problem, _ = benchmark._of_paper(replace(GPT, **heads), Layout(16), kind)
+            found = predict(problem, benchmark.PAPER_CLUSTER)
+            assert found.parts["exchange"] == 0 and problem.workload.dtype == "fp16"
+            seconds.append(found.seconds)
+        assert max(seconds) == pytest.approx(min(seconds))
