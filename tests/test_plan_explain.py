@@ -142,6 +142,44 @@ def test_the_command_prints_and_exports_the_same_lines(capsys, layout):
         assert not shown or f"{part} {shown * 1e3:.4g} ms" in text
 
 
+# ---- a grid of the user's ----
+def planned(capsys, *words):
+    code = cli.main(["plan", "--nodes", "2", *words, "--json", "--top", "1000"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out)["candidates"] if out else err
+
+
+@pytest.mark.parametrize(("grid", "n", "m"), [("8x2", 8, 2), ("4x4", 4, 4), ("1x16", 1, 16), ("16x1", 16, 1)])
+@pytest.mark.parametrize("kind", ["train", "prefill", "decode"])
+def test_a_given_grid_is_planned_beside_megatron_on_as_many_ranks(capsys, grid, n, m, kind):
+    code, found = planned(capsys, "--model", "paper-gpt", "--workload", kind, "--grid", grid, "--batch", "64")
+    assert code == 0
+    helix = [c for c in found if c["layout"]["helix"]]
+    plain = [c for c in found if not c["layout"]["helix"]]
+    assert helix and plain and {c["layout"]["tp"] for c in found} == {16}
+    assert {(c["n"], c["m"]) for c in helix} == {(n, m)}
+    flags = helix[0]["flags"]
+    assert (flags["--helix-head-parallel-size"], flags["--helix-dim-parallel-size"]) == (n, m)
+    fastest = [min(c["predicted_seconds"] for c in side) for side in (helix, plain)]
+    assert fastest[0] == fastest[1] if m == 1 else fastest[0] > fastest[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--grid", "8by2"), "--grid is '8by2'; it is head groups and slices, as in 8x2"),
+        (("--grid", "0x2"), "--grid is '0x2'; it is head groups and slices"),
+        (("--grid", "8x2", "--tp", "8"), "--grid 8x2 has 16 ranks and --tp is 8; leave --tp out"),
+        (("--grid", "3x2"), "n = 3 does not divide the 32 KV heads; legal grids: n=2 m=3"),
+        (("--grid", "1x3"), "--grid 1x3 has slices of unequal size, which are not planned"),
+        (("--grid", "8x4"), "--grid 8x4 has 32 ranks, which must divide the 16 of the cluster"),
+    ],
+)
+def test_a_grid_that_cannot_be_planned_is_refused(capsys, words, message):
+    code, err = planned(capsys, "--model", "paper-gpt", *words)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 # ---- the paper's configurations ----
 @pytest.fixture(scope="module")
 def benchmark():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from typing import Any
 
+from helix_megatron.grid import HelixGrid, check_grid, even_slices, legal_grids
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
+from helix_megatron.presets import ModelShape
 
 _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
@@ -45,6 +48,9 @@ def add_plan(subparsers: Any) -> None:
     parser.add_argument("--inter-node", type=float, metavar="GB/S", help="per device and direction")
     parser.add_argument("--tp", type=int, help="only this tensor-parallel size")
     parser.add_argument("--pp", type=int, help="only this number of pipeline stages")
+    parser.add_argument(
+        "--grid", metavar="NxM", help="only this Helix grid, beside Megatron's attention on as many ranks"
+    )
     parser.add_argument("--top", type=int, default=8, help="rows shown (default: 8)")
     parser.add_argument(
         "--explain", action="store_true", help="every formula of the first rows, with numbers"
@@ -82,7 +88,8 @@ def _plan(options: argparse.Namespace) -> int:
         distributed_optimizer=cluster.fused and not options.no_distributed_optimizer,
         fused=cluster.fused,
     )
-    plan = search(shape, cluster, workload, options.tp, options.pp)
+    grid = _grid(options, shape, cluster)
+    plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
     if options.json:
         print(json.dumps(report.as_json(plan, shape, cluster, workload, options.top), allow_nan=False))
         return 0 if plan.candidates else 1
@@ -126,6 +133,31 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         changes["slow"] = options.inter_node * 1e9
     given = f"--memory {options.memory:g}" if options.memory else options.cluster
     return clusters.checked(replace(cluster, **changes), given)
+
+
+def _grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
+    """The grid of --grid. ValueError where it is none, or none that can be planned here."""
+    if options.grid is None:
+        return None
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", options.grid)
+    if sizes is None:
+        raise ValueError(f"--grid is {options.grid!r}; it is head groups and slices, as in 8x2.")
+    n, m = map(int, sizes.groups())
+    tp = n * m
+    if options.tp not in (None, tp):
+        raise ValueError(f"--grid {options.grid} has {tp} ranks and --tp is {options.tp}; leave --tp out.")
+    check_grid(shape.attention, tp, n, m)
+    if not even_slices(shape.attention, m):
+        even = ", ".join(map(str, legal_grids(shape.attention, tp, even=True))) or f"none of {tp} ranks"
+        raise ValueError(
+            f"--grid {options.grid} has slices of unequal size, which are not planned; equal: {even}."
+        )
+    if cluster.devices % tp or shape.ffn_hidden_size % tp:
+        raise ValueError(
+            f"--grid {options.grid} has {tp} ranks, which must divide the {cluster.devices} of the cluster "
+            f"and the MLP's {shape.ffn_hidden_size}."
+        )
+    return HelixGrid(n, m)
 
 
 def _nodes(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:

@@ -93,15 +93,21 @@ class Plan:
 
 
 def search(
-    shape: ModelShape, cluster: Cluster, workload: Workload, tp: int | None = None, pp: int | None = None
+    shape: ModelShape,
+    cluster: Cluster,
+    workload: Workload,
+    tp: int | None = None,
+    pp: int | None = None,
+    grid: HelixGrid | None = None,
 ) -> Plan:
     """All layouts of `shape` on all devices of `cluster`, fastest first.
 
     Args:
         tp, pp: only these sizes.
+        grid: only this one, of tp ranks and with equal slices, beside Megatron's own attention.
     """
     plan = Plan(shape, cluster, workload, tp, pp)
-    for layout in layouts(shape, cluster, workload, tp, pp):
+    for layout in layouts(shape, cluster, workload, tp, pp, grid):
         plan.tried += 1
         plan.sliced += layout.sliced
         for problem in _ways(shape, layout, workload):
@@ -142,7 +148,12 @@ def _ways(shape: ModelShape, layout: Layout, workload: Workload) -> Iterator[Pro
 
 
 def layouts(
-    shape: ModelShape, cluster: Cluster, workload: Workload, tp: int | None = None, pp: int | None = None
+    shape: ModelShape,
+    cluster: Cluster,
+    workload: Workload,
+    tp: int | None = None,
+    pp: int | None = None,
+    grid: HelixGrid | None = None,
 ) -> Iterator[Layout]:
     """Every layout of all devices that is legal and not left out (see the note above)."""
     attentions: dict[int, list[Layout]] = {}
@@ -150,7 +161,7 @@ def layouts(
         if workload.batch % dp:
             continue
         if size_tp not in attentions:
-            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload))
+            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload, grid))
         for size, attention in product(_micro_batches(workload, dp), attentions[size_tp]):
             layout = replace(
                 attention,
@@ -204,15 +215,22 @@ def _micro_batches(workload: Workload, dp: int) -> list[int]:
     return [size for size in MICRO_BATCHES if replica % size == 0]
 
 
-def attention_layouts(shape: ModelShape, tp: int, workload: Workload) -> Iterator[Layout]:
-    """Ways to do attention on `tp` ranks: Megatron's own, and Helix with sliced heads."""
+def attention_layouts(
+    shape: ModelShape, tp: int, workload: Workload, given: HelixGrid | None = None
+) -> Iterator[Layout]:
+    """Ways to do attention on `tp` ranks: Megatron's own, and Helix with sliced heads or the given grid."""
     plain = Layout(tp)
     if illegal(shape, plain, replace(workload, batch=1)) is None:
         yield plain
     whole = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
     sliced = [grid for grid in legal_grids(shape.attention, tp, even=True) if grid.dim_parallel_size > 1]
     placements = ["heads", "dims"] if shape.num_attention_heads % tp == 0 else ["dims"]
-    for grid in [] if whole else sliced[:1]:  # most head groups first
+    grids = [] if whole else sliced[:1]  # most head groups first
+    if given is not None:
+        grids = [given] if given.dim_parallel_size > 1 else []
+        if not grids:
+            yield Layout(tp, helix=True, grid=given)
+    for grid in grids:
         for comm, cache in _VARIANTS[workload.kind]:
             for placement in placements:
                 yield Layout(
