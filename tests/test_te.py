@@ -18,6 +18,7 @@ HALF = (
     "--bf16"
 )
 FP8 = f"{HALF} --fp8-format hybrid --fp8-recipe tensorwise"
+DELAYED = f"{HALF} --fp8-format hybrid --fp8-recipe delayed"  # Megatron's default
 DOCUMENTS = "--train-iters 4 --reset-position-ids --eod-mask-loss --calculate-per-token-loss"
 MASKED = f"{DOCUMENTS} --reset-attention-mask"
 WINDOW = f"{MASKED} --window-size 6,0"
@@ -47,6 +48,8 @@ CASES = {
     "bf16": (1, HALF),
     "fp8": (1, FP8),
     "fp8 in slices": (2, f"{FP8} {HELIX} 2"),
+    "delayed": (1, DELAYED),
+    "delayed in slices": (2, f"{DELAYED} {HELIX} 2"),
 }
 
 
@@ -98,11 +101,11 @@ def test_masks_of_documents(results, name):
     ) <= set(results[name]["modules"])
 
 
-def test_fp8(results):
-    """Scales are per tensor, and a slice is another tensor: equal to FP8's own error, not to rounding."""
-    plain, whole, sliced = (results[name] for name in ("bf16", "fp8", "fp8 in slices"))
+@pytest.mark.parametrize("recipe", ["fp8", "delayed"])
+def test_fp8(results, recipe):
+    """Training goes as in vanilla FP8: to FP8's own error; test_fp8.py looks at attention alone."""
+    plain, whole, sliced = (results[name] for name in ("bf16", recipe, f"{recipe} in slices"))
     assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(sliced["modules"])
     assert "HelixCoreAttention" in sliced["modules"] and len(sliced["losses"]) == 8
     assert whole["losses"] != plain["losses"]
-    error = max(abs(a - b) for a, b in zip(whole["losses"], plain["losses"], strict=True))
-    assert sliced["losses"] == pytest.approx(whole["losses"], abs=max(3 * error, 5e-3))
+    assert sliced["losses"] == pytest.approx(whole["losses"], abs=5e-3)

@@ -1,9 +1,10 @@
 """torch versions of the native kernels of Transformer Engine that its layers call: a stand-in for tests.
 
 What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused
-softmaxes, FusedAdam, the gradient norm, and FP8 with one current scale per tensor (no other recipe). Any
-other name exists, so that `import` works, and raises NotImplementedError when it is called. Written from how
-the Python code calls the kernels and what its documentation says of them; sums are in fp32 as theirs are.
+softmaxes, FusedAdam, the gradient norm, and FP8 with one scale per tensor, current or delayed (the latter
+with NVTE_UNFUSED_FP8_UPDATE=1; no other recipe). Any other name exists, so that `import` works, and raises
+NotImplementedError when it is called. Written from how the Python code calls the kernels and what its
+documentation says of them; sums are in fp32 as theirs are.
 """
 
 import enum
@@ -93,30 +94,38 @@ def _refuse(**given) -> None:
         )
 
 
-# ---- FP8, current scaling per tensor ----
+# ---- FP8, one scale per tensor ----
 _FP8 = {DType.kFloat8E4M3: torch.float8_e4m3fn, DType.kFloat8E5M2: torch.float8_e5m2}
 
 
-def quantize(tensor, quantizer, output=None, noop=None):
-    """tensor as FP8 with scale = largest FP8 number / largest magnitude (over the quantizer's group, if any).
-
-    Rows and, when the quantizer wants them, columns (the transposed bytes), as GPUs before Blackwell need.
-    """
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
-
-    if not isinstance(quantizer, Float8CurrentScalingQuantizer):
-        raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}: only tensorwise FP8")
-    amax = tensor.detach().float().abs().amax()
+def _current_scale(amax, top, quantizer):
+    """Of the largest magnitude in the quantizer's group, if it has one."""
     if quantizer.with_amax_reduction:
         torch.distributed.all_reduce(
             amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group
         )
     amax = amax.clamp_min(quantizer.amax_epsilon)
+    scale = torch.where(amax > 0, top / amax, torch.ones_like(amax))
+    return torch.exp2(torch.floor(torch.log2(scale))) if quantizer.force_pow_2_scales else scale
+
+
+def quantize(tensor, quantizer, output=None, noop=None):
+    """tensor as FP8 with scale = largest FP8 number / largest magnitude; delayed scaling: the quantizer's.
+
+    Rows and, when the quantizer wants them, columns (the transposed bytes), as GPUs before Blackwell need.
+    """
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+
+    if not isinstance(quantizer, (Float8CurrentScalingQuantizer, Float8Quantizer)):
+        raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}: only scales per tensor")
+    amax = tensor.detach().float().abs().amax()
     kind = _FP8[DType(int(quantizer.dtype))]
     top = torch.finfo(kind).max
-    scale = torch.where(amax > 0, top / amax, torch.ones_like(amax))
-    if quantizer.force_pow_2_scales:
-        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    if isinstance(quantizer, Float8Quantizer):
+        scale = quantizer.scale.clone()
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+    else:
+        scale = _current_scale(amax, top, quantizer)
     data = (tensor.detach().float() * scale).clamp(-top, top).to(kind).view(torch.uint8)
     if output is None:
         output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype)
