@@ -27,6 +27,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
@@ -281,6 +282,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
     per_slice = plan.layout.per_slice
     value = partial(_setting, config)
     softmax_type = value("softmax_type", "vanilla")
+    graphs = value("cuda_graph_impl", "none")
     reasons = {
         "multi-latent attention (--multi-latent-attention)": value("multi_latent_attention"),
         "context parallelism (--context-parallel-size > 1) with per-slice softmax or --helix-comm-type "
@@ -297,6 +299,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         ),
         f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
         "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
+        f"CUDA graphs (--cuda-graph-impl {graphs})": graphs != "none",
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
@@ -381,6 +384,14 @@ def _norm_builders(submodules: SelfAttentionSubmodules, config: TransformerConfi
         if HAVE_TE:
             from megatron.core.extensions.transformer_engine import TENorm as default
     builders = {name: getattr(submodules, name) or default for name in ("q_layernorm", "k_layernorm")}
+    empty = [name for name, builder in builders.items() if builder is IdentityOp]
+    if empty:
+        flag = "--qk-l2-norm" if config.qk_l2_norm else "--qk-layernorm"
+        raise HelixConfigError(
+            f"{flag} was given, but the layer spec has no norm in {' and '.join(empty)} (Megatron's training "
+            f"loop puts no L2 norm into its local spec), so that Megatron would compute none; use "
+            f"--transformer-impl transformer_engine or another spec, or leave {flag} out"
+        )
     missing = [name for name, builder in builders.items() if builder is None]
     if missing:
         raise HelixConfigError(

@@ -218,7 +218,6 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         return plan
     refuse_unsupported(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
-    graphs = args.cuda_graph_impl or "none"
     by_level = args.helix_hierarchical_allreduce
     unsafe = {
         "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
@@ -235,7 +234,6 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         ),
         "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--use-torch-fsdp2": args.use_torch_fsdp2,
-        f"--cuda-graph-impl {graphs}": graphs != "none",
     }
     for what, used in unsafe.items():
         if used:

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from layer_worker import Groups, all_settings, check_all, errors, inferring, load, make_layer, run, start
+from layer_worker import (
+    Groups,
+    all_settings,
+    check_all,
+    errors,
+    inferring,
+    load,
+    make_config,
+    make_layer,
+    run,
+    start,
+)
 from reference import Case, reference
 
 from helix_megatron.config import HelixConfig
@@ -403,11 +414,42 @@ def _refused(tp: int, overrides: dict) -> str:
         (dict(qk_clip=True), "--qk-clip"),
         (dict(flash_decode=True), "--flash-decode"),
         (dict(test_mode=True), "--test-mode"),
+        (dict(cuda_graph_impl="local"), "CUDA graphs (--cuda-graph-impl local)"),
+        (dict(cuda_graph_impl="transformer_engine"), "--cuda-graph-impl transformer_engine"),
+        (dict(cuda_graph_impl="full_iteration"), "--cuda-graph-impl full_iteration"),
+        (dict(enable_cuda_graph=True), "--cuda-graph-impl local"),
     ],
 )
 def test_features_that_cannot_work_are_refused_by_name(overrides, name):
     for message in run_ranks(_refused, 2, 2, overrides):
         assert name in message, message
+
+
+def _norm_without_a_module(tp: int) -> str:
+    """Megatron's training loop asks the local spec for no L2 norm, whatever the configuration says."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.spec_utils import build_module
+
+    from helix_megatron import integrate
+
+    start(tp)
+    helix = HelixConfig(1, 2)
+    Groups().of(helix.resolve(8, 4, 16, 2).grid)
+    integrate.enable(helix)
+    try:
+        config = make_config(Case(8, 4, 16, qk_norm="L2Norm"), tp)
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm").submodules.self_attention
+        build_module(spec, config=config, layer_number=1)
+    except HelixConfigError as error:
+        return str(error)
+    finally:
+        integrate.disable()
+    return "built"
+
+
+def test_a_qk_norm_that_the_spec_lacks_is_refused():
+    for message in run_ranks(_norm_without_a_module, 2, 2):
+        assert "--qk-l2-norm was given, but the layer spec has no norm in q_layernorm and" in message
 
 
 def _wrong_rope(tp: int) -> str:
