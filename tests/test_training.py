@@ -4,7 +4,8 @@ Features (recompute, experts, ...) have their few steps in test_features.py.
 """
 
 import pytest
-from training import HELIX, MODEL
+import torch
+from training import HELIX, MODEL, rank_train
 
 from helix_megatron.launch import RankError
 
@@ -46,6 +47,37 @@ def one_rank(train):
 )
 def test_losses_of_one_vanilla_rank(train, one_rank, name, ranks, flags):
     assert train(ranks, flags) == pytest.approx(one_rank, abs=1e-4), name
+
+
+def rank_counting_all_tokens(arguments):
+    """rank_train, with multi-token prediction dividing by the tokens of the whole context-parallel group."""
+    from megatron.core.transformer import multi_token_prediction
+
+    original = multi_token_prediction.roll_tensor
+
+    def roll_tensor(tensor, *args, cp_group=None, **kwargs):
+        rolled, total = original(tensor, *args, cp_group=cp_group, **kwargs)
+        if total is not None:
+            total = total.float()
+            torch.distributed.all_reduce(total, group=cp_group)
+            total /= cp_group.size()
+        return rolled, total
+
+    multi_token_prediction.roll_tensor = roll_tensor
+    rank_train(arguments)
+
+
+def test_multi_token_prediction_differs_under_context_parallelism_by_megatrons_count_alone(trainer):
+    """Megatron divides by a context-parallel rank's own count of rolled tokens; one of them has fewer."""
+    model = [*MODEL, *"--mtp-num-layers 1 --train-iters 4".split()]
+    sliced = [*model, *f"--tensor-model-parallel-size 2 --context-parallel-size 2 {HELIX}".split()]
+    one, own = trainer(1, model), trainer(4, sliced)
+    together = trainer(4, sliced, rank_counting_all_tokens)
+    assert len(one.losses) == 4
+    assert together.losses == pytest.approx(one.losses, abs=2e-5)
+    assert list(together.norms.values()) == pytest.approx(list(one.norms.values()), abs=1.1e-3)
+    assert own.losses[0] == pytest.approx(one.losses[0], abs=2e-5)  # before the first step
+    assert 1e-4 < abs(own.losses[-1] - one.losses[-1]) < 1e-2
 
 
 def test_per_slice_is_another_model(train, one_rank):
