@@ -227,6 +227,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_layernorm": True},
 }
 _ROPE_THETA = 10000.0
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_REALS = {"rms_norm_eps": 1.0, "rope_theta": 1e12, "partial_rotary_factor": 1.0}  # above 0, and up to this
 
 
 def from_hf_config(source: str | Path | Mapping[str, Any], name: str | None = None) -> ModelShape:
@@ -259,6 +264,7 @@ def from_hf_config(source: str | Path | Mapping[str, Any], name: str | None = No
             raise ValueError(f"{where} has no {key}, which a {kind} model needs.")
         return config[key]
 
+    _check_numbers(config, where)
     heads = need("num_attention_heads")
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or rope
@@ -292,6 +298,24 @@ def from_hf_config(source: str | Path | Mapping[str, Any], name: str | None = No
         notes=tuple(notes),
         **_FAMILIES[kind],
     )
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """ValueError naming the first key whose number no model has."""
+    for key in _COUNTS:
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{where}: {key} is {value!r}; it is a whole number of at least 1.")
+    rope = config.get("rope_parameters") or {}
+    for key, most in _REALS.items():
+        value = config.get(key, rope.get(key))
+        if value is not None and not (isinstance(value, int | float) and 0 < value <= most):
+            raise ValueError(f"{where}: {key} is {value!r}; it is a number above 0, up to {most:g}.")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise ValueError(
+            f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

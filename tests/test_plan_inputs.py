@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from helix_megatron import cli
+from helix_megatron import cli, compat
+from helix_megatron.grid import HelixConfigError
+from helix_megatron.launch import run_ranks
 from helix_megatron.plan import clusters, inputs
 
 
@@ -144,6 +146,250 @@ def test_machines_that_are_used_in_part_are_not_one_domain(capsys):
 def test_sizes_that_cannot_be_are_refused_in_one_line(capsys, words, message):
     code, _, err = run(capsys, *LLAMA, *words)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+# ---- models as flags ----
+GPT = {"--num-layers": 24, "--hidden-size": 2048, "--num-attention-heads": 16}
+
+
+def words(flags):
+    return [
+        word for flag, value in flags.items() for word in ([flag] if value is True else [flag, str(value)])
+    ]
+
+
+def plan_of(capsys, flags, *options):
+    return run(capsys, "--workload", "train", "--batch", "64", *options, "--", *words({**GPT, **flags}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--num-layers": -24}, "after --: --num-layers is '-24'; the planner needs a whole number"),
+        ({"--num-layers": "2.5"}, "--num-layers is '2.5'"),
+        ({"--num-layers": True}, "--num-layers is without a value"),
+        ({"--num-attention-heads": 0}, "--num-attention-heads is '0'"),
+        ({"--num-attention-heads": 15}, "does not divide --hidden-size 2048; give --kv-channels"),
+        ({"--kv-channels": 0}, "--kv-channels is '0'"),
+        ({"--ffn-hidden-size": "wide"}, "--ffn-hidden-size is 'wide'"),
+        ({"--vocab-size": "abc"}, "--vocab-size is 'abc'"),
+        ({"--padded-vocab-size": 0}, "--padded-vocab-size is '0'"),
+        ({"--make-vocab-size-divisible-by": 0}, "--make-vocab-size-divisible-by is '0'"),
+        ({"--group-query-attention": True, "--num-query-groups": 3}, "--num-query-groups 3 does not divide"),
+        ({"--rotary-percent": "abc"}, "--rotary-percent is 'abc'; the planner needs a number above 0"),
+        ({"--rotary-percent": 1.5}, "--rotary-percent is '1.5'"),
+        ({"--norm-epsilon": "nan"}, "--norm-epsilon is 'nan'"),
+        ({"--normalization": "BatchNorm"}, "is 'BatchNorm'; the planner knows LayerNorm, RMSNorm"),
+        ({"--position-embedding-type": "relative"}, "is 'relative'; the planner knows learned_absolute"),
+        ({"--swiglu": "yes"}, "--swiglu is 'yes'; it takes no value"),
+        ({"--seq-length": "long"}, "--seq-length is 'long'"),
+        ({"--bf16": True, "--fp16": True}, "--bf16 and --fp16 are both given"),
+    ],
+)  # fmt: skip
+def test_values_of_flags_that_no_model_has_are_refused_by_name(flags, message, capsys):
+    code, out, err = plan_of(capsys, flags)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_a_yaml_number_with_a_fraction_is_no_whole_number(tmp_path):
+    for value in (2.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="--num-layers is"):
+            inputs.model_of_flags({**GPT, "--num-layers": value}, "m", "m.yaml")
+    assert inputs.model_of_flags({**GPT, "--num-layers": 24.0}, "m", "m.yaml").num_layers == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3; it is a whole number of at least 1"),
+        ({"hidden_size": "512"}, "hidden_size is '512'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 8"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it is a number above 0"),
+        ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor is 2; .*up to 1"),
+    ],
+)
+def test_values_of_a_config_json_that_no_model_has_are_refused_by_name(change, message, tmp_path):
+    config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
+              "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 256,
+              "max_position_embeddings": 512}  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert inputs.model(str(path)).num_query_groups == 2
+    path.write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        inputs.model(str(path))
+
+
+MODELS = (
+    {},
+    {"--group-query-attention": True},
+    {"--group-query-attention": True, "--num-query-groups": 4},
+    {"--num-query-groups": 4},
+    {"--swiglu": True, "--hidden-size": 2000, "--kv-channels": 64},
+    {"--use-rotary-position-embeddings": True, "--disable-bias-linear": True},
+    {"--position-embedding-type": "rope", "--rotary-percent": 0.5, "--normalization": "RMSNorm"},
+)
+SAME = """num_layers hidden_size num_attention_heads kv_channels ffn_hidden_size rotary_percent normalization
+    add_bias_linear position_embedding_type""".split()
+
+
+@pytest.mark.training
+def test_a_model_of_flags_is_that_of_megatrons_parser():
+    work = {"--micro-batch-size": 1, "--seq-length": 1024, "--max-position-embeddings": 1024, **DATA}
+    lines = [(1, words({**GPT, **flags, **work})) for flags in MODELS]
+    for flags, args in zip(MODELS, run_ranks(parsed, 1, lines, False)[0], strict=True):
+        assert isinstance(args, dict), args
+        shape = inputs.model_of_flags({**GPT, **flags}, "m", "flags", 1024)
+        assert {name: getattr(shape, name) for name in SAME} == {name: args[name] for name in SAME}
+        groups = args["num_query_groups"] if args["group_query_attention"] else args["num_attention_heads"]
+        assert shape.num_query_groups == groups
+
+
+DATA = {"--mock-data": True, "--tokenizer-type": "NullTokenizer", "--vocab-size": 1000, "--lr": 1e-4,
+        "--train-iters": 2}  # fmt: skip
+
+
+def parsed(lines, build):
+    """Megatron's arguments of each (ranks, words), validated, or its refusal.
+
+    With `build` the model's configuration is made of them too, which refuses what this machine has not.
+    """
+    import contextlib
+    import io
+    import os
+
+    from helix_megatron import entry, integrate
+
+    found = []
+    os.environ.pop("MASTER_ADDR", None)  # no rank is there to agree with
+    for ranks, line in lines:
+        os.environ["WORLD_SIZE"] = str(ranks)  # read by the parser; nothing is started
+        sys.argv = ["pretrain_gpt", *entry.prepare([*line, "--helix-host-mode"])]
+        from megatron.training import argument_utils, arguments
+
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                args = arguments.parse_args()
+                arguments.validate_args(args, {})
+                if build:
+                    argument_utils.gpt_config_from_args(args)
+                found.append({k: v for k, v in vars(args).items() if isinstance(v, int | float | str | None)})
+            except (SystemExit, AssertionError, ValueError) as error:
+                found.append(f"{type(error).__name__}: {error} {said.getvalue()[-300:]}")
+        integrate.disable()
+    return found
+
+
+# ---- flags that are not planned ----
+@pytest.mark.training
+def test_flags_that_change_the_model_or_the_work_are_named_if_they_are_not_planned(capsys):
+    flags = {"--window-size": "128,0", "--overlap-grad-reduce": True, "--hidden-dropout": 0.1,
+             "--helix-softmax": "per-slice", "--tensor-model-parallel-size": 2,
+             "--attention-dropout": "0.0", "--lr": 3e-4, "--log-timers-to-tensorboard": True,
+             "--moe-router-topk": 2, "--no-rope-fusion": True, "--sequence-parallel": True}  # fmt: skip
+    code, out, err = plan_of(capsys, flags)
+    assert code == 0 and not err
+    named = [
+        line.removeprefix("Not planned: ").rstrip(".") for line in out.splitlines() if "Not planned" in line
+    ]
+    assert named[1:] == [
+        "--tensor-model-parallel-size 2, as the plan chooses (--tp 2 keeps it)",
+        "--window-size 128,0",
+        "--overlap-grad-reduce",
+        "--hidden-dropout 0.1",
+        "--helix-softmax per-slice",
+    ]
+
+
+@pytest.mark.training
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--num-expert": 8}, "has a flag --num-expert; did you mean --num-experts?"),
+        ({"--helix-soft-max": "exact"}, "has a flag --helix-soft-max; did you mean --helix-softmax?"),
+        ({"--zzz": 1}, "the flags after --: neither Megatron nor Helix has a flag --zzz."),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest(flags, message, capsys):
+    code, _, err = plan_of(capsys, flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.training
+def test_an_unknown_flag_in_a_file_is_refused_even_if_it_stands_for_a_needed_one(capsys, tmp_path):
+    path = tmp_path / "m.yaml"
+    path.write_text("MODEL_ARGS: {num-layers: 24, hidden-sise: 2048, num-attention-heads: 16, foo: false}")
+    code, _, err = run(capsys, "--model", str(path))
+    assert code == 2 and "m.yaml" in err and "a flag --hidden-sise; did you mean --hidden-size?" in err
+    path.write_text("MODEL_ARG: {num-layers: 24}")
+    code, _, err = run(capsys, "--model", str(path))
+    assert code == 2 and "has no MODEL_ARGS" in err
+
+
+def test_without_megatron_what_the_planner_does_not_know_is_named_as_unchecked(capsys, monkeypatch):
+    def missing():
+        raise HelixConfigError("megatron-core is not installed")
+
+    monkeypatch.setattr(compat, "version", missing)
+    code, out, _ = plan_of(capsys, {"--num-expert": 8, "--hidden-dropout": 0.1, "--lr": 1})
+    assert code == 0 and "Not planned: --hidden-dropout 0.1." in out
+    assert "Not planned: --num-expert 8 (unchecked without megatron.training)." in out
+
+
+def test_flags_that_the_planner_knows_start_no_megatron():
+    known = {**GPT, "--seq-length": 2048, "--lr": 1, "--bf16": True, "--tensor-model-parallel-size": 2}
+    code = (
+        "import sys; from helix_megatron.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "plan", "--json", "--", *words(known)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+# ---- work in flags ----
+def planned(capsys, flags, *options, workload="train"):
+    code, out, err = run(capsys, "--json", "--workload", workload, *options, "--", *words({**GPT, **flags}))
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_work_is_that_of_the_flags_where_no_option_says_otherwise(capsys):
+    flags = {"--seq-length": 16384, "--global-batch-size": 48, "--micro-batch-size": 3, "--fp16": True,
+             "--max-position-embeddings": 32768}  # fmt: skip
+    document = planned(capsys, flags, "--batch", "48")  # said twice, and the same
+    work, first = document["workload"], document["candidates"][0]
+    assert (work["length"], work["batch"], work["dtype"]) == (16384, 48, "fp16")
+    assert {c["layout"]["micro_batch"] for c in document["candidates"]} == {3}
+    assert first["flags"]["--seq-length"] == 16384 and first["flags"]["--fp16"] is True
+    inference = planned(capsys, flags, "--context", "300", workload="decode")["workload"]
+    assert (inference["length"], inference["batch"]) == (300, 128)  # the batch of training is another one
+    assert planned(capsys, flags, workload="prefill")["workload"]["length"] == 16384
+    host = planned(capsys, {"--use-distributed-optimizer": True, "--num-layers": 2}, "--cluster", "host")
+    assert host["workload"]["distributed_optimizer"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        (("--seq-length", "8192"), {"--seq-length": 16384},
+         "--seq-length 8192 contradicts --seq-length of the flags after --, which is 16384; leave one out"),
+        (("--batch", "64"), {"--global-batch-size": 48}, "--batch 64 contradicts --global-batch-size"),
+        (("--dtype", "bf16"), {"--fp16": True}, "--dtype bf16 contradicts --bf16 or --fp16"),
+        (("--no-distributed-optimizer",), {"--use-distributed-optimizer": True}, "zer contradicts"),
+        (("--seq-length", "8192"), {"--max-position-embeddings": 4096}, "4096 learned positions; give"),
+    ],
+)  # fmt: skip
+def test_options_and_flags_that_contradict_one_another_are_refused(options, flags, message, capsys):
+    code, _, err = run(capsys, *options, "--", *words({**GPT, **flags}))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_model_with_few_learned_positions_is_planned_as_long_as_it_is(capsys):
+    flags = {"--max-position-embeddings": 1024}
+    assert planned(capsys, flags)["workload"]["length"] == 1024
+    assert planned(capsys, flags | {"--position-embedding-type": "rope"})["workload"]["length"] == 4096
 
 
 def test_the_package_runs_as_the_command():

@@ -11,6 +11,7 @@ search.py     every layout that fits, ranked                              }
 rule.py       the grid without a search, for `--attention-impl helix`     }
 clusters.py, cluster_fields.py   known clusters, and those in files
 inputs.py     models and clusters from presets, files and flags
+given.py      Megatron's flags that come with a model: what is used, named as not planned, refused
 nvml.py       this machine's GPUs
 report.py     table, JSON, explanation
 probe.py      measures a host's constants: collectives and software,

@@ -7,12 +7,16 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from helix_megatron.grid import HelixGrid, check_grid, even_slices, legal_grids
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
 from helix_megatron.presets import ModelShape
+
+BATCH, LENGTH = 128, 4096  # where neither an option nor a flag says
+_SIZES = ("--seq-length", "--micro-batch-size", "--global-batch-size")
 
 _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
@@ -37,9 +41,14 @@ def add_plan(subparsers: Any) -> None:
     parser.add_argument("--nodes", type=int, help="machines (default: the cluster's)")
     parser.add_argument("--gpus", type=int, help="ranks in all, where not all devices are used, or shared")
     parser.add_argument("--workload", choices=KINDS, default="train")
-    parser.add_argument("--batch", type=int, default=128, help="sequences in a step over all replicas")
+    parser.add_argument("--batch", type=int, help="sequences in a step over all replicas (default: 128)")
     parser.add_argument(
-        "--seq-length", "--context", dest="length", type=int, default=4096, metavar="POSITIONS"
+        "--seq-length",
+        "--context",
+        dest="length",
+        type=int,
+        metavar="POSITIONS",
+        help="of a sequence (default: 4096)",
     )
     parser.add_argument("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
     parser.add_argument("--no-distributed-optimizer", action="store_true")
@@ -70,24 +79,13 @@ def _plan(options: argparse.Namespace) -> int:
         from helix_megatron.plan import probe
 
         return probe.main(options.probe, options.ranks)
-    from helix_megatron.plan import inputs, report
+    from helix_megatron.plan import report
     from helix_megatron.plan.search import search
 
     if bool(options.model) == bool(options.flags):
         raise ValueError("give the model either as --model or as Megatron's flags after --")
-    if options.flags:
-        shape = inputs.model_of_flags(inputs.flags_of_words(options.flags), "model", "the flags after --")
-    else:
-        shape = inputs.model(options.model)
     cluster = _cluster(options)
-    workload = Workload(
-        options.workload,
-        options.batch,
-        options.length,
-        options.dtype or ("bf16" if cluster.fused else "fp32"),
-        distributed_optimizer=cluster.fused and not options.no_distributed_optimizer,
-        fused=cluster.fused,
-    )
+    shape, workload = _asked(options, cluster)
     grid = _grid(options, shape, cluster)
     plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
     if options.json:
@@ -113,6 +111,53 @@ def _plan(options: argparse.Namespace) -> int:
             for line in report.explain(candidate, cluster):
                 show(line)
     return 0
+
+
+def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, Workload]:
+    """The model and the work: the planner's options, and Megatron's flags where they came with the model.
+
+    Raises:
+        ValueError: a flag and an option that contradict one another, or values that cannot be.
+    """
+    from helix_megatron.plan import given, inputs
+
+    flags, where = inputs.flags_of(options.model, options.flags)
+    notes = given.unplanned(flags, where, cluster.fused)  # unknown flags first: one may be a needed one's
+    train = options.workload == "train"
+    size = {name: given.whole(flags, name, where) for name in _SIZES if name in flags}
+    length, batch, micro = options.length or size.get("--seq-length"), options.batch, None
+    if train:
+        length = given.settled(
+            "--seq-length", options.length, "--seq-length", size.get("--seq-length"), where
+        )
+        batch = given.settled("--batch", batch, "--global-batch-size", size.get("--global-batch-size"), where)
+        micro = size.get("--micro-batch-size")
+    dtype = given.settled("--dtype", options.dtype, "--bf16 or --fp16", given.dtype(flags, where), where)
+    distributed = given.on(flags, "--use-distributed-optimizer", where)
+    if distributed and options.no_distributed_optimizer:
+        raise ValueError(f"--no-distributed-optimizer contradicts --use-distributed-optimizer of {where}.")
+    if flags:
+        name = Path(options.model).stem if options.model else "model"
+        shape = inputs.model_of_flags(flags, name, where, length or LENGTH)
+    else:
+        shape = inputs.model(options.model)
+    learned = shape.position_embedding_type == "learned_absolute"
+    length = length or (min(LENGTH, shape.max_position_embeddings) if learned else LENGTH)
+    if learned and length > shape.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {length}: {shape.name} has {shape.max_position_embeddings} learned positions; "
+            "give a shorter one."
+        )
+    workload = Workload(
+        options.workload,
+        batch or BATCH,
+        length,
+        dtype or ("bf16" if cluster.fused else "fp32"),
+        distributed_optimizer=(cluster.fused or distributed) and not options.no_distributed_optimizer,
+        fused=cluster.fused,
+        micro_batch=micro,
+    )
+    return replace(shape, notes=(*shape.notes, *notes)), workload
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

@@ -43,6 +43,8 @@ class Workload:
     """Optimizer state spread over data-parallel ranks."""
     fused: bool = True
     """Transformer Engine's layers and flash attention. False: Megatron's unfused local layers (host)."""
+    micro_batch: int | None = None
+    """Sequences of a micro-batch in training, where it is given and not chosen."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -212,6 +212,8 @@ def _micro_batches(workload: Workload, dp: int) -> list[int]:
     replica = workload.batch // dp
     if workload.kind != "train":
         return [replica]
+    if workload.micro_batch:
+        return [workload.micro_batch]
     return [size for size in MICRO_BATCHES if replica % size == 0]
 
 
