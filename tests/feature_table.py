@@ -44,6 +44,8 @@ SLICED = ("2x2", "1x2", "1x3")  # grids
 WEIGHTS = "--helix-slice-weights 3,1"
 ALL_ROWS = "--qk-layernorm --add-qkv-bias --attention-output-gate"
 UNEVEN = "--tensor-model-parallel-size 3"  # 1x3: m divides neither the 16 dimensions nor the 8 rotary pairs
+PER_SLICE = "--helix-softmax per-slice"
+ADAPTIVE = "--helix-adaptive-grad-scaling"
 FUSED_WGRAD = ("--no-gradient-accumulation-fusion",)
 
 
@@ -107,6 +109,7 @@ FEATURES = [
         "hierarchical all-reduce, GEMM overlap",
         f"{SHARED} {BY_LEVEL} --sequence-parallel --tp-comm-overlap",
     ),
+    F("hierarchical all-reduce, default layers", f"{SHARED} {BY_LEVEL}", te=True),
     F("full recompute, uniform", f"{SHARED} {FULL} uniform"),
     F("full recompute, block", f"{SHARED} {FULL} block"),
     F("recompute, distributed saved activations", f"{SHARED} {FULL} uniform --distribute-saved-activations"),
@@ -175,7 +178,7 @@ FEATURES = [
     F("Muon", f"{SHARED} --optimizer muon"),
     F("uneven slices, 1x3", UNEVEN, ranks=3),
     F("uneven slices, 1x3, shared positions", UNEVEN, "--num-attention-heads 4", ranks=3),
-    F("uneven slices, 1x3, per-slice", f"{UNEVEN} --helix-softmax per-slice", ranks=3),
+    F("uneven slices, 1x3, per-slice", f"{UNEVEN} {PER_SLICE}", ranks=3),
     F("uneven slices, 1x3, all_reduce", f"{UNEVEN} --helix-comm-type all_reduce", ranks=3),
     F(
         "uneven slices, 1x3, sequence parallel, full recompute",
@@ -192,6 +195,13 @@ FEATURES = [
     F("slice weights, RoPE of half a head", f"{SHARED} {WEIGHTS}", "--rotary-percent 0.5"),
     F("slice weights, no RoPE", f"{SHARED} {WEIGHTS}", "--position-embedding-type none"),
     F("slice weights", f"{SHARED} {WEIGHTS}", te=True),
+    F("slice weights, per-slice", f"{UNEVEN} --helix-slice-weights 2,1,1 {PER_SLICE}", ranks=3),
+    F("adaptive gradient scaling, exact softmax", f"{SHARED} {ADAPTIVE}"),
+    F(
+        "adaptive gradient scaling, attention sinks, learnable",
+        f"{WHOLE} {PER_SLICE} {ADAPTIVE}",
+        "--softmax-type learnable",
+    ),
     F("QK clipping", f"{SHARED} --qk-clip", te=True),
     F("CUDA graphs", f"{SHARED} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),
