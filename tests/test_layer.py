@@ -416,7 +416,6 @@ def _refused(tp: int, overrides: dict) -> str:
         (dict(test_mode=True), "--test-mode"),
         (dict(cuda_graph_impl="local"), "CUDA graphs (--cuda-graph-impl local)"),
         (dict(cuda_graph_impl="transformer_engine"), "--cuda-graph-impl transformer_engine"),
-        (dict(cuda_graph_impl="full_iteration"), "--cuda-graph-impl full_iteration"),
         (dict(enable_cuda_graph=True), "--cuda-graph-impl local"),
     ],
 )
