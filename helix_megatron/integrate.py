@@ -204,6 +204,7 @@ def activate(args: Namespace) -> None:
 
 def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     from helix_megatron.attention import plan_for, refuse_unsupported
+    from helix_megatron.masks import te_is_unfused
 
     # As TransformerConfig sees them: without --group-query-attention every query head has its own KV head.
     shape = Namespace(
@@ -219,7 +220,16 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     refuse_unsupported(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     by_level = args.helix_hierarchical_allreduce
+    unfused = args.attention_backend.name == "unfused" or te_is_unfused(args.params_dtype)
     unsafe = {
+        "--reset-attention-mask in half precision with --helix-comm-type all_reduce and --transformer-impl "
+        "transformer_engine, whose flash and fused kernels ignore that mask where its unfused one obeys it "
+        "(say --attention-backend unfused, or use a2a)": (
+            args.reset_attention_mask
+            and plan.comm_type == "all_reduce"
+            and args.transformer_impl == "transformer_engine"
+            and not unfused
+        ),
         "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
         "themselves (use local)": by_level and args.transformer_impl != "local",
         "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (

@@ -57,6 +57,11 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
             "--fp8-format hybrid --bf16 --transformer-impl transformer_engine --kv-channels 8",
             "multiples of 16, but rank 0 of Helix grid 1x2 holds 60 rows of linear_qkv",
         ),
+        (
+            "--reset-attention-mask --bf16 --helix-comm-type all_reduce --attention-backend auto "
+            "--transformer-impl transformer_engine",
+            "does not support --reset-attention-mask in half precision",
+        ),
         ("--fp8-format hybrid --bf16 --fp8-param-gather", "--fp8-param-gather"),
         ("--helix-hierarchical-allreduce", "needs two levels, but Helix grid 1x2 has one"),
         ("--optimizer muon", "does not support --optimizer muon"),
