@@ -40,7 +40,10 @@ def rank_layers(ranks: int, jobs: list[dict]) -> list[dict]:
 
 def _layer(job: dict, ranks: int, groups: Groups) -> dict:
     from megatron.core.fp8_utils import get_fp8_context
+    from transformer_engine.pytorch import quantization
 
+    # They ask for a CUDA of torch's and, MXFP8, for a Blackwell.
+    quantization._FP8_BLOCK_SCALING_SUPPORT = quantization._MXFP8_SUPPORT = True, ""
     case, rank = Case(**job["case"]), torch.distributed.get_rank()
     case.draw()
     for name in ("hidden", "qkv_weight", "proj_weight"):  # representable

@@ -9,7 +9,7 @@ from te_environment import environment
 
 CASE = dict(heads=4, groups=1, dim=32, hidden=64, seq=32, bias=False)
 EVEN = dict(heads=8, groups=2, dim=32, hidden=64, seq=32, bias=False)
-RECIPES = ("tensorwise", "delayed")
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GRIDS = {  # ranks, case, settings
     "1x2 heads": (2, CASE, dict(query_placement="heads")),
     "1x2 dims": (2, CASE, dict(query_placement="dims")),

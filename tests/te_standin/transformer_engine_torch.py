@@ -2,13 +2,14 @@
 
 What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused
 softmaxes, FusedAdam, the gradient norm, and FP8 with one scale per tensor, current or delayed (the latter
-with NVTE_UNFUSED_FP8_UPDATE=1; no other recipe). Any other name exists, so that `import` works, and raises
-NotImplementedError when it is called. Written from how the Python code calls the kernels and what its
-documentation says of them; sums are in fp32 as theirs are.
+with NVTE_UNFUSED_FP8_UPDATE=1), or per block (scaled_blocks.py). Any other name exists, so that `import`
+works, and raises NotImplementedError when it is called. Written from how the Python code calls the kernels
+and what its documentation says of them; sums are in fp32 as theirs are.
 """
 
 import enum
 
+import scaled_blocks
 import torch
 
 
@@ -116,10 +117,14 @@ def quantize(tensor, quantizer, output=None, noop=None):
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 
-    if not isinstance(quantizer, (Float8CurrentScalingQuantizer, Float8Quantizer)):
-        raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}: only scales per tensor")
-    amax = tensor.detach().float().abs().amax()
     kind = _FP8[DType(int(quantizer.dtype))]
+    if scaled_blocks.has_blocks(quantizer):
+        if output is None:
+            output = scaled_blocks.empty(quantizer, tensor.shape, tensor.dtype)
+        return scaled_blocks.quantize(tensor, quantizer, output, kind)
+    if not isinstance(quantizer, (Float8CurrentScalingQuantizer, Float8Quantizer)):
+        raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}")
+    amax = tensor.detach().float().abs().amax()
     top = torch.finfo(kind).max
     if isinstance(quantizer, Float8Quantizer):
         scale = quantizer.scale.clone()
@@ -140,6 +145,8 @@ def quantize(tensor, quantizer, output=None, noop=None):
 
 def create_empty_quantized_tensor(quantizer, shape, dtype, device, *_):
     """An FP8 tensor of the given logical shape, bytes not set."""
+    if scaled_blocks.has_blocks(quantizer):
+        return scaled_blocks.empty(quantizer, shape, dtype)
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
@@ -159,8 +166,12 @@ def bgrad_quantize(grad, quantizer):
     return grad.reshape(-1, grad.shape[-1]).sum(0), quantize(grad, quantizer)
 
 
-def _plain(tensor):
-    return tensor.dequantize(dtype=torch.float32) if hasattr(tensor, "_fp8_dtype") else tensor
+def _plain(tensor, rowwise):
+    if not hasattr(tensor, "_fp8_dtype"):
+        return tensor
+    if hasattr(tensor, "_columnwise_data"):
+        return scaled_blocks.plain(tensor, rowwise, _FP8[DType(int(tensor._fp8_dtype))])
+    return tensor.dequantize(dtype=torch.float32)
 
 
 # ---- GEMM ----
@@ -175,7 +186,7 @@ def generic_gemm(
     Returns (out, bias gradient or None, None, None).
     """
     _refuse(output_quantizer=quantizer, gelu=gelu, comm_overlap=comm_overlap, extra_output=extra_output)
-    A, B = _plain(A), _plain(B)
+    A, B = _plain(A, transa), _plain(B, not transb)  # along what is summed over
     left, right = B.reshape(-1, B.shape[-1]), A.reshape(-1, A.shape[-1])
     product = (left.t() if transb else left) @ (right.t() if transa else right)
     if alpha != 1.0:
