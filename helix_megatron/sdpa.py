@@ -58,7 +58,8 @@ class ScaledDotProductAttention(DotProductAttention):
         causal = mask_type in CAUSAL_TYPES
         sq, sk = query.shape[0], key.shape[0]
         if not plain:
-            if attention_mask is None and causal and 1 < sq < sk:  # Megatron makes square masks only
+            # Megatron makes square masks only, and those only where it was built as causal.
+            if attention_mask is None and causal and 1 < sq <= sk:
                 attention_mask = bottom_right_causal_mask(sq, sk, query.device)
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, None)
         bias = causal_lower_right(sq, sk) if causal and 1 < sq < sk else None

@@ -14,6 +14,7 @@ from layer_worker import (
     run,
     start,
 )
+from megatron.core import tensor_parallel
 from reference import Case, reference
 
 from helix_megatron.config import HelixConfig
@@ -256,6 +257,39 @@ def test_recompute_draws_the_same_dropout(comm_type):
         assert again["passes"] == mine["passes"] + 1
         for name in ("output", "hidden", "qkv_weight", "proj_weight"):
             assert torch.equal(mine[name], again[name]), name
+
+
+# ---- causality where positions are shared ----
+def _future_seen(tp: int, cp: int, overrides: list[dict]) -> list[float]:
+    """Change of the output at position 0, on the ranks that have it, when the input of position 1 changes."""
+    start(tp, cp)
+    case, helix, found = Case(9, 3, 16, seq=16), HelixConfig(1, tp), []
+    case.draw()
+    layout = helix.resolve(9, 3, 16, tp).layout
+    assert layout.position_parts > 1 or cp > 1
+    groups, rank = Groups().of(layout.grid), torch.distributed.get_rank()
+    chunks = torch.arange(case.seq).chunk(2 * cp)
+    share = torch.cat([chunks[rank // tp], chunks[-1 - rank // tp]])
+    for flags in overrides:
+        layer = make_layer(case, helix, tp, groups, context_parallel_size=cp, **flags).train()
+        load(layer, case, layout.qkv_rows(rank % tp), layout.proj_columns(rank % tp), torch.float32)
+        outs = []
+        for change in (0.0, 5.0):
+            tensor_parallel.model_parallel_cuda_manual_seed(123)  # drops the same
+            hidden = case.tensors["hidden"].float().clone()
+            hidden[1] += change
+            outs.append(layer(hidden[share], None, rotary_pos_emb=case.rope_table()[share])[0])
+        difference = (outs[1] - outs[0]).detach().abs().amax(dim=(1, 2))
+        found.append(difference[share == 0].sum().item())
+        assert cp > 1 or difference[1] > 0.1
+    return found
+
+
+@pytest.mark.parametrize("tp, cp", [(4, 1), (2, 2)])
+def test_shared_positions_do_not_see_the_future(tp, cp):
+    """Also where PyTorch's fused attention does not serve, and Megatron's own core computes the chunks."""
+    features = [{}, dict(attention_dropout=0.3), dict(softmax_type="off-by-one")]
+    assert run_ranks(_future_seen, tp * cp, tp, cp, features) == [[0.0, 0.0, 0.0]] * (tp * cp)
 
 
 # ---- decoding with Megatron's static cache ----
