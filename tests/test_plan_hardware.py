@@ -6,9 +6,13 @@ import time
 import types
 from dataclasses import replace
 
+import plan_worker
 import pytest
+import torch
 
-from helix_megatron.plan import clusters, inputs, nvml, search
+from helix_megatron import cli
+from helix_megatron.launch import run_ranks
+from helix_megatron.plan import clusters, inputs, nvml, probe, probe_gpu, search
 from helix_megatron.plan.hardware import Line
 from helix_megatron.plan.layout import Workload
 from helix_megatron.plan.placement import placements
@@ -233,3 +237,120 @@ def test_a_link_by_another_name_is_refused(key):
     document = {"base": "dgx-h100", "links": {key: {"latency": 1e-5, "bandwidth": 1e11}}}
     with pytest.raises(ValueError, match=rf'links: {key}: a link is called "KIND DOMAINSxRANKS"'):
         clusters.from_dict(document, "mine.yaml")
+
+
+# ---- the probe ----
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """Two machines of two "GPUs", probed by four ranks in host mode."""
+    path = tmp_path_factory.mktemp("probe") / "this.yaml"
+    environment = {"LOCAL_WORLD_SIZE": 2}
+    codes = run_ranks(plan_worker.probe, 4, str(path), 2, timeout_s=300, env=environment)
+    assert codes == [0] * 4
+    return path
+
+
+def test_the_probe_measures_gpus_in_the_ranks_of_torchrun(probed):
+    cluster, preset = inputs.cluster(str(probed)), clusters.find("dgx-h100")
+    assert (cluster.gpus_per_node, cluster.nodes, cluster.domain, cluster.slots) == (2, 2, 2, 0)
+    assert cluster.memory == 80 * GB and cluster.fused and cluster.reserve == preset.reserve
+    expected = {f"{kind} {shape}" for kind in probe.KINDS for shape in ("1x2", "2x1", "2x2")} - {"recv 2x2"}
+    assert set(cluster.links) == expected | {f"{key} small" for key in expected}
+    for key in expected:
+        assert cluster.links[key].latency >= cluster.links[f"{key} small"].latency
+    assert cluster.fast == cluster.links["all_gather 1x2"].bandwidth
+    assert cluster.slow == cluster.links["all_gather 2x1"].bandwidth
+    assert set(cluster.rates) == set(preset.rates)
+    for kind, rate in cluster.rates.items():
+        assert rate != preset.rates[kind] and 1e5 < rate.bandwidth < preset.rates[kind].bandwidth, kind
+    assert cluster.rates["gemm"] != cluster.rates["gemm fp32"]
+    assert cluster.rates["fused attention"].flops < 1e12
+    assert "rates, and links of 4 ranks on 2 machines" in cluster.sources[0]
+
+
+def test_what_was_probed_is_planned_with(probed, capsys):
+    words = ("plan", "--model", "smollm2-135m", "--cluster", str(probed), "--batch", "8", "--explain")
+    assert cli.main([*words, "--tp", "2", "--pp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "measured" in out and "ring" not in out and "tree" not in out
+    assert cli.main([*words, "--nodes", "4", "--tp", "1", "--pp", "1"]) == 0  # dp = 8 was not measured
+    assert "ring" in capsys.readouterr().out
+
+
+def test_lines_pass_through_what_was_timed(monkeypatch):
+    asked = []
+
+    def seconds(kind, group, received, calls):
+        asked.append((kind, received))
+        return 1e-5 + received * (2 if kind == "recv" else 1) / 1e11
+
+    monkeypatch.setattr(probe, "collective_seconds", seconds)
+    for kind in ("all_reduce", "recv"):
+        assert probe_gpu._line(kind, None, (1000, 5_000_000)) == (pytest.approx(1e-5), pytest.approx(1e11))
+    assert asked == [("all_reduce", 1000), ("all_reduce", 5_000_000), ("recv", 500), ("recv", 2_500_000)]
+    noise = {1000: 2e-5, 5_000_000: 1e-5}
+    monkeypatch.setattr(probe, "collective_seconds", lambda kind, group, received, calls: noise[received])
+    latency, bandwidth = probe_gpu._line("all_reduce", None, (1000, 5_000_000))
+    assert 1e-6 <= latency <= 2e-5 and 0 < bandwidth < 1e15  # which a file may hold
+
+
+@pytest.mark.parametrize(("world", "joined"), [(2, 2), (16, 8), (32, 8), (12, 6), (18, 6), (4, 1), (144, 72)])
+def test_every_rank_is_in_one_group_of_each_shape(world, joined):
+    measured = probe_gpu.shapes(world, joined)
+    assert len(set(measured)) == len(measured) and (1, joined) in {*measured, (1, 1)}
+    assert (world // joined, joined) in measured
+    for domains, ranks in measured:
+        made = probe_gpu.groups(world, joined, domains, ranks)
+        assert sorted(rank for group in made for rank in group) == list(range(world))
+        for group in made:
+            assert group == sorted(group) and lie(group, joined, joined) == (domains, ranks, ranks)
+
+
+def in_ranks(monkeypatch, local, world, found):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nvml, "gpus", lambda: found)
+
+
+def refused(capsys, *words):
+    assert cli.main(["plan", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_ranks_that_are_not_one_on_each_gpu_are_refused(monkeypatch, capsys, tmp_path):
+    path = str(tmp_path / "this.yaml")
+    h100 = [("NVIDIA H100 80GB HBM3", 80 * GB, tuple(range(8)))] * 8
+    in_ranks(monkeypatch, 4, 4, h100)
+    assert "started 4 ranks on a machine of 8 GPUs, 4 in all" in refused(capsys, "--probe", path)
+    assert "--ranks 4 is for hosts" in refused(capsys, "--probe", path, "--ranks", "4")
+    in_ranks(monkeypatch, 4, 76, [("NVIDIA GB200", 186 * GB, (0, 1, 2, 3))] * 4)
+    assert "76 ranks do not fill domains of 72 GPUs" in refused(capsys, "--probe", path)
+    in_ranks(monkeypatch, 8, 8, [])
+    assert "NVML tells of no GPU" in refused(capsys, "--probe", path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"a host is probed without torchrun: helix plan --probe {path}" in refused(capsys, "--probe", path)
+
+
+def test_gpus_without_ranks_are_told_the_command(monkeypatch, capsys, tmp_path):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    path = str(tmp_path / "this.yaml")
+    command = f"torchrun --nproc-per-node 8 -m helix_megatron.cli plan --probe {path}"
+    assert command in refused(capsys, "--probe", path)
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(monkeypatch, capsys, tmp_path):
+    def measured(*args):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(probe, "measured", measured)
+    for path in (tmp_path / "nowhere" / "x.yaml", tmp_path):
+        assert f"--probe {path} cannot be written" in refused(capsys, "--probe", str(path))
+    probe.check_writable(str(tmp_path / "new.yaml"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old.yaml").write_text("kept")
+    probe.check_writable(str(tmp_path / "old.yaml"))
+    assert (tmp_path / "old.yaml").read_text() == "kept"

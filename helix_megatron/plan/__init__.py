@@ -15,7 +15,8 @@ given.py      Megatron's flags that come with a model: what is used, named as no
 nvml.py       this machine's GPUs
 report.py     table, JSON, explanation
 probe.py      measures a host's constants: collectives and software,
-rates.py      and what its cores do in a second
+probe_gpu.py  or those of GPUs,
+rates.py      and what a core or a GPU does in a second
 trial.py      builds a layout with Megatron and measures it: what predictions are checked against
 command.py    the command line
 """

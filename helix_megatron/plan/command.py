@@ -66,7 +66,9 @@ def add_plan(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     parser.add_argument(
-        "--probe", metavar="FILE", help="measure this host's cores and write FILE, for --cluster"
+        "--probe",
+        metavar="FILE",
+        help="measure this machine (GPUs: in torchrun), write FILE for --cluster",
     )
     parser.add_argument("--ranks", type=int, help="with --probe: the most ranks (default: twice the cores)")
     parser.add_argument("flags", nargs="*", help="after --: the model as Megatron's flags")

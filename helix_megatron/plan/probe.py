@@ -7,7 +7,7 @@
 
 Times are lower quartiles: other load can only lengthen them.
 
-GPUs are not probed: their presets are the vendors' figures.
+GPUs are probed in the ranks of torchrun (probe_gpu.py).
 """
 
 from __future__ import annotations
@@ -21,29 +21,62 @@ from typing import Any
 import yaml
 
 from helix_megatron.grid import HelixGrid
-from helix_megatron.plan import clusters, inputs, rates, timing
+from helix_megatron.plan import clusters, inputs, probe_gpu, rates, timing
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.presets import ModelShape
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
+KINDS = probe_gpu.KINDS
 SMALL, LARGE = 4096, 4 << 20  # bytes that a rank receives, about
 
 
 def main(path: str, ranks: int | None) -> int:
-    """Measure this machine and write its constants to `path`; returns the exit code."""
+    """Measure this machine and write its constants to `path`; returns the exit code.
+
+    Raises:
+        ValueError: `path` cannot be written, ranks without GPUs, or GPUs without ranks.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        raise ValueError("GPUs are not probed; use a preset, or a YAML file with base: PRESET.")
-    cluster = measured(inputs.of_cores(), ranks)
-    Path(path).write_text(yaml.safe_dump(clusters.to_dict(cluster), sort_keys=False))
-    print(f"measured {cluster.name}, collectives of up to {_largest(cluster)} ranks; use --cluster {path}")
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        check_writable(path)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if not torch.cuda.is_available():
+            raise ValueError(f"there is no GPU; a host is probed without torchrun: helix plan --probe {path}")
+        if ranks:
+            raise ValueError(f"--ranks {ranks} is for hosts; on GPUs torchrun starts one rank on each.")
+        cluster = probe_gpu.measured()
+    elif torch.cuda.is_available():
+        raise ValueError(
+            "this machine has GPUs: start one process on each, torchrun --nproc-per-node "
+            f"{torch.cuda.device_count()} -m helix_megatron.cli plan --probe {path}"
+        )
+    else:
+        cluster = measured(inputs.of_cores(), ranks)
+    if first:
+        Path(path).write_text(yaml.safe_dump(clusters.to_dict(cluster), sort_keys=False))
+        most = _largest(cluster)
+        print(f"measured {cluster.name}, collectives of up to {most} ranks; use --cluster {path}")
     return 0
 
 
+def check_writable(path: str) -> None:
+    """ValueError where `path` cannot be written, before minutes of measuring."""
+    new = not Path(path).exists()
+    try:
+        with open(path, "a"):
+            pass
+        if new:
+            Path(path).unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--probe {path} cannot be written ({error.strerror}); give a file in a folder that is there."
+        ) from error
+
+
 def _largest(cluster: Cluster) -> int:
-    return max(int(key.rsplit("@", 1)[1]) for key in cluster.lines)
+    return max((int(key.rsplit("@", 1)[1]) for key in cluster.lines), default=cluster.devices)
 
 
 def measured(base: Cluster, ranks: int | None = None) -> Cluster:
@@ -87,7 +120,7 @@ def collectives() -> dict[str, tuple[float, float]]:
         groups = [dist.new_group(range(start, start + size)) for start in range(0, world, size)]
         group = groups[rank // size]
         for kind in KINDS:
-            times = [_collective_seconds(kind, group, received) for received in (SMALL, LARGE)]
+            times = [collective_seconds(kind, group, received) for received in (SMALL, LARGE)]
             bandwidth = (LARGE - SMALL) / max(times[1] - times[0], 1e-7)
             found[f"{kind} x{size} @{world}"] = (max(times[0] - SMALL / bandwidth, 1e-6), bandwidth)
         size *= 2
@@ -95,15 +128,16 @@ def collectives() -> dict[str, tuple[float, float]]:
     return found
 
 
-def _collective_seconds(kind: str, group: Any, received: int) -> float:
-    """Seconds of a collective in which each rank receives about `received` bytes."""
+def collective_seconds(kind: str, group: Any, received: int, calls: int = rates.HOST.calls) -> float:
+    """Seconds of a collective in which each rank receives about `received` bytes; recv: p/(p-1) of it."""
     import torch
     import torch.distributed as dist
 
     p, rank = group.size(), group.rank()
     share = received // 4 // (2 if kind == "all_reduce" else 1) * p // (p - 1)
-    tensor = torch.zeros(max(p, share // p * p))
-    part = torch.zeros(len(tensor) // p)
+    device = torch.cuda.current_device()
+    tensor = torch.zeros(max(p, share // p * p), device=device)
+    part = torch.zeros(len(tensor) // p, device=device)
     ranks = dist.get_process_group_ranks(group)
 
     def once() -> None:
@@ -120,7 +154,7 @@ def _collective_seconds(kind: str, group: Any, received: int) -> float:
         else:
             dist.recv(tensor, ranks[rank - 1], group=group)
 
-    return rates.seconds_of(once, 9)
+    return rates.seconds_of(once, 9, calls)
 
 
 # ---- software ----

@@ -158,7 +158,8 @@ def _timed(step: Callable[[], Any], steps: int, warmup: int) -> list[float]:
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        elapsed = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        one, device = time.perf_counter() - start, torch.cuda.current_device()
+        elapsed = torch.tensor([one], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
         if number >= warmup:
             seconds.append(elapsed.item())
