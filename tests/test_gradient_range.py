@@ -174,6 +174,19 @@ def test_per_slice_in_fp16_differs_in_gradients_alone(recompute):
         assert same["output"] and same["proj_weight"] and not same["qkv_weight"], same
 
 
+# ---- Megatron's own loop ----
+@pytest.mark.training
+@pytest.mark.parametrize("scale", ["--initial-loss-scale 65536", "--loss-scale 1024", "--loss-scale 1"])
+def test_in_megatrons_loop_both_settings_train_alike(trainer, scale):
+    """Its tiny models lose nothing that counts, dynamic scale or fixed: the flag decides nothing there."""
+    flags = f"--tensor-model-parallel-size 2 {HELIX} --helix-softmax per-slice --fp16 {scale}".split()
+    plain, adaptive = (
+        trainer(2, [*MODEL, *flags, *more]).losses for more in ([], ["--helix-adaptive-grad-scaling"])
+    )
+    assert len(plain) == 20 and plain[-1] < plain[0] - 1
+    assert adaptive == pytest.approx(plain, abs=0.02)
+
+
 # ---- found-inf ----
 STEPS, BROKEN = 5, 3
 
