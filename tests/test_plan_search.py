@@ -77,6 +77,7 @@ SOME_WORKS += [Workload("train", 16, s, distributed_optimizer=True) for s in LEN
         *(("pcie-l40s", 2, name) for name in ("qwen2-7b", "phi-3-medium")),
         ("dgx-a100", 4, "smollm2-135m"),
         ("dgx-h100", 3, "smollm2-135m"),
+        ("dgx-h100", 2, "qwen3-8b"),  # QK norm
         ("host", 4, "llama-3-8b"),
     ],
 )

@@ -8,6 +8,7 @@ hardware.py   what a cluster can do: constants of devices and links       }
 placement.py  which domains of the fast link a group's ranks lie in
 timing.py     seconds of a step, from the four above                      }
 search.py     every layout that fits, ranked                              }
+advice.py     why nothing fits, and what would                            }
 rule.py       the grid without a search, for `--attention-impl helix`     }
 clusters.py, cluster_fields.py   known clusters, and those in files
 inputs.py     models and clusters from presets, files and flags

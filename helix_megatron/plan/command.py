@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace) -> int:
         from helix_megatron.plan import probe
 
         return probe.main(options.probe, options.ranks)
-    from helix_megatron.plan import report
+    from helix_megatron.plan import advice, report
     from helix_megatron.plan.search import search
 
     if bool(options.model) == bool(options.flags):
@@ -99,17 +99,18 @@ def _plan(options: argparse.Namespace) -> int:
     show = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     show(report.title(shape, cluster, workload))
     if not plan.candidates:
-        show(f"No plan: {report.nothing(plan, shape, cluster)}.")
+        show(f"No plan: {advice.nothing(plan)}.")
         return 1
     console.print(report.table(plan, workload, options.top))
     console.print(report.memory_table(plan, cluster, options.top))
     left = f", {plan.too_big} do not fit" if plan.too_big else ""
-    show(f"{plan.tried} layouts{left}. ms: a whole step ({workload.kind}); update: gradients and optimizer.")
+    show(f"{plan.tried} variants tried{left}; a row is a layout in its fastest variant.")
+    show(f"ms: a whole step ({workload.kind}); update: gradients and optimizer.")
     for line in report.verdict(plan, shape, workload):
         show(line)
     show(f"Flags of 1: {report.flags_line(plan.candidates[0].layout, workload)}")
     if options.explain:
-        for candidate in plan.candidates[: min(2, options.top)]:
+        for candidate in plan.best[: min(2, options.top)]:
             for line in report.explain(candidate, cluster):
                 show(line)
     return 0

@@ -117,13 +117,16 @@ class Layout:
         rotary = shape.rotary_percent if shape.position_embedding_type == "rope" else 0.0
         return HelixConfig(self.n, self.m, rotary_percent=rotary, **choices)
 
-    def describe(self) -> str:
-        """One short line."""
+    def describe(self, workload: Workload | None = None) -> str:
+        """One short line; with the work, also what it depends on: the cache, or micro-batches."""
         text = f"tp={self.tp} pp={self.pp} dp={self.dp}"
         if self.helix:
             text += f", Helix {self.grid}"
             if self.sliced:
                 text += f" {self.comm_type} {self.placement}"
+                text += f", cache {self.kv_cache}" if workload and workload.kind != "train" else ""
+        if workload and workload.kind == "train":
+            text += f", micro-batch {self.micro_batch}" + (", recompute" if self.recompute else "")
         return text
 
     def flags(self, workload: Workload) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from helix_megatron.plan import compute, traffic
+from helix_megatron.plan import advice, compute, traffic
 from helix_megatron.plan.clusters import to_dict
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Workload
@@ -40,13 +40,13 @@ def title(shape: ModelShape, cluster: Cluster, workload: Workload) -> str:
 
 
 def table(plan: Plan, workload: Workload, top: int) -> Table:
-    """The best layouts, one row each."""
+    """The best layouts, one row each, in their fastest variant."""
     shown = Table(box=None, pad_edge=False)
     for name in ("", "tp", "pp", "dp", "n", "m", "comm", "queries", "cache", "micro", "ms", "tok/s"):
         shown.add_column(name, justify="right" if name not in ("comm", "queries", "cache") else "left")
     for name in (*_PARTS, "GB/rank"):
         shown.add_column(name, justify="right")
-    for number, candidate in enumerate(plan.candidates[:top], 1):
+    for number, candidate in enumerate(plan.best[:top], 1):
         shown.add_row(str(number), *_cells(candidate, workload))
     return shown
 
@@ -76,11 +76,11 @@ def memory_table(plan: Plan, cluster: Cluster, top: int) -> Table:
     shown = Table(box=None, pad_edge=False)
     for name in ("", "GB on the fullest rank, predicted:", *_HELD, "sum", "of"):
         shown.add_column(name.replace("_", " "), justify="right" if name in (*_HELD, "sum", "of") else "left")
-    for number, candidate in enumerate(plan.candidates[:top], 1):
+    for number, candidate in enumerate(plan.best[:top], 1):
         sizes = candidate.memory.bytes()
         shown.add_row(
             str(number),
-            candidate.layout.describe(),
+            candidate.layout.describe(plan.workload),
             *(f"{sizes[name] / 1e9:.3g}" for name in _HELD),
             f"{candidate.memory.total / 1e9:.3g}",
             f"{cluster.capacity / 1e9:.3g}",
@@ -89,27 +89,34 @@ def memory_table(plan: Plan, cluster: Cluster, top: int) -> Table:
 
 
 def verdict(plan: Plan, shape: ModelShape, workload: Workload) -> list[str]:
-    """What to do, in sentences: Helix or not, and why the first beats the second."""
+    """What to do, in sentences: Helix or not, why the first beats the second, and what would be better."""
     best = plan.candidates[0]
     helix = next((c for c in plan.candidates if c.layout.sliced), None)
     plain = next((c for c in plan.candidates if not c.layout.sliced), None)
-    said = []
-    if helix is None:
-        said.append("Leave Helix off: every tensor-parallel size that fits divides heads and KV heads.")
+    uneven = advice.uneven(plan)
+    if helix is None and plan.sliced:
+        said = [f"Leave Helix off: none of its {plan.sliced} layouts with sliced heads fits."]
+    elif helix is None:
+        only = f"with tp = {plan.tp} heads stay" if plan.tp else "every tensor-parallel size here keeps heads"
+        said = [f"Leave Helix off: {only} whole." if not uneven else f"Of what is modelled, {only} whole."]
     elif not best.layout.sliced:
-        said.append(
-            f"Leave Helix off: its best layout ({helix.layout.describe()}) is predicted to take "
+        said = [
+            f"Leave Helix off: its best layout ({helix.layout.describe(workload)}) is predicted to take "
             f"{helix.seconds / best.seconds:.3g} times as long."
-        )
+        ]
     elif plain is None:
-        said.append("Use Helix: Megatron's own attention has no layout here that is legal and fits.")
+        said = ["Use Helix: Megatron's own attention has no layout here that is legal and fits."]
     else:
-        said.append(
-            f"Use Helix: Megatron's best layout ({plain.layout.describe()}) is predicted to take "
+        said = [
+            f"Use Helix: Megatron's best layout ({plain.layout.describe(workload)}) is predicted to take "
             f"{plain.seconds / best.seconds:.3g} times as long."
-        )
-    if len(plan.candidates) > 1:
-        said.append(why(best, plan.candidates[1]))
+        ]
+    if uneven:
+        said.append(f"{uneven}.")
+    if len(plan.best) > 1:
+        said.append(why(best, plan.best[1]))
+    batch = advice.better_batch(plan)
+    said += [batch] if batch else []
     said += [f"Not planned: {note}." for note in shape.notes]
     return said
 
@@ -126,7 +133,7 @@ def why(first: Candidate, second: Candidate) -> str:
     def listed(parts: list[str]) -> str:
         return ", ".join(f"{abs(gains[part]) * 1e3:.3g} ms {names.get(part, part)}" for part in parts[:3])
 
-    text = f"1 before 2 ({second.layout.describe()}): "
+    text = f"1 before 2 ({second.layout.describe(second.problem.workload)}): "
     if not saved:
         return text + "equal in every part; the simpler one comes first."
     text += f"saves {listed(saved)}"
@@ -141,19 +148,6 @@ def flags_line(layout: Layout, workload: Workload) -> str:
     for flag, value in layout.flags(workload).items():
         words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
-
-
-def nothing(plan: Plan, shape: ModelShape, cluster: Cluster) -> str:
-    """Why there is no plan."""
-    if not plan.tried:
-        return (
-            f"no layout of {shape.name} uses exactly {cluster.devices} ranks: tp must suit heads, KV heads "
-            f"and MLP, pp divide {shape.num_layers} layers, dp divide the batch; change --gpus or --batch"
-        )
-    return (
-        f"none of {plan.tried} layouts fits: the smallest needs {plan.smallest / 1e9:.3g} GB on a rank, and "
-        f"{cluster.capacity / 1e9:.3g} GB are there (predicted); use more devices or a smaller batch"
-    )
 
 
 # ---- explanation ----
@@ -188,8 +182,8 @@ def as_json(plan: Plan, shape: ModelShape, cluster: Cluster, workload: Workload,
         "workload": asdict(workload),
         "tried": plan.tried,
         "too_big": plan.too_big,
-        "verdict": verdict(plan, shape, workload) if plan.candidates else [nothing(plan, shape, cluster)],
-        "candidates": [_entry(candidate, workload) for candidate in plan.candidates[:top]],
+        "verdict": verdict(plan, shape, workload) if plan.candidates else [advice.nothing(plan)],
+        "candidates": [_entry(candidate, workload) for candidate in plan.best[:top]],
     }
 
 

@@ -10,8 +10,11 @@ Note [Exhaustive, and what is pruned]
                                token, in a larger group: of the legal grids of a tp, the one with largest n
       m > 1 where m = 1 works  likewise, if both run a fused attention core
       what changes nothing     comm types in decode and with a cache "sequence", caches in training
+      "dims" where "heads" is  it exchanges queries and outputs besides. Where scores are summed (all_reduce,
+      legal                    decode with a cache "dim") it is "heads" that exchanges more, QK norms apart.
+                               Not left out where the software of a layer was measured: it differs too
       full recompute           where the layout fits without
-    Which placement, comm type and cache is fastest turns on context, batch and links, and is predicted.
+    Which comm type and cache is fastest turns on context, batch and links, and is predicted.
 """
 
 from __future__ import annotations
@@ -66,6 +69,8 @@ class Plan:
     """The only tensor-parallel size that was allowed."""
     pp: int | None = None
     """The only number of pipeline stages that was allowed."""
+    grid: HelixGrid | None = None
+    """The only grid that was allowed, of `tp` ranks."""
     candidates: list[Candidate] = field(default_factory=list)
     """Fastest first."""
     tried: int = 0
@@ -106,7 +111,7 @@ def search(
         tp, pp: only these sizes.
         grid: only this one, of tp ranks and with equal slices, beside Megatron's own attention.
     """
-    plan = Plan(shape, cluster, workload, tp, pp)
+    plan = Plan(shape, cluster, workload, tp, pp, grid)
     for layout in layouts(shape, cluster, workload, tp, pp, grid):
         plan.tried += 1
         plan.sliced += layout.sliced
@@ -161,7 +166,8 @@ def layouts(
         if workload.batch % dp:
             continue
         if size_tp not in attentions:
-            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload, grid))
+            measured = bool(cluster.layer_overhead)
+            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload, grid, measured))
         for size, attention in product(_micro_batches(workload, dp), attentions[size_tp]):
             layout = replace(
                 attention,
@@ -194,13 +200,14 @@ def uneven_only(shape: ModelShape, tp: int, workload: Workload) -> bool:
 
 
 def sizes_with_uneven_slices(plan: Plan) -> list[int]:
-    """The tensor-parallel sizes of a plan's devices that are left out as `uneven_only`."""
-    tps = [plan.tp] if plan.tp else _divisors(plan.cluster.devices)
-    return [
-        tp
-        for tp in tps
-        if plan.cluster.devices % tp == 0 and uneven_only(plan.shape, tp, plan.workload)
-    ]  # fmt: skip
+    """The tensor-parallel sizes that would be legal for a plan, but are left out as `uneven_only`."""
+    shape, work, devices = plan.shape, plan.workload, plan.cluster.devices
+    found = []
+    for tp in [k for k in _divisors(devices) if plan.tp in (None, k)]:
+        stages = [k for k in _divisors(devices // tp) if plan.pp in (None, k) and shape.num_layers % k == 0]
+        if any(work.batch % (devices // tp // k) == 0 for k in stages) and uneven_only(shape, tp, work):
+            found.append(tp)
+    return found
 
 
 def _sequence_parallel(workload: Workload, tp: int) -> bool:
@@ -218,15 +225,23 @@ def _micro_batches(workload: Workload, dp: int) -> list[int]:
 
 
 def attention_layouts(
-    shape: ModelShape, tp: int, workload: Workload, given: HelixGrid | None = None
+    shape: ModelShape,
+    tp: int,
+    workload: Workload,
+    given: HelixGrid | None = None,
+    measured: bool = False,
 ) -> Iterator[Layout]:
-    """Ways to do attention on `tp` ranks: Megatron's own, and Helix with sliced heads or the given grid."""
+    """Ways to do attention on `tp` ranks: Megatron's own, and Helix with sliced heads or the given grid.
+
+    Args:
+        given: in place of the grid with most head groups.
+        measured: the software of a layer has its time, which turns on the query placement.
+    """
     plain = Layout(tp)
     if illegal(shape, plain, replace(workload, batch=1)) is None:
         yield plain
     whole = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
     sliced = [grid for grid in legal_grids(shape.attention, tp, even=True) if grid.dim_parallel_size > 1]
-    placements = ["heads", "dims"] if shape.num_attention_heads % tp == 0 else ["dims"]
     grids = [] if whole else sliced[:1]  # most head groups first
     if given is not None:
         grids = [given] if given.dim_parallel_size > 1 else []
@@ -234,10 +249,21 @@ def attention_layouts(
             yield Layout(tp, helix=True, grid=given)
     for grid in grids:
         for comm, cache in _VARIANTS[workload.kind]:
-            for placement in placements:
+            for placement in _placements(shape, tp, workload, comm, cache, measured):
                 yield Layout(
                     tp, helix=True, grid=grid, comm_type=comm, placement=placement, kv_cache=cache
                 )  # fmt: skip
+
+
+def _placements(
+    shape: ModelShape, tp: int, workload: Workload, comm: str, cache: str, measured: bool
+) -> list[str]:
+    if shape.num_attention_heads % tp:
+        return ["dims"]
+    summed = comm == "all_reduce" or (cache == "dim" and workload.kind == "decode")
+    if measured or (summed and shape.qk_layernorm):
+        return ["heads", "dims"]
+    return ["dims"] if summed else ["heads"]
 
 
 def _divisors(number: int) -> list[int]:
