@@ -6,7 +6,7 @@ Independent of the package: no layout, no exchange, no Megatron.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Case:
     sinks: bool = False  # a learned logit per head, of which nothing is read
     mask: str = "causal"  # "causal" (made by the core), "none"; tensors: "padding", "arbitrary", "documents"
     seed: int = 0
+    documents: tuple[int, ...] = ()  # lengths of packed sequences, which see themselves alone; sum seq
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -112,14 +113,14 @@ def normalise(x: Tensor, weight: Tensor, kind: str | None, eps: float = 1e-5) ->
     return x if kind == "L2Norm" else x * weight
 
 
-def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
-    """Output, and gradients of (output * loss).sum(), for the whole layer.
-
-    slices > 1: the paper's formula instead, softmax(Q_j K_j^T / sqrt(d/slices)) V_j for each contiguous
-    slice j of a head, each slice rotated as a head of its own dimension.
-    """
-    names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
-    t = {name: case.tensors[name].clone().requires_grad_() for name in names}
+def attention(case: Case, t: dict[str, Tensor], slices: int = 1) -> Tensor:
+    """[s, b, h] -> [s, b, h], of t["hidden"] with the weights t; `slices` as in `reference`."""
+    if case.documents:
+        parts = t["hidden"].split(case.documents)
+        alone = [replace(case, seq=len(part), documents=()) for part in parts]
+        return torch.cat(
+            [attention(c, {**t, "hidden": x}, slices) for c, x in zip(alone, parts, strict=True)]
+        )
     s, b, ratio = case.seq, case.batch, case.heads // case.groups
     qkv = t["hidden"] @ t["qkv_weight"].T + t["qkv_bias"]
     qkv = qkv.view(s, b, case.groups, -1, case.dim)
@@ -154,7 +155,18 @@ def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
     out = torch.einsum("bhst,tbhd->sbhd", probs, value).reshape(s, b, -1)
     if case.gate:
         out = out * gate.sigmoid()
-    out = out @ t["proj_weight"].T
+    return out @ t["proj_weight"].T
+
+
+def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
+    """Output, and gradients of (output * loss).sum(), for the whole layer.
+
+    slices > 1: the paper's formula instead, softmax(Q_j K_j^T / sqrt(d/slices)) V_j for each contiguous
+    slice j of a head, each slice rotated as a head of its own dimension.
+    """
+    names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
+    t = {name: case.tensors[name].clone().requires_grad_() for name in names}
+    out = attention(case, t, slices)
     (out * case.tensors["loss"]).sum().backward()
     grads = {name: x.grad for name, x in t.items() if x.grad is not None}
     return {"output": out.detach(), **grads}
