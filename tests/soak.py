@@ -4,10 +4,10 @@
     python tests/soak.py --share 3/20 --out soak.jsonl       the third twentieth of --total (10,000)
     python tests/soak.py --count 0 --out soak.jsonl          the table of what is there
 
-soak_draw.py says what is drawn and what must be refused, soak_worker.py when a layer is equal. A configuration
+soak_draw.py says what is drawn and what must be refused, soak_worker.py when a layer is equal. What is drawn
 is a function of (seed, number), so any share can be run again, by anyone. With --out every configuration
-appends one JSON line with its verdict, and what has a line is not run again: a soak that was stopped goes on.
-The last line of the output is JSON.
+appends one JSON line with its verdict, and what has a line is not run again: a soak that was stopped goes
+on. The last line of the output is JSON.
 """
 
 from __future__ import annotations

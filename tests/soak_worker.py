@@ -4,7 +4,8 @@ Note [When is a layer equal?]
     Every rank compares what it holds of the output and of every gradient, queries, gates, keys and values
     apart. The error of a tensor is the root mean square of its entries' errors. It may be at most FACTOR
     times that of Megatron's own layer on one rank, in the same dtype against the same float64 formula, plus a
-    few units of rounding (UNITS, of the whole tensor's root mean square).
+    few units of rounding (UNITS, of the whole tensor's root mean square). QK norms are judged by the QKV
+    weight's at least: with one position, or equal keys, their gradient is 0, a sum of terms that cancel.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from helix_megatron.config import HelixPlan
 from helix_megatron.grid import HelixConfigError
 
 FACTOR = 4.0
-UNITS = 8.0
+UNITS = 16.0
 TOP_K = 2
+CHUNK = 60  # jobs whose expectations are shared out together
 ATTENTION = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
 BLOCK = ("input_norm", "mlp_norm", "router", "fc1", "fc2")
 
@@ -212,6 +214,11 @@ def parts_of(case: Case, name: str, index: tuple) -> dict[str, Tensor | slice]:
     return {f"{name} of {kind}": of_rows == k for k, kind in enumerate(sorted(set(kinds)))}
 
 
+def name_of(part: str) -> str:
+    """The tensor to which a kind of row or an expert belongs."""
+    return part.split(" ")[0].split(".")[0]
+
+
 def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if torch.isfinite(x).all() else float("inf")
 
@@ -246,7 +253,9 @@ def of_megatron(job: Job, expected: dict, alone: ProcessGroupCollection, slices:
 def limits(job: Job, expected: dict[str, Tensor], megatron: dict[str, float]) -> dict[str, float]:
     """What the errors of Helix may be."""
     eps = torch.finfo(torch.bfloat16 if job.half else torch.float32).eps
-    scale = {part: rms(expected[part.split(" ")[0].split(".")[0]]) for part in megatron}
+    scale = {part: rms(expected[name_of(part)]) for part in megatron}
+    for norm in scale.keys() & {"q_norm", "k_norm"}:
+        scale[norm] = max(scale[norm], rms(expected["qkv_weight"]))
     return {part: FACTOR * error + UNITS * eps * scale[part] for part, error in megatron.items()}
 
 
@@ -256,12 +265,11 @@ def resolve(job: Job) -> HelixPlan:
     return job.helix.resolve(case.heads, case.groups, case.dim, job.tp, case.interleaved, case.gate)
 
 
-def expectations(jobs: list[Job], plans: dict[int, Any]) -> dict[int, dict]:
+def expectations(
+    jobs: list[Job], plans: dict[int, Any], alone: ProcessGroupCollection
+) -> dict[int, dict[str, dict]]:
     """{number: {"formula", "limits"}}; the ranks of the world share them out."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    alone = ProcessGroupCollection()
-    for name in dataclasses.fields(ProcessGroupCollection):
-        setattr(alone, name.name, GROUP_OF_ONE[0])
     own = {}
     for job in jobs[rank::world]:
         plan = plans[job.number]
@@ -302,11 +310,8 @@ def outcome(job: Job, plan: HelixPlan, groups: Any, known: dict) -> dict:
     shares = {part: error / max(known["limits"][part], 1e-30) for part, error in found.items()}
     worst = max(shares, key=lambda part: shares[part] if shares[part] == shares[part] else float("inf"))
     grid = f"{plan.grid}" if plan.layout.is_even else f"{plan.grid} uneven"
-    scale = rms(known["formula"][worst.split(" ")[0].split(".")[0]]) or 1.0
+    scale = rms(known["formula"][name_of(worst)]) or 1.0
     return {"grid": grid, "error": shares[worst], "of": worst, "relative": found[worst] / scale}
-
-
-GROUP_OF_ONE: list = []
 
 
 def rank_outcomes(tp: int, cp: int, jobs: list[Job]) -> list[dict]:
@@ -315,9 +320,10 @@ def rank_outcomes(tp: int, cp: int, jobs: list[Job]) -> list[dict]:
     The groups of every grid are made once, at first: gloo keeps threads for each that is made.
     """
     start(tp, cp)
-    world = torch.distributed.get_world_size()
-    ones = [torch.distributed.new_group([rank]) for rank in range(world)]
-    GROUP_OF_ONE[:] = [ones[torch.distributed.get_rank()]]
+    ones = [torch.distributed.new_group([rank]) for rank in range(tp * cp)]
+    alone = ProcessGroupCollection()
+    for name in dataclasses.fields(ProcessGroupCollection):
+        setattr(alone, name.name, ones[torch.distributed.get_rank()])
     groups, found, plans = Groups(), [], {}
     for job in jobs:
         try:
@@ -329,7 +335,7 @@ def rank_outcomes(tp: int, cp: int, jobs: list[Job]) -> list[dict]:
             groups.of(grid)
     for first in range(0, len(jobs), CHUNK):
         some = jobs[first : first + CHUNK]
-        known = expectations(some, plans)
+        known = expectations(some, plans, alone)
         for job in some:
             plan = plans[job.number]
             try:
@@ -337,15 +343,10 @@ def rank_outcomes(tp: int, cp: int, jobs: list[Job]) -> list[dict]:
                     raise plan
                 whole = plan.grid.dim_parallel_size == 1
                 found.append(outcome(job, plan, None if whole else groups.of(plan.grid), known[job.number]))
-            except HelixConfigError as refusal:
-                found.append({"refused": str(refusal)})
-            except NotImplementedError as refusal:
-                if "packed sequences" not in str(refusal):
+            except (HelixConfigError, NotImplementedError) as refusal:
+                if isinstance(refusal, NotImplementedError) and "packed sequences" not in str(refusal):
                     raise
                 found.append({"refused": str(refusal)})
             job.case.tensors.clear()
             found[-1]["threads"] = len(os.listdir("/proc/self/task"))
     return found
-
-
-CHUNK = 60  # jobs whose expectations are shared out together
