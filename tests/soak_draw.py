@@ -17,7 +17,7 @@ from helix_megatron.config import COMM_TYPES, CORE_ATTENTIONS, QUERY_PLACEMENTS,
 WORLDS = ((2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (2, 2), (3, 2))
 """(tensor-parallel, context-parallel) sizes."""
 EXPERTS, FFN = 4, 60  # FFN: every tensor-parallel size divides it
-NOT_OURS = "packed sequences or context parallelism in Megatron's local core"  # m = 1; it asserts
+NOT_OURS = "packed sequences or context parallelism in Megatron's local core"  # m = 1, per-slice: it asserts
 FLAG_OF = {"core_attn": dict(recompute_granularity="selective", recompute_modules=["core_attn"])}
 
 
@@ -196,7 +196,8 @@ def why_illegal(job: Job) -> str | None:
             and case.window is not None
             and case.window[1] > 0
             and (not whole or job.cp > 1),
-            "packed": bool(case.documents) and (summed or per_slice or not whole),
+            "packed": bool(case.documents) and (summed or not whole),
+            NOT_OURS: bool(case.documents) and per_slice,
         }
     elif case.documents or job.cp > 1:
         reasons[NOT_OURS] = True
