@@ -1,6 +1,7 @@
 """What the planner is given: clusters in files, sizes, models as flags; and the flags it gives back."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from helix_megatron import cli, compat
+from helix_megatron import cli, compat, presets
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.launch import run_ranks
 from helix_megatron.plan import clusters, inputs
@@ -390,6 +391,119 @@ def test_a_model_with_few_learned_positions_is_planned_as_long_as_it_is(capsys):
     flags = {"--max-position-embeddings": 1024}
     assert planned(capsys, flags)["workload"]["length"] == 1024
     assert planned(capsys, flags | {"--position-embedding-type": "rope"})["workload"]["length"] == 4096
+
+
+# ---- flags that are printed ----
+PRINTED = {
+    "recompute, many ranks": ("--model", "llama-3.1-70b", "--nodes", "8", "--seq-length", "16384"),
+    "paper": ("--model", "paper-gpt", "--nodes", "2", "--tp", "16"),
+    "sliced heads": ("--model", "qwen2-7b", "--gpus", "8", "--tp", "8", "--batch", "16"),
+    "no distributed optimizer": ("--model", "llama-3-8b", "--no-distributed-optimizer", "--dtype", "fp16"),
+    "learned positions": ("--model", "gpt-1t", "--nodes", "160", "--batch", "1280"),
+    "decode": ("--model", "qwen2-7b", "--gpus", "8", "--tp", "8", "--workload", "decode", "--batch", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.training
+def test_megatron_takes_the_printed_flags_of_every_layout(capsys):
+    lines, wanted = [], []
+    for options in PRINTED.values():
+        code, out, _ = run(capsys, *options, "--json", "--top", "12")
+        assert code == 0
+        document = json.loads(out)
+        shape = presets.find(options[1])
+        for candidate in document["candidates"]:
+            layout, flags = candidate["layout"], candidate["flags"]
+            data = {"--seq-length": 1024, "--micro-batch-size": 1} if "decode" in options else {}
+            longest = max(shape.max_position_embeddings, flags.get("--seq-length", 0))
+            model = shape.model_args() | {"--max-position-embeddings": longest} | DATA | data
+            lines.append((layout["tp"] * layout["pp"] * layout["dp"], words(model | flags)))
+            wanted.append((layout, document["workload"], flags))
+    assert any(layout["recompute"] for layout, _, _ in wanted)
+    assert any(layout["sequence_parallel"] for layout, _, _ in wanted)
+    assert {layout["placement"] for layout, _, _ in wanted} == {"none", "heads", "dims"}
+    found = run_ranks(parsed, 1, lines, False, timeout_s=120)[0]
+    for args, (layout, work, flags) in zip(found, wanted, strict=True):
+        assert isinstance(args, dict), (args, flags)
+        assert args["tensor_model_parallel_size"] == layout["tp"]
+        assert args["pipeline_model_parallel_size"] == layout["pp"]
+        assert args["data_parallel_size"] == layout["dp"]
+        assert args["sequence_parallel"] is layout["sequence_parallel"]
+        assert args["bf16"] is (work["dtype"] == "bf16") and args["fp16"] is (work["dtype"] == "fp16")
+        assert args["use_distributed_optimizer"] is (
+            work["kind"] == "train" and work["distributed_optimizer"]
+        )
+        assert (args["recompute_granularity"] == "full") is layout["recompute"]
+        assert args["helix_host_mode"] is True  # of the test: no GPU is here
+        assert "--helix-host-mode" not in flags
+        if layout["grid"]:
+            assert args["helix_dim_parallel_size"] == layout["grid"]["dim_parallel_size"]
+            assert args["helix_query_placement"] == layout["placement"]
+        if work["kind"] == "train":
+            assert args["seq_length"] == work["length"] and args["global_batch_size"] == work["batch"]
+            assert args["micro_batch_size"] == layout["micro_batch"]
+
+
+SMALL = """--num-layers 2 --hidden-size 36 --num-attention-heads 9 --group-query-attention
+    --num-query-groups 3 --kv-channels 8 --position-embedding-type rope --swiglu
+    --disable-bias-linear --vocab-size 255
+    --seq-length 16 --normalization RMSNorm --train-iters 2 --sequence-parallel --bf16
+    --transformer-impl transformer_engine --tensor-model-parallel-size 4""".split()
+HOST = ("--cluster", "host", "--workload", "train", "--batch", "4")
+ON_A_HOST = {
+    "a preset with Helix": (*HOST, "--model", "smollm2-135m", "--seq-length", "64", "--tp", "2"),
+    "a preset of long positions": (*HOST, "--model", "qwen2.5-0.5b", "--seq-length", "65536", "--batch", "2",
+                                   "--memory", "900"),
+    "flags of another layout": (*HOST, "--tp", "2", "--", *SMALL),
+    "several ranks for a core": (*HOST, "--gpus", "4", "--", *SMALL),
+    "learned positions": (*HOST, "--", *words({**GPT, "--max-position-embeddings": 512, "--num-layers": 2})),
+}  # fmt: skip
+
+
+def command_of(capsys, options):
+    code, out, err = run(capsys, *options)
+    assert code == 0, out + err
+    return shlex.split(
+        next(text for text in out.splitlines() if text.startswith("Run 1, as")).split(": ", 1)[1]
+    )
+
+
+@pytest.mark.training
+def test_megatron_takes_the_printed_command_of_a_host(capsys):
+    lines = []
+    for options in ON_A_HOST.values():
+        command = command_of(capsys, options)
+        assert command[:4] == ["python", "-m", "helix_megatron.launch", "--nproc-per-node"]
+        assert command[5:7] == ["-m", "helix_megatron.pretrain_gpt"]
+        assert "--helix-host-mode" in command
+        lines.append((int(command[4]), command[7:]))
+    assert [ranks for ranks, _ in lines] == [2, 2, 2, 4, 2]
+    found = run_ranks(parsed, 1, lines, True, timeout_s=120)[0]
+    for name, args in zip(ON_A_HOST, found, strict=True):
+        assert isinstance(args, dict), (name, args)
+        assert args["transformer_impl"] == "local" and args["apply_rope_fusion"] is False
+        assert args["sequence_parallel"] is False
+    helix, _, other, *_ = found
+    assert (helix["attention_impl"], helix["helix_dim_parallel_size"]) == ("helix", 2)
+    assert other["bf16"] and other["tensor_model_parallel_size"] == 2
+
+
+@pytest.mark.training
+def test_the_printed_command_of_a_host_trains(capsys, tmp_path):
+    command = command_of(capsys, (*HOST, "--tp", "2", "--dtype", "bf16", "--", *SMALL))
+    _, out, _ = run(capsys, *HOST, "--json", "--tp", "2", "--", *SMALL)
+    assert shlex.split(json.loads(out)["run"]) == command
+    trained = subprocess.run(
+        [sys.executable, *command[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=200
+    )
+    assert trained.returncode == 0, trained.stderr[-1500:]
+    assert "[after training is done]" in trained.stdout
+
+
+def test_only_training_on_one_host_has_a_command(capsys):
+    assert planned(capsys, {})["run"] is None
+    assert planned(capsys, {}, "--cluster", "host", "--batch", "2", workload="decode")["run"] is None
+    assert planned(capsys, {"--num-layers": 2}, "--cluster", "host", "--nodes", "2")["run"] is None
 
 
 def test_the_package_runs_as_the_command():

@@ -14,6 +14,7 @@ clusters.py, cluster_fields.py   known clusters, and those in files
 inputs.py     models and clusters from presets, files and flags
 given.py      Megatron's flags that come with a model: what is used, named as not planned, refused
 nvml.py       this machine's GPUs
+pasted.py     flags and, on a host, the command to paste
 report.py     table, JSON, explanation
 probe.py      measures a host's constants: collectives and software,
 probe_gpu.py  or those of GPUs,

@@ -81,24 +81,27 @@ def _plan(options: argparse.Namespace) -> int:
         from helix_megatron.plan import probe
 
         return probe.main(options.probe, options.ranks)
-    from helix_megatron.plan import advice, report
+    from helix_megatron.plan import advice, pasted, report
     from helix_megatron.plan.search import search
 
     if bool(options.model) == bool(options.flags):
         raise ValueError("give the model either as --model or as Megatron's flags after --")
     cluster = _cluster(options)
-    shape, workload = _asked(options, cluster)
+    shape, workload, flags = _asked(options, cluster)
     grid = _grid(options, shape, cluster)
     plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
+    layout = plan.candidates[0].layout if plan.candidates else None
+    command = pasted.command(shape, flags, layout, workload, cluster) if layout else None
     if options.json:
-        print(json.dumps(report.as_json(plan, shape, cluster, workload, options.top), allow_nan=False))
+        document = report.as_json(plan, shape, cluster, workload, options.top) | {"run": command}
+        print(json.dumps(document, allow_nan=False))
         return 0 if plan.candidates else 1
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 170, soft_wrap=True)
     show = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     show(report.title(shape, cluster, workload))
-    if not plan.candidates:
+    if layout is None:
         show(f"No plan: {advice.nothing(plan)}.")
         return 1
     console.print(report.table(plan, workload, options.top))
@@ -108,7 +111,9 @@ def _plan(options: argparse.Namespace) -> int:
     show(f"ms: a whole step ({workload.kind}); update: gradients and optimizer.")
     for line in report.verdict(plan, shape, workload):
         show(line)
-    show(f"Flags of 1: {report.flags_line(plan.candidates[0].layout, workload)}")
+    show(f"Flags of 1: {pasted.line(pasted.flags(layout, workload, cluster))}")
+    if command:
+        show(f"Run 1, as it stands: {command}")
     if options.explain:
         for candidate in plan.best[: min(2, options.top)]:
             for line in report.explain(candidate, cluster):
@@ -116,8 +121,8 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, Workload]:
-    """The model and the work: the planner's options, and Megatron's flags where they came with the model.
+def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, Workload, dict[str, Any]]:
+    """The model, the work, and Megatron's flags that came with the model; options and flags say the work.
 
     Raises:
         ValueError: a flag and an option that contradict one another, or values that cannot be.
@@ -160,7 +165,7 @@ def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, W
         fused=cluster.fused,
         micro_batch=micro,
     )
-    return replace(shape, notes=(*shape.notes, *notes)), workload
+    return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:
@@ -211,7 +216,8 @@ def _grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> H
 def _nodes(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
     """(devices of a node, nodes) for --gpus. ValueError where they are not that many, or not equally many."""
     gpus, whole = options.gpus, cluster.gpus_per_node
-    nodes = options.nodes or (gpus // whole if gpus % whole == 0 else cluster.nodes)
+    enough = gpus // whole if gpus % whole == 0 and not cluster.slots else cluster.nodes
+    nodes = options.nodes or enough
     if gpus % nodes:
         raise ValueError(f"--gpus {gpus} is not a multiple of {nodes} nodes.")
     if gpus // nodes > whole and not cluster.slots:  # ranks may share a host's cores, not a GPU

@@ -37,21 +37,20 @@ LAYOUT = frozenset(
     --attention-impl --helix-comm-type --helix-head-parallel-size --helix-dim-parallel-size
     --helix-query-placement --helix-kv-cache""".split()
 )
-# What a host without Transformer Engine needs, and what sends no fused kernel to it.
-HOST = frozenset(
-    """--helix-host-mode --no-masked-softmax-fusion --no-rope-fusion --no-bias-dropout-fusion
-    --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-gradient-accumulation-fusion
-    --no-persist-layer-norm""".split()
+# What layers without Transformer Engine need.
+UNFUSED = frozenset(
+    """--no-masked-softmax-fusion --no-rope-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion
+    --no-bias-swiglu-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm""".split()
 )
-NEITHER = HOST | frozenset(
-    """--train-iters --train-samples --lr --min-lr --lr-decay-style --lr-decay-iters --lr-decay-samples
-    --lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction --lr-warmup-init --weight-decay
-    --clip-grad --adam-beta1 --adam-beta2 --adam-eps --seed --init-method-std --use-cpu-initialization
-    --use-mcore-models --data-path --data-cache-path --mock-data --split --num-workers --tokenizer-type
-    --tokenizer-model --vocab-file --merge-file --no-create-attention-mask-in-dataloader
-    --distributed-backend --distributed-timeout-minutes --eval-iters --eval-interval --log-interval
-    --log-throughput --tensorboard-dir --save --load --save-interval --ckpt-format
-    --helix-no-verify-checkpoint --helix-context-length""".split()
+NEITHER = UNFUSED | frozenset(
+    """--helix-host-mode --train-iters --train-samples --lr --min-lr --lr-decay-style --lr-decay-iters
+    --lr-decay-samples --lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction --lr-warmup-init
+    --weight-decay --clip-grad --adam-beta1 --adam-beta2 --adam-eps --seed --init-method-std
+    --use-cpu-initialization --use-mcore-models --data-path --data-cache-path --mock-data --split
+    --num-workers --tokenizer-type --tokenizer-model --vocab-file --merge-file
+    --no-create-attention-mask-in-dataloader --distributed-backend --distributed-timeout-minutes
+    --eval-iters --eval-interval --log-interval --log-throughput --tensorboard-dir --save --load
+    --save-interval --ckpt-format --helix-no-verify-checkpoint --helix-context-length""".split()
 )
 # These values change nothing either.
 _PLAIN: dict[str, tuple[Any, ...]] = {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from helix_megatron.plan import advice, compute, traffic
+from helix_megatron.plan import advice, compute, pasted, traffic
 from helix_megatron.plan.clusters import to_dict
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import Layout, Workload
+from helix_megatron.plan.layout import Workload
 from helix_megatron.plan.search import Candidate, Plan
 from helix_megatron.presets import ModelShape
 
@@ -142,14 +141,6 @@ def why(first: Candidate, second: Candidate) -> str:
     return text + f"; {(second.seconds / first.seconds - 1) * 100:.2g} % in all."
 
 
-def flags_line(layout: Layout, workload: Workload) -> str:
-    """Megatron's flags of a layout, to paste."""
-    words = []
-    for flag, value in layout.flags(workload).items():
-        words += [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
-
-
 # ---- explanation ----
 def explain(candidate: Candidate, cluster: Cluster) -> list[str]:
     """Every formula with its numbers: seconds, bytes, memory."""
@@ -183,11 +174,11 @@ def as_json(plan: Plan, shape: ModelShape, cluster: Cluster, workload: Workload,
         "tried": plan.tried,
         "too_big": plan.too_big,
         "verdict": verdict(plan, shape, workload) if plan.candidates else [advice.nothing(plan)],
-        "candidates": [_entry(candidate, workload) for candidate in plan.best[:top]],
+        "candidates": [_entry(candidate, workload, cluster) for candidate in plan.best[:top]],
     }
 
 
-def _entry(candidate: Candidate, workload: Workload) -> dict[str, Any]:
+def _entry(candidate: Candidate, workload: Workload, cluster: Cluster) -> dict[str, Any]:
     layout = candidate.layout
     received = traffic.received(traffic.collectives(candidate.problem, candidate.prediction.stage))
     return {
@@ -203,5 +194,5 @@ def _entry(candidate: Candidate, workload: Workload) -> dict[str, Any]:
         "predicted_flops_per_second": compute.flops_of_step(candidate.problem)
         / candidate.seconds
         / layout.world,
-        "flags": layout.flags(workload),
+        "flags": pasted.flags(layout, workload, cluster),
     }
