@@ -283,6 +283,8 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
     value = partial(_setting, config)
     softmax_type = value("softmax_type", "vanilla")
     graphs = value("cuda_graph_impl", "none")
+    packed = value("sft") or value("dataloader_inter_document_masking")
+    packs = "packed sequences (--sft, --dataloader-inter-document-masking)"
     reasons = {
         "multi-latent attention (--multi-latent-attention)": value("multi_latent_attention"),
         "context parallelism (--context-parallel-size > 1) with per-slice softmax or --helix-comm-type "
@@ -305,6 +307,11 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         "test mode (--test-mode)": value("test_mode"),
         "an experimental attention variant (--experimental-attention-variant)": value(
             "experimental_attention_variant"
+        ),
+        f"{packs} with --helix-comm-type all_reduce": packed and plan.comm_type == "all_reduce",
+        f"{packs} with --context-parallel-size > 1": packed and value("context_parallel_size", 1) > 1,
+        f"{packs} where m does not divide the query heads of a group": (
+            packed and plan.comm_type == "a2a" and plan.layout.position_parts > 1
         ),
         "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
     }

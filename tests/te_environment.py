@@ -10,9 +10,14 @@ TESTS = Path(__file__).parent
 FOLDER = Path(f"{sys.prefix}-te")  # scripts/env.sh fills it
 
 
+def available() -> bool:
+    """Whether Transformer Engine's Python code is here."""
+    return (FOLDER / "transformer_engine").exists()
+
+
 def environment() -> dict[str, str]:
     """os.environ with the stand-in, and behind it the wheels, on PYTHONPATH; skips the test without them."""
-    if not (FOLDER / "transformer_engine").exists():
+    if not available():
         pytest.skip(f"no Transformer Engine in {FOLDER}: scripts/env.sh installs te_requirements.txt there")
     path = [TESTS / "te_standin", FOLDER, TESTS, TESTS.parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}

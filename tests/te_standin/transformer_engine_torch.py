@@ -1,16 +1,19 @@
 """torch versions of the native kernels of Transformer Engine that its layers call: a stand-in for tests.
 
 What is here: the enums its Python code reads at import, GEMM, LayerNorm and RMSNorm, the four fused
-softmaxes, FusedAdam, the gradient norm, and FP8 with one scale per tensor, current or delayed (the latter
-with NVTE_UNFUSED_FP8_UPDATE=1), or per block (scaled_blocks.py). Any other name exists, so that `import`
+softmaxes, FusedAdam, the gradient norm, packed sequences to padded ones and
+back, userbuffers without FP8, and FP8 with one scale per tensor, current or delayed (the latter with
+NVTE_UNFUSED_FP8_UPDATE=1), or per block (scaled_blocks.py). Any other name exists, so that `import`
 works, and raises NotImplementedError when it is called. Written from how the Python code calls the kernels
 and what its documentation says of them; sums are in fp32 as theirs are.
 """
 
 import enum
+from itertools import pairwise
 
 import scaled_blocks
 import torch
+from standin_userbuffers import CommOverlap, CommOverlapHelper, CommOverlapP2P, overlapped  # noqa: F401
 
 
 def _enum(name: str, members: str) -> type[enum.IntEnum]:
@@ -66,9 +69,6 @@ _TORCH = {
 }
 
 # Classes that Python code names in annotations or passes to isinstance.
-CommOverlap = type("CommOverlap", (), {})
-CommOverlapP2P = type("CommOverlapP2P", (), {})
-CommOverlapHelper = type("CommOverlapHelper", (), {})
 FP8TensorMeta = type("FP8TensorMeta", (), {})
 
 
@@ -85,6 +85,21 @@ def get_cudnn_version() -> int:
 def get_num_cublas_streams() -> int:
     """Workspaces that GEMM allocates, which torch's matmul does not need."""
     return 1
+
+
+def get_stream_priority_range() -> tuple[int, int]:
+    """Lowest and highest, of streams that userbuffers would have."""
+    return 0, 0
+
+
+def device_supports_multicast() -> bool:
+    """What userbuffers ask for."""
+    return True
+
+
+def ubuf_built_with_mpi() -> bool:
+    """They start with torch's process groups."""
+    return False
 
 
 def _refuse(**given) -> None:
@@ -183,9 +198,21 @@ def generic_gemm(
     """out = alpha op(B) op(A) (+ beta out) (+ bias), in row-major terms; with `grad` also the sum of B.
 
     A [a, b] and B [..., c] are matrices over all leading dimensions; `transa` and `transb` transpose them.
-    Returns (out, bias gradient or None, None, None).
+    comm_overlap: a userbuffer; see standin_userbuffers.py.
+
+    Returns (out, bias gradient or None, None, what was scattered or None).
     """
-    _refuse(output_quantizer=quantizer, gelu=gelu, comm_overlap=comm_overlap, extra_output=extra_output)
+    _refuse(output_quantizer=quantizer, gelu=gelu)
+    if comm_overlap is not None:
+
+        def gemm():
+            return generic_gemm(
+                A, transa, B, transb, out, quantizer, out_dtype, bias, bias_type, gelu, gelu_in, grad,
+                workspace, workspace_size, accumulate, use_split_accumulator, alpha=alpha, beta=beta,
+            )  # fmt: skip
+
+        reduces = comm_type is CommOverlapType.RS
+        return overlapped(gemm, comm_overlap, reduces, extra_output, bulk_overlap)
     A, B = _plain(A, transa), _plain(B, not transb)  # along what is summed over
     left, right = B.reshape(-1, B.shape[-1]), A.reshape(-1, A.shape[-1])
     product = (left.t() if transb else left) @ (right.t() if transa else right)
@@ -203,6 +230,24 @@ def generic_gemm(
         out = product.to(_TORCH[out_dtype]) if out_dtype is not None else product
     bias_grad = left.sum(0, dtype=torch.float32).to(bias.dtype) if grad and bias is not None else None
     return out, bias_grad, None, None
+
+
+# ---- packed sequences ----
+def convert_thd_to_bshd(packed, bounds, batch, longest):
+    """[tokens, heads, dim] and the sequences' bounds [batch + 1] -> [batch, longest, heads, dim]."""
+    parts = [packed[start:stop] for start, stop in pairwise(bounds.tolist())]
+    padded = packed.new_zeros(batch, longest, *packed.shape[1:])
+    for row, part in zip(padded, parts, strict=True):
+        row[: len(part)] = part
+    return padded
+
+
+def convert_bshd_to_thd(padded, bounds, tokens):
+    """The inverse."""
+    packed = padded.new_zeros(tokens, *padded.shape[2:])
+    for row, (start, stop) in zip(padded, pairwise(bounds.tolist()), strict=True):
+        packed[start:stop] = row[: stop - start]
+    return packed
 
 
 # ---- norms ----
