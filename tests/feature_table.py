@@ -163,7 +163,6 @@ FEATURES = [
         loss=ROUNDED,
         norm=ROUNDED,
     ),
-    F("GEMM overlap without Transformer Engine", f"{SHARED} --sequence-parallel --tp-comm-overlap"),
     F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", ran=("reduced by level",)),
     F("hierarchical all-reduce, sequence parallel", f"{SHARED} {BY_LEVEL} --sequence-parallel"),
     F(
