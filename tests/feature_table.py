@@ -421,8 +421,9 @@ def _outcome(
 
 
 def _differences(one: dict, other: dict) -> tuple[float, float]:
-    """Largest difference of losses, and largest relative one of gradient norms; inf without three steps."""
-    if any(len(run[name]) != 3 for run in (one, other) for name in ("losses", "norms")):
+    """Largest difference of losses, and largest relative one of gradient norms; inf without three numbers."""
+    series = [run[name] for run in (one, other) for name in ("losses", "norms")]
+    if any(len(numbers) != 3 or not all(map(math.isfinite, numbers)) for numbers in series):
         return math.inf, math.inf
     pairs = {name: list(zip(one[name], other[name], strict=True)) for name in ("losses", "norms")}
     loss = max(abs(a - b) for a, b in pairs["losses"])
