@@ -55,6 +55,20 @@ def collectives():
     return counted, meter.as_json() == counted
 
 
+@pytest.mark.parametrize(
+    ("flags", "groups"),
+    [
+        ({}, 8),
+        ({"--num-query-groups": 2}, 8),  # Megatron looks at it only beside the switch
+        ({"--group-query-attention": True}, 1),  # its default
+        ({"--group-query-attention": True, "--num-query-groups": 2}, 2),
+    ],
+)
+def test_kv_heads_are_those_that_megatron_builds(flags, groups):
+    shape = layouts.attention_shape({"--num-attention-heads": 8, "--hidden-size": 64, **flags})
+    assert shape.num_query_groups == groups
+
+
 def test_collectives_are_counted_exactly():
     (first, first_stopped), (second, second_stopped) = run_ranks(collectives, 2, timeout_s=60)
     assert first_stopped

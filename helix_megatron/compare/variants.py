@@ -96,7 +96,7 @@ def attention_shape(flags: Mapping[str, Any]) -> AttentionShape | None:
     if not heads or not (flags.get("--kv-channels") or hidden):
         return None
     channels = flags.get("--kv-channels") or hidden // heads
-    groups = flags.get("--num-query-groups", heads) if flags.get("--group-query-attention") else heads
+    groups = flags.get("--num-query-groups", 1) if flags.get("--group-query-attention") else heads
     rope = flags.get("--position-embedding-type", "learned_absolute") == "rope"
     rotary = int(channels * float(flags.get("--rotary-percent", 1.0))) if rope else 0
     interleaved = bool(flags.get("--rotary-interleaved"))
