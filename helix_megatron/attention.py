@@ -313,6 +313,9 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         f"{packs} where m does not divide the query heads of a group": (
             packed and plan.comm_type == "a2a" and plan.layout.position_parts > 1
         ),
+        f"{packs} with per-slice softmax and local layers (--transformer-impl local), whose core has none": (
+            packed and per_slice and value("transformer_impl") == "local"
+        ),
         "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
     }
     for feature, used in reasons.items():

@@ -333,6 +333,7 @@ FEATURES = [
         DOCUMENTS,
         shape=ONE,
     ),
+    F("packed sequences, per-slice softmax", f"{WHOLE} {PACKED} {PER_SLICE}", DOCUMENTS, shape=ONE),
     F("CUDA graphs", f"{SHARED} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),
 ]

@@ -196,8 +196,8 @@ def why_illegal(job: Job) -> str | None:
             and case.window is not None
             and case.window[1] > 0
             and (not whole or job.cp > 1),
-            "packed": bool(case.documents) and (summed or not whole),
             NOT_OURS: bool(case.documents) and per_slice,
+            "packed": bool(case.documents) and (summed or not whole),
         }
     elif case.documents or job.cp > 1:
         reasons[NOT_OURS] = True
