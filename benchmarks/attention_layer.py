@@ -22,6 +22,8 @@ from functools import partial
 import bench
 import torch
 
+from helix_megatron.plan.trial import slowest_seconds
+
 CASES = {
     # H, G, d, hidden, sequence, ranks, Helix settings (n, m, placement, core attention)
     "gqa": (
@@ -113,7 +115,7 @@ def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     for turn in range(turns):
         order = list(layers) if turn % 2 == 0 else list(layers)[::-1]
         for name in order:
-            samples[name].append(bench.slowest_seconds(partial(step, layers[name][1])))
+            samples[name].append(slowest_seconds(partial(step, layers[name][1])))
 
     shared = {"all_reduce x" + str(tp)}  # output projection and input gradient, the same for both
     element = torch.empty((), dtype=dtype).element_size()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -107,19 +106,6 @@ def rotary(length: int, dim: int) -> torch.Tensor:
     """Angles [length, 1, 1, dim] of rotary positions, on the device."""
     angles = torch.outer(torch.arange(length).float(), 1e4 ** -(torch.arange(0, dim, 2).float() / dim))
     return torch.cat((angles, angles), -1)[:, None, None].to(torch.cuda.current_device())
-
-
-def slowest_seconds(body: Callable[[], Any]) -> float:
-    """Seconds of `body` on the slowest rank, all of which begin together."""
-    torch.distributed.barrier()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    body()
-    torch.cuda.synchronize()
-    elapsed = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
-    elapsed = elapsed.to(torch.cuda.current_device())
-    torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
-    return elapsed.item()
 
 
 def hardware() -> str:

@@ -22,6 +22,8 @@ from pathlib import Path
 import bench
 import torch
 
+from helix_megatron.plan.trial import slowest_seconds
+
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
 CASES = {"mqa": 1, "g2": 2}  # KV heads
 VARIANTS = {  # Helix settings, by KV cache
@@ -179,7 +181,7 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
                 for turn in range(turns):
                     for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
                         sides[name].at(batch, length)  # a new step: its first layer does the step's own work
-                        samples[name].append(bench.slowest_seconds(partial(steps, sides[name])) / layers)
+                        samples[name].append(slowest_seconds(partial(steps, sides[name])) / layers)
                 for name, side in sides.items():
                     rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))
                 best = next(r for r in rows[::-1] if r["side"] == chosen(groups, length))

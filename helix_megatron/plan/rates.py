@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -52,22 +51,13 @@ GPU = Sizes(8192, 8192, 8192, 32, 4096, 16, 128, 32, 8, 128, 8192, 256 << 20, 1 
 
 def seconds_of(once: Callable[[], Any], turns: int, calls: int = HOST.calls) -> float:
     """Lower quartile of the seconds of `once`, the slowest rank's each time."""
-    import torch
-    import torch.distributed as dist
+    from helix_megatron.plan.trial import slowest_seconds
 
-    seconds = []
-    for _ in range(turns + 2):
-        dist.barrier()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def several() -> None:
         for _ in range(calls):
             once()
-        torch.cuda.synchronize()
-        one = (time.perf_counter() - start) / calls
-        elapsed = torch.tensor([one], dtype=torch.float64, device=torch.cuda.current_device())
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        seconds.append(elapsed.item())
-    return quartile(seconds[2:])
+
+    return quartile([slowest_seconds(several) / calls for _ in range(turns + 2)][2:])
 
 
 def quartile(seconds: list[float]) -> float:

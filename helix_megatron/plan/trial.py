@@ -149,21 +149,22 @@ def measure(problem: Problem, steps: int, warmup: int = 1, held: bool = True) ->
         return _infer(problem, steps, warmup, held)
 
 
+def slowest_seconds(body: Callable[[], Any]) -> float:
+    """Seconds of `body` on the slowest rank, all of which begin together; the default group's ranks."""
+    torch.distributed.barrier()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    body()
+    torch.cuda.synchronize()
+    one, device = time.perf_counter() - start, torch.cuda.current_device()
+    elapsed = torch.tensor([one], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
+    return elapsed.item()
+
+
 def _timed(step: Callable[[], Any], steps: int, warmup: int) -> list[float]:
     """Seconds of each step, the slowest rank's."""
-    seconds = []
-    for number in range(warmup + steps):
-        torch.distributed.barrier()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        one, device = time.perf_counter() - start, torch.cuda.current_device()
-        elapsed = torch.tensor([one], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
-        if number >= warmup:
-            seconds.append(elapsed.item())
-    return seconds
+    return [slowest_seconds(step) for _ in range(warmup + steps)][warmup:]
 
 
 # ---- training ----
