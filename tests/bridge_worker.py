@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from helix_megatron import launch
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.host import launcher as launch
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError
 
 launch._PRELOAD.append("megatron.bridge")  # imported once, before the ranks are forked
 TOKENS = (torch.arange(2 * 21) * 7 % 96).view(2, 21)
@@ -58,7 +58,7 @@ def rank_models(tp, pp, models):
     """For each model: logits (without a pipeline), and the weights exported again (rank 0)."""
     from megatron.bridge import AutoBridge
 
-    from helix_megatron.bridge import forget, with_helix
+    from helix_megatron.megatron.bridge import forget, with_helix
 
     found = {}
     for name, (folder, settings) in models.items():
@@ -86,10 +86,10 @@ def rank_refusals(folder):
     """What Bridge says to slices it was not told of, and what we say to what cannot work."""
     from megatron.bridge import AutoBridge
 
-    from helix_megatron import bridge as helix_bridge
-    from helix_megatron import integrate
-    from helix_megatron.grid import HelixGrid
-    from helix_megatron.specs import with_helix_attention
+    from helix_megatron.megatron import bridge as helix_bridge
+    from helix_megatron.megatron import integrate
+    from helix_megatron.megatron.specs import with_helix_attention
+    from helix_megatron.partition.grid import HelixGrid
 
     bridge = AutoBridge.from_hf_pretrained(folder)
     found = {}

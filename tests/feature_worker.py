@@ -52,10 +52,10 @@ COUNTED = {
     "deterministic": "torch:use_deterministic_algorithms",
     "half precision": f"{_CORE}.transformer.module:Float16Module.forward",
     "GEMM overlapped": "transformer_engine_torch:overlapped",
-    "reduced by level": "helix_megatron.levels:all_reduce",
-    "whole sequence gathered": "helix_megatron.core_attention:restore_positions",
-    "packed": "helix_megatron.core_attention:HelixCoreAttention._packed",
-    "summed scores": "helix_megatron.core_attention:HelixCoreAttention._summed_scores",
+    "reduced by level": "helix_megatron.exchange.levels:all_reduce",
+    "whole sequence gathered": "helix_megatron.megatron.core_attention:restore_positions",
+    "packed": "helix_megatron.megatron.core_attention:HelixCoreAttention._packed",
+    "summed scores": "helix_megatron.megatron.core_attention:HelixCoreAttention._summed_scores",
 }
 """Functions whose calls a run counts."""
 
@@ -65,7 +65,7 @@ def rank_runs(runs: list[list[str]]) -> list[dict]:
 
     All of Megatron's state is new for each run, its process groups too: gloo's have threads of their own.
     """
-    from helix_megatron import entry, integrate
+    from helix_megatron.megatron import entry, integrate
 
     store, rank, world_size = next(iter(torch.distributed.rendezvous("env://")))
     del os.environ["MASTER_ADDR"]  # or each run would let the ranks agree on their settings, in one store
@@ -170,7 +170,7 @@ def _packed_sequences() -> Iterator[None]:
 @contextlib.contextmanager
 def _slices_drawn_as_heads() -> Iterator[None]:
     """Per-slice softmax starts from the weights of the model whose heads are its slices, in its order."""
-    from helix_megatron import attention
+    from helix_megatron.megatron import self_attention as attention
 
     original = attention._sliced
 
@@ -210,7 +210,7 @@ def _forget() -> None:
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.training import global_vars
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
@@ -273,7 +273,7 @@ def _stand_in_for_numa_affinity() -> None:
 
 def in_batches(ranks: int, runs: list[list[str]]) -> list[list[dict]]:
     """rank_runs in new ranks for every few runs, since some leave threads behind: each rank's results."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     found: list[list[dict]] = [[] for _ in range(ranks)]
     for start in range(0, len(runs), BATCH):

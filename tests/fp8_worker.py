@@ -14,8 +14,8 @@ import torch
 from layer_worker import Groups, errors, load, make_layer, run, start
 from reference import Case, normalise, reference
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.config import HelixConfig
 
 STEPS = 3  # delayed scaling starts with a scale of 1
 

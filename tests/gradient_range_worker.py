@@ -6,7 +6,7 @@ import torch
 from layer_worker import Groups, load, make_layer, run, start
 from reference import Case
 
-from helix_megatron.config import HelixConfig
+from helix_megatron.partition.config import HelixConfig
 
 HALF = dict(params_dtype=torch.float16, fp16=True)
 
@@ -103,7 +103,9 @@ def rank_steps(arguments: list[str], broken_pass: int, broken_rank: int, agree: 
     """
     from megatron.core.optimizer import optimizer as megatron_optimizer
 
-    from helix_megatron import attention, entry, integrate, pretrain_gpt
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry, integrate
+    from helix_megatron.megatron import self_attention as attention
 
     passes, steps = [], []
     original_init = attention.HelixParallelSelfAttention.__init__

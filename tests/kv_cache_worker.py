@@ -6,7 +6,7 @@ import torch
 from layer_worker import Groups, inferring, load, make_layer, start
 from reference import Case, reference
 
-from helix_megatron.config import HelixConfig
+from helix_megatron.partition.config import HelixConfig
 
 
 def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
@@ -131,7 +131,7 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     torch.distributed.init_process_group("nccl")
     shape = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, **model_settings}
@@ -243,8 +243,8 @@ def context_refused(tp: int, ways: list[tuple[dict, dict, dict]]) -> list[str]:
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.transformer import TransformerConfig
 
-    from helix_megatron import integrate
-    from helix_megatron.grid import HelixConfigError
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.grid import HelixConfigError
 
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tp)

@@ -17,9 +17,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from reference import Case, reference
 
-from helix_megatron import integrate
-from helix_megatron.config import HelixConfig
-from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
+from helix_megatron.exchange.groups import destroy_helix_parallel, initialize_helix_parallel
+from helix_megatron.megatron import integrate
+from helix_megatron.partition.config import HelixConfig
 
 MASK_TYPES = {
     "causal": "causal",
@@ -273,7 +273,7 @@ def check_all(tp: int, jobs: list[tuple[Case, HelixConfig, dict]]) -> list[tuple
 
 def all_settings(case: Case, tp: int, cores=("auto", "spec")) -> list[HelixConfig]:
     """Every legal grid with m > 1, comm type, placement and core attention for a case."""
-    from helix_megatron.grid import AttentionShape, legal_grids
+    from helix_megatron.partition.grid import AttentionShape, legal_grids
 
     shape = AttentionShape(case.heads, case.groups, case.dim, case.rotary_dim, case.interleaved)
     found = []

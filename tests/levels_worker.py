@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from helix_megatron import levels
-from helix_megatron.grid import HelixGrid
-from helix_megatron.groups import initialize_helix_parallel
+from helix_megatron.exchange import levels
+from helix_megatron.exchange.groups import initialize_helix_parallel
+from helix_megatron.partition.grid import HelixGrid
 
 _RECEIVED = 128  # offset of tcpi_bytes_received
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from soak_draw import WORLDS, Job, draw, why_illegal
 from soak_worker import rank_outcomes
 
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.host.launcher import RankError, run_ranks
 
 
 def verdict(job: Job, outcomes: list[dict]) -> dict:

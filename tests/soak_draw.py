@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from reference import Case
 
-from helix_megatron.config import COMM_TYPES, CORE_ATTENTIONS, QUERY_PLACEMENTS, HelixConfig
+from helix_megatron.partition.config import COMM_TYPES, CORE_ATTENTIONS, QUERY_PLACEMENTS, HelixConfig
 
 WORLDS = ((2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (2, 2), (3, 2))
 """(tensor-parallel, context-parallel) sizes."""

@@ -30,10 +30,10 @@ from reference import Case, attention, normalise
 from soak_draw import EXPERTS, FFN, Job
 from torch import Tensor
 
-from helix_megatron import groups as helix_groups
-from helix_megatron import integrate
-from helix_megatron.config import HelixPlan
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.exchange import groups as helix_groups
+from helix_megatron.megatron import integrate
+from helix_megatron.partition.config import HelixPlan
+from helix_megatron.partition.grid import HelixConfigError
 
 FACTOR = 4.0
 UNITS = 16.0

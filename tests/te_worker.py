@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from training import MODEL, rank_train
 
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 
 
 def rank_modules(arguments):

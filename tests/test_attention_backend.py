@@ -10,11 +10,11 @@ import pytest
 import torch
 from test_paged_attention import check, draw
 
-from helix_megatron import attention_backend as backend
-from helix_megatron import host_kernels
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.kv_layout import KvInterleave
-from helix_megatron.paged_attention import Sight
+from helix_megatron.host import kernels as host_kernels
+from helix_megatron.kernels import backend
+from helix_megatron.kernels.paged_attention import Sight
+from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.kv_layout import KvInterleave
 
 
 def test_the_choice_has_a_reason(monkeypatch):
@@ -79,7 +79,7 @@ def test_the_triton_kernel_compiles_for_a_gpu():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from helix_megatron.paged_attention_triton import _kernel
+    from helix_megatron.kernels.paged_attention_triton import _kernel
 
     pointers = dict.fromkeys(("query", "keys", "values", "out"), "*bf16") | {"lse": "*fp32", "scale": "fp32"}
     pointers |= dict.fromkeys(("ends", "lengths", "table"), "*i32")

@@ -4,8 +4,8 @@ import pytest
 from layer_worker import all_settings, check_all
 from reference import Case
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.config import HelixConfig
 
 TOLERANCE = 2e-6  # relative, fp32 against float64
 SHAPES = [(32, 32), (16, 2), (8, 1), (9, 3), (28, 4), (14, 2)]

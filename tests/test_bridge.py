@@ -72,7 +72,7 @@ def test_logits_and_exported_weights_are_those_of_transformers(found, run, name)
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("not told", "call helix_megatron.bridge.with_helix before building the model"),
+        ("not told", "call helix_megatron.with_helix before building the model"),
         ("per-slice", "Hugging Face weights are those of ordinary attention"),
         ("uneven", "has slices of 12, 4 dimensions, but Megatron-Bridge deals"),
         ("grid", "n = 2 does not divide the 3 KV heads"),

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import HELIX, MODEL
 
-from helix_megatron.checkpoint import contiguous_runs
-from helix_megatron.integrity import read_shards
-from helix_megatron.launch import RankError
+from helix_megatron.checkpoint.integrity import read_shards
+from helix_megatron.checkpoint.layout import contiguous_runs
+from helix_megatron.host.launcher import RankError
 
 # 48 query and 24 KV heads: vanilla runs at TP 1, 2 and 8, Helix on every grid below. Untied embeddings: with
 # tied ones, PP > 1 and fully reshardable optimizer state, vanilla Megatron 0.19 does not read back its own.

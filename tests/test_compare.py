@@ -18,7 +18,7 @@ from rich.console import Console
 from helix_megatron.compare import accuracy, harness, launching
 from helix_megatron.compare import config as configuration
 from helix_megatron.compare import variants as layouts
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 
 # ---- what is counted
 
@@ -114,8 +114,9 @@ def decoded_with_and_without_cache(argv):
     import torch
     from megatron.core.utils import unwrap_model
 
-    from helix_megatron import entry, pretrain_gpt
+    from helix_megatron import pretrain_gpt
     from helix_megatron.compare import comm, decode, measure, workloads
+    from helix_megatron.megatron import entry
 
     recorder = measure.Recorder(workloads.Samples(1, True))
     argv = entry.prepare(argv)

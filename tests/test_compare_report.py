@@ -14,7 +14,7 @@ from compare_fakes import compare, document, install, rich_samples, variant
 from helix_megatron.compare import config as configuration
 from helix_megatron.compare import drawing, paper, plots, predicted, scaling, tables
 from helix_megatron.compare.variants import TP
-from helix_megatron.grid import HelixGrid
+from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.plan.timing import predict
 

@@ -124,7 +124,7 @@ def test_flags_and_files(tmp_path):
     make(tmp_path / "hf", "qwen3")
     args = command.to_megatron(tmp_path / "hf", tmp_path / "out", dtype="bfloat16", divisible_by=1)
     assert args.padded_vocab_size == 203
-    from helix_megatron import integrate, yaml_config
+    from helix_megatron.megatron import integrate, yaml_config
 
     config = yaml_config.load(tmp_path / "out" / "model.yaml")
     integrate.install()
@@ -235,7 +235,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_helix_is_used(tmp_path):
     """The layouts above do slice heads: Megatron alone refuses them."""
-    from helix_megatron.launch import RankError
+    from helix_megatron.host.launcher import RankError
 
     model = make(tmp_path / "hf", "llama")
     command.to_megatron(tmp_path / "hf", tmp_path / "megatron")

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from helix_megatron import data
+from helix_megatron.models import data
 
 
 def test_documents_are_the_topics_of_this_python():
@@ -72,7 +72,7 @@ def test_null_tokenizer_takes_the_last_token_for_end_of_document():
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "helix_megatron.data", str(tmp_path / "text")]
+    command = [sys.executable, "-W", "ignore", "-m", "helix_megatron.models.data", str(tmp_path / "text")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0
     assert "--tokenizer-type NullTokenizer --vocab-size 257" in run.stdout

@@ -43,7 +43,7 @@ def test_messages_of_the_troubleshooting_page_are_in_the_code():
 def test_every_flag_is_in_the_readme():
     import argparse
 
-    from helix_megatron.arguments import add_helix_arguments
+    from helix_megatron.megatron.arguments import add_helix_arguments
 
     parser = add_helix_arguments(argparse.ArgumentParser(add_help=False))
     for action in parser._actions:

@@ -13,9 +13,9 @@ from test_checkpoint import LAYOUTS, SHAPE, tensors
 from torch.distributed.checkpoint.api import CheckpointException
 from training import MODEL, rank_train
 
-from helix_megatron import integrate
-from helix_megatron.integrity import CheckpointError, read_metadata
-from helix_megatron.launch import RankError
+from helix_megatron.checkpoint.integrity import CheckpointError, read_metadata
+from helix_megatron.host.launcher import RankError
+from helix_megatron.megatron import integrate
 
 RANKS, HELIX_1X2 = LAYOUTS["Helix 1x2"]
 SAVING = """--train-iters 10 --save-interval 2 --override-opt-param-scheduler

@@ -17,7 +17,7 @@ from helix_megatron.generate import generate, model
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 
 PROMPTS = [
     "hello there",

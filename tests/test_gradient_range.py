@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from reference import Case
 from training import HELIX, MODEL
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.gradient_range import LARGEST, keep_in_range, power_of_two
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron.gradient_range import LARGEST, keep_in_range, power_of_two
+from helix_megatron.partition.config import HelixConfig
 
 
 # ---- the factor ----

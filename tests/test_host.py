@@ -11,8 +11,10 @@ import pytest
 import torch
 from training import LOOP
 
-from helix_megatron import host, host_kernels, host_megatron
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.host import kernels as host_kernels
+from helix_megatron.host import megatron as host_megatron
+from helix_megatron.host import mode as host
+from helix_megatron.host.launcher import RankError, run_ranks
 
 MODEL = [
     *LOOP,
@@ -26,7 +28,8 @@ FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --reco
 
 
 def rank_train(arguments):
-    from helix_megatron import entry, pretrain_gpt
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry
 
     entry.use_built_helpers()
     pretrain_gpt.refuse_unsupported = lambda args: None  # what that script leaves out, host mode still runs

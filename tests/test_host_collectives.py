@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helix_megatron.compare.comm import CommMeter
-from helix_megatron.host_shared_memory import SLOT_BYTES, Meeting, _mapped
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.host.launcher import RankError, run_ranks
+from helix_megatron.host.shared_memory import SLOT_BYTES, Meeting, _mapped
 
 RANKS = 3
 LARGE = 2 * SLOT_BYTES // 4 + 3  # in floats: several rounds
@@ -31,7 +31,7 @@ def rank_collectives():
     """What is wrong, by name; the collectives that were counted; whether they went through shared memory."""
     import torch.distributed as dist
 
-    from helix_megatron import host_collectives
+    from helix_megatron.host import collectives as host_collectives
 
     dist.init_process_group("nccl")
     rank, wrong = dist.get_rank(), []

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from helix_megatron import compat, integrate
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError, HelixGrid
-from helix_megatron.launch import run_ranks
+from helix_megatron import compat
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron import integrate
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 
 
 def touched():
@@ -92,7 +93,7 @@ def rank_groups(tp, n, m):
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=2, order="tp-cp-ep-dp-pp"
     )
-    from helix_megatron.groups import get_helix_groups
+    from helix_megatron.exchange.groups import get_helix_groups
 
     groups = get_helix_groups()
     members = torch.distributed.get_process_group_ranks
@@ -115,7 +116,7 @@ def test_groups_lie_inside_each_tensor_parallel_group():
 def rank_wrong_grid():
     from megatron.core import parallel_state
 
-    from helix_megatron.groups import initialize_helix_parallel
+    from helix_megatron.exchange.groups import initialize_helix_parallel
 
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
@@ -132,8 +133,8 @@ def rank_spec():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.attention import SelfAttention
 
-    from helix_megatron.attention import HelixParallelSelfAttention
-    from helix_megatron.specs import get_helix_layer_local_spec, with_helix_attention
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
+    from helix_megatron.megatron.specs import get_helix_layer_local_spec, with_helix_attention
 
     plain = get_gpt_layer_local_spec()
     helix = with_helix_attention(plain, HelixConfig())

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from kv_cache_worker import context_refused, count, decode_all, generate, generate_without_cache, refused
 from reference import Case
 
-from helix_megatron import host_kernels, kv_slices
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.kv_cache import Attention, PagedStep, SequenceStep, own_slots
-from helix_megatron.kv_layout import interleave_of_block, interleave_of_sequence
-from helix_megatron.launch import run_ranks
-from helix_megatron.merge import merge_partials
-from helix_megatron.paged_attention import Requests
+from helix_megatron.host import kernels as host_kernels
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.inference import slice_cache as kv_slices
+from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, own_slots
+from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels.paged_attention import Requests
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.kv_layout import interleave_of_block, interleave_of_sequence
 
 # ---- layers, against float64 ----
 GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2), (1, 3), (2, 3)]  # 16 dimensions, 8 rotary pairs: m = 3 is uneven

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helix_megatron.launch import RankError, main, run_ranks
+from helix_megatron.host.launcher import RankError, main, run_ranks
 
 PATIENCE_S = 150  # for what takes a second or two on an idle machine
 
@@ -201,7 +201,7 @@ def test_a_rank_that_returns_waits_for_the_others(tmp_path):
 CALLER = """
 import sys
 sys.path.insert(0, {tests!r})
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 from test_launch import rank_hangs_all
 run_ranks(rank_hangs_all, 3, {folder!r}, host_mode=False)
 """

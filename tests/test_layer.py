@@ -17,9 +17,9 @@ from layer_worker import (
 from megatron.core import tensor_parallel
 from reference import Case, reference
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError
 
 
 # ---- identities ----
@@ -463,7 +463,7 @@ def _norm_without_a_module(tp: int) -> str:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.spec_utils import build_module
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     start(tp)
     helix = HelixConfig(1, 2)
@@ -504,7 +504,7 @@ def test_a_rope_table_of_another_size_is_refused():
 def _other_attention_classes() -> list[str]:
     from megatron.core.transformer.attention import CrossAttention
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     messages = []
     integrate.enable(HelixConfig())

@@ -7,8 +7,8 @@ import soak
 from reference import Case
 from soak_draw import Job, draw, why_illegal
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.launch import RankError
+from helix_megatron.host.launcher import RankError
+from helix_megatron.partition.config import HelixConfig
 
 
 def test_a_hundred_random_layers():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_megatron.config import HelixConfig, parse_weights
-from helix_megatron.grid import (
+from helix_megatron.partition.config import HelixConfig, parse_weights
+from helix_megatron.partition.grid import (
     AttentionShape,
     HelixConfigError,
     HelixGrid,
@@ -19,7 +19,7 @@ from helix_megatron.grid import (
     illegal_reason,
     legal_grids,
 )
-from helix_megatron.layout import HelixLayout, global_chunks, part_length, position_chunks
+from helix_megatron.partition.layout import HelixLayout, global_chunks, part_length, position_chunks
 
 
 @st.composite

@@ -10,11 +10,12 @@ from layer_worker import Groups, load, make_layer, run, start
 from levels_worker import rank_count
 from reference import Case
 
-from helix_megatron import integrate, levels
 from helix_megatron.compare.comm import CommMeter
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixGrid
-from helix_megatron.launch import run_ranks
+from helix_megatron.exchange import levels
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron import integrate
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixGrid
 
 N, M, T = 3, 2, 6
 

@@ -8,10 +8,10 @@ from layer_worker import Groups, all_settings, errors, load, make_layer, run, st
 from megatron.core.transformer.enums import AttnMaskType
 from reference import Case, reference
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.launch import run_ranks
-from helix_megatron.layout import global_chunks, position_chunks
-from helix_megatron.masks import hidden_from_scores, rows_of_chunk
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron.masks import hidden_from_scores, rows_of_chunk
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.layout import global_chunks, position_chunks
 
 SHAPES = ((8, 2), (9, 3), (3, 1))  # whole query heads and shared positions
 WINDOWS = (None, (4, 0))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
-from helix_megatron.merge import merge_partials, partial_attention
+from helix_megatron.kernels.merge import merge_partials, partial_attention
+from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
 
 # ---- merge ----
 
@@ -67,7 +67,7 @@ def test_long_queries_are_cut_without_a_difference(monkeypatch):
     query, key = torch.randn(7, 1, 2, 4), torch.randn(5, 1, 2, 4)
     visible = torch.ones(7, 5, dtype=torch.bool).tril()
     whole = partial_attention(query, key, key, visible, 0.5)
-    monkeypatch.setattr("helix_megatron.merge._SCORE_BYTES", 2 * 4 * 2 * 5)  # two queries at a time
+    monkeypatch.setattr("helix_megatron.kernels.merge._SCORE_BYTES", 2 * 4 * 2 * 5)  # two queries at a time
     for cut, expected in zip(partial_attention(query, key, key, visible, 0.5), whole, strict=True):
         torch.testing.assert_close(cut, expected)
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_megatron import merge, paged_attention
-from helix_megatron.kv_layout import KvInterleave
-from helix_megatron.paged_attention import Requests, Sight
+from helix_megatron.kernels import merge, paged_attention
+from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.partition.kv_layout import KvInterleave
 
 HEADS = [(4, 4), (4, 2), (6, 1), (9, 3)]
 

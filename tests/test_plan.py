@@ -5,12 +5,12 @@ from dataclasses import replace
 import plan_worker
 import pytest
 
-from helix_megatron.grid import HelixConfigError, HelixGrid
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.models.presets import find
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 from helix_megatron.plan import clusters, memory, probe, rates, traffic
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.plan.terms import Term, total
-from helix_megatron.presets import find
 
 LLAMA = find("llama-3-8b").scaled(1 / 16, num_layers=2)  # 32 heads, 8 KV heads of 8
 KV2 = replace(LLAMA, num_query_groups=2)

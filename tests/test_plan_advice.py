@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from helix_megatron import cli
-from helix_megatron.grid import HelixGrid
+from helix_megatron.models.presets import find
+from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import advice, clusters, memory, report, search
 from helix_megatron.plan.layout import Layout, Problem, Workload
-from helix_megatron.presets import find
 
 H100 = clusters.find("dgx-h100")
 RACK = clusters.find("gb200-nvl72")

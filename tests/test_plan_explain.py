@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from helix_megatron import cli
-from helix_megatron.grid import HelixGrid
+from helix_megatron.models.presets import find
+from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import clusters
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.plan.timing import PARTS, predict
-from helix_megatron.presets import find
 
 H100 = replace(clusters.find("dgx-h100"), nodes=2)
 HOST = replace(

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from helix_megatron import cli
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.models.presets import find
 from helix_megatron.plan import clusters, inputs, nvml, probe, probe_gpu, search
 from helix_megatron.plan.hardware import Line
 from helix_megatron.plan.layout import Workload
 from helix_megatron.plan.placement import placements
-from helix_megatron.presets import find
 
 GB = 10**9
 

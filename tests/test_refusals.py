@@ -10,7 +10,7 @@ import pytest
 import torch
 from training import HELIX, MODEL
 
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 
 
 def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):

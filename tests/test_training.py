@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import HELIX, MODEL, rank_train
 
-from helix_megatron.launch import RankError
+from helix_megatron.host.launcher import RankError
 
 BY_LEVEL = "--helix-hierarchical-allreduce"
 

@@ -8,10 +8,11 @@ from layer_worker import Groups, all_settings, errors, load, make_config, make_l
 from reference import Case, reference
 from test_attention_exact import FEATURES, assert_exact
 
-from helix_megatron.attention import plan_for, refuse_unsupported
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron.self_attention import refuse_unsupported
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.derived import plan_for
+from helix_megatron.partition.grid import HelixConfigError
 
 
 def uneven_settings(case: Case, tp: int, weights: dict | None = None, **chosen) -> list[HelixConfig]:
@@ -172,7 +173,7 @@ def test_bytes_are_those_of_the_docstring(placement):
 
 def _gathered_gradient() -> list[float]:
     """Rank r's piece has r + 1 elements; its gradient is 256 from rank 0 and 1 from each of the others."""
-    from helix_megatron.exchange import gather_uneven
+    from helix_megatron.exchange.collectives import gather_uneven
 
     torch.distributed.init_process_group("nccl")
     rank, shapes = torch.distributed.get_rank(), [(1,), (2,), (3,)]

@@ -9,9 +9,9 @@ from layer_worker import Groups, inferring, load, make_config, make_layer, start
 from reference import Case
 
 from helix_megatron import compat
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.launch import RankError, run_ranks
+from helix_megatron.host.launcher import RankError, run_ranks
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError
 
 LAYOUTS = {
     "vanilla": None,
@@ -109,7 +109,7 @@ def train_a_model(tp: int, helix: HelixConfig | None) -> list[float]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     if helix is not None:
         integrate.enable(helix, helix.resolve(6, 2, 8, tp).grid)

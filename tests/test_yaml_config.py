@@ -2,7 +2,7 @@
 
 import pytest
 
-from helix_megatron import yaml_config
+from helix_megatron.megatron import yaml_config
 
 KNOWN = [
     "--num-layers",

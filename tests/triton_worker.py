@@ -5,10 +5,10 @@ import itertools
 import torch
 from test_paged_attention import HEADS, check, draw
 
-from helix_megatron import attention_backend
-from helix_megatron.kv_layout import KvInterleave
-from helix_megatron.paged_attention import Sight
-from helix_megatron.paged_attention_triton import paged_attention
+from helix_megatron.kernels import backend as attention_backend
+from helix_megatron.kernels.paged_attention import Sight
+from helix_megatron.kernels.paged_attention_triton import paged_attention
+from helix_megatron.partition.kv_layout import KvInterleave
 
 STEPS = {  # tokens of each request, how many of them are new
     "decode": ([1, 9, 150, 33], [1, 1, 1, 1]),
