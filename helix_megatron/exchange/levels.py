@@ -12,7 +12,7 @@ elements in T = n*m ranks, a rank receives over the slow level:
 (N: the whole tensor; chunk r belongs to rank r. "Flat": nothing was summed or shared before it crossed, and
 by level is 1/m of that.) A flat ring does sum on its way. Where it visits group after group, n of its T hops
 cross, (T-1)/T N each, and by level is (T-m)/(T-1) of that: 2/3 on a 2x2 grid, never less than a half. Where
-it changes groups at every hop, by level is (n-1)/(T-1). tests/test_levels.py counts all three.
+it changes groups at every hop, by level is (n-1)/(T-1). tests/exchange/test_levels.py counts all three.
 The results are those of the flat collectives to rounding: sums are taken in another order. These replace
 collectives inside Megatron's own autograd functions, whose backward they serve as well as their forward.
 """
