@@ -1,8 +1,8 @@
 """Random layers on random grids: each equals float64 as well as Megatron does, or is refused with a reason.
 
     python -m tests.megatron_glue.soak --count 1000    the first thousand; exit code 1 on a failure
-    python -m tests.megatron_glue.soak --share 3/20 --out soak.jsonl    the third twentieth of --total (10,000)
-    python -m tests.megatron_glue.soak --count 0 --out soak.jsonl    the table of what is there
+    python -m tests.megatron_glue.soak --share 3/20 --out a.jsonl    the third twentieth of --total (10,000)
+    python -m tests.megatron_glue.soak --count 0 --out a.jsonl    the table of what is there
 
 soak_draw.py says what is drawn and what must be refused, soak_worker.py when a layer is equal. What is drawn
 is a function of (seed, number), so any share can be run again, by anyone. With --out every configuration
