@@ -32,7 +32,7 @@ def _words(numbers: Indices) -> str:
 
 
 def exchange_elements(layout: HelixLayout) -> dict[str, float]:
-    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange.py.
+    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange/.
 
     Where slices are uneven, ranks receive unequally much: the mean over the dim group.
     """

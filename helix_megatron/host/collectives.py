@@ -3,7 +3,7 @@
 Note [Why not gloo's]
     Ranks of host mode share a few cores, and gloo's messages over TCP cost each of them 0.1 ms of a core. An
     all-reduce of 4 kB takes 3.8 ms among 8 ranks on two cores, and 0.25 ms in shared memory
-    (host_shared_memory.py); 1 MiB takes 21 ms and 2.5 ms. GPUs of one node do not go through TCP either.
+    (shared_memory.py); 1 MiB takes 21 ms and 2.5 ms. GPUs of one node do not go through TCP either.
 
     collective       what a rank shows        what it reads
     all_reduce       its tensor               all tensors, added up in the order of the ranks

@@ -1,4 +1,4 @@
-"""What every rank needs, imported once in the process that the ranks are forked from (see `launch`).
+"""What every rank needs, imported once in the process that the ranks are forked from (see launcher.py).
 
 Nothing is patched here: host mode is switched on in the ranks, by a call.
 """

@@ -41,7 +41,7 @@ def partial_attention(
     """Attention over the keys given, with what merge_partials needs. Sums are in fp32.
 
     On the CPU it is PyTorch's fused attention, which reads keys and values once, where they are. On another
-    device it is the formula, in fp32; there a kernel is used where one can be (attention_backend.py).
+    device it is the formula, in fp32; there a kernel is used where one can be (backend.py).
 
     Args:
         query: [S, B, N, D].

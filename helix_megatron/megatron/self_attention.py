@@ -11,7 +11,7 @@ Note [What is Megatron's and what is ours]
       3. QK-norm sums its squares over the dim group (qk_norm.py);
       4. the core attention exchanges slices (core_attention.py); per-slice softmax needs none, there the
          derived model IS the model.
-    Inference with a cache of positions takes a way of its own from the projections on (inference.py).
+    Inference with a cache of positions takes a way of its own from the projections on (inference/).
     With m = 1 the class is SelfAttention, bit for bit.
 """
 
@@ -222,7 +222,7 @@ class HelixParallelSelfAttention(SelfAttention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Megatron's standard layout, whatever the grid; see checkpoint.py.
+        """Megatron's standard layout, whatever the grid; see checkpoint/layout.py.
 
         Per-slice softmax is another model, that of `derived_config`: its standard layout is that model's.
         """

@@ -124,7 +124,7 @@ def test_collectives_and_bytes_are_those_of_the_design(settings, forward, backwa
     total = {name: forward.get(name, 0) + backward.get(name, 0) for name in {**forward, **backward}}
     assert {name: calls for name, (calls, _) in both.items()} == total
 
-    kv = 2 * (m - 1) * s * b * hk * d_s * 4  # bytes received per rank: the table in exchange.py
+    kv = 2 * (m - 1) * s * b * hk * d_s * 4  # bytes received per rank: the table in exchange/collectives.py
     queries = (m - 1) * s * b * hq * d_s * 4 // m
     scores = 2 * (m - 1) * b * hq * s * s * 4 // m  # an all-reduce receives 2 (p-1)/p of its payload
     expected = {"all_gather": kv, "all_to_all": 2 * queries, "all_reduce": scores}
