@@ -12,7 +12,7 @@ Note [Exact attention over slices]
     all_reduce  the partial scores of the slices are summed in fp32; softmax; times the local slice of V.
                 The two-level formula taken literally and made exact; needs S^2 memory.
     A cache of slices (KV cache "dim"; fewer queries than keys) always sums partial scores: B N L scores are
-    less to move than the cache. A cache of positions ("sequence") does not come here: inference/position_cache.py.
+    less to move than the cache. A cache of positions ("sequence") does not come here, see inference/.
 
 S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, D head, d_s = D/m (the
 rank's own, where slices are uneven).

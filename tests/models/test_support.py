@@ -50,7 +50,8 @@ def test_copies_of_k_and_v():
 
 
 def test_the_rows_of_the_readme():
-    rows = re.findall(r"^\| (\S+) \| (\d+) / (\d+) \| (\d+) \| ([^|]+) \| ([^|]+) \|$", README.read_text(), re.M)
+    row = r"^\| (\S+) \| (\d+) / (\d+) \| (\d+) \| ([^|]+) \| ([^|]+) \|$"
+    rows = re.findall(row, README.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) >= 10
     for name, heads, groups, tp, megatron, helix in rows:
         shape = presets.find(name)
