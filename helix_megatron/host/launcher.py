@@ -3,12 +3,19 @@
 `run_ranks` is for tests and scripts, `python -m helix_megatron.launch` is the host counterpart of torchrun:
 
     python -m helix_megatron.launch --nproc-per-node 4 pretrain.py --helix-host-mode <Megatron flags>
+    python -m helix_megatron.launch --share-gpu --nproc-per-node 4 pretrain.py <Megatron flags>
 
 A fork server imports torch and Megatron and ranks are forked from it: neither the caller's threads nor its
 autograd state reach them, and they share the imported pages. Who ends whom: the caller kills its ranks, with
 what they have started (each rank leads a process group); a rank whose caller is gone kills its own group.
 SIGTERM is for the caller, and the fork server ignores it: batch systems and service managers send it to every
 process of a job at once, and ranks die with the server that they are forked from.
+
+Note [Several ranks on one GPU]
+    NCCL refuses two ranks on one device of one host. With a NCCL_HOSTID of its own every rank is a host of
+    its own, and the ranks meet over the loopback interface. What they compute is what several GPUs compute;
+    how long it takes means nothing, since they take turns on the device. Such ranks are fresh interpreters:
+    a CUDA context does not survive a fork.
 """
 
 import argparse
@@ -51,7 +58,15 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    function, world_size, *args, timeout_s=300, env=None, host_mode=True, log_dir=None, show_rank0=False
+    function,
+    world_size,
+    *args,
+    timeout_s=300,
+    env=None,
+    host_mode=True,
+    log_dir=None,
+    show_rank0=False,
+    share_gpu=False,
 ) -> list:
     """Run `function(*args)` in `world_size` processes and return what each returned, in rank order.
 
@@ -66,12 +81,15 @@ def run_ranks(
         host_mode: call `enable_host_mode()` in every rank first.
         log_dir: folder for rank_k.log, the output of rank k. Default: kept only until the ranks are done.
         show_rank0: leave rank 0's output on this terminal instead.
+        share_gpu: all ranks use device 0 with real NCCL; see Note [Several ranks on one GPU].
 
     Raises:
         RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the
             other ranks are killed. The rank named is the first by time, not by index.
-        ValueError: world_size < 1.
+        ValueError: world_size < 1, or host mode with a shared GPU.
     """
+    if share_gpu and host_mode:
+        raise ValueError("share_gpu was given with host mode, which has no GPU: choose one of the two")
     if world_size < 1:
         raise ValueError(f"run_ranks was given world_size={world_size}: at least one rank is needed")
     folder = str(log_dir) if log_dir is not None else tempfile.mkdtemp(prefix="helix_ranks_")
@@ -79,15 +97,16 @@ def run_ranks(
     payload = pickle.dumps((function, args))
     reserved = _reserved_port()
     environment = _rank_environment(world_size, reserved.getsockname()[1], env)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context("spawn" if share_gpu else "forkserver")
+    if not share_gpu:
+        context.set_forkserver_preload(_PRELOAD)
     ranks = []
     with _terminate_as_exception():
         try:
             with _main_hidden(function):
                 for rank in range(world_size):
                     log = None if rank == 0 and show_rank0 else os.path.join(folder, f"rank_{rank}.log")
-                    ranks.append(_Rank(context, rank, log, (payload, environment, host_mode)))
+                    ranks.append(_Rank(context, rank, log, (payload, environment, host_mode, share_gpu)))
             return _collect(ranks, timeout_s)
         finally:
             _end(ranks)
@@ -270,7 +289,23 @@ def _rank_environment(world_size, port, env) -> dict:
     return variables
 
 
-def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
+def shared_gpu_environment(rank: int) -> dict[str, str]:
+    """What makes NCCL take ranks on one device for ranks of different hosts."""
+    return {
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "NCCL_HOSTID": f"helix-rank-{rank}",
+        "NCCL_NET": "Socket",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_SHM_DISABLE": "1",
+        "NCCL_MAX_NCHANNELS": "2",  # every channel of every rank takes multiprocessors of the one device
+        "NCCL_MAX_CTAS": "2",
+    }
+
+
+def _rank_main(rank, connection, log, payload, environment, host_mode, share_gpu) -> None:
     """The whole life of one rank."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the fork server ignores
     die_with_parent()
@@ -279,6 +314,9 @@ def _rank_main(rank, connection, log, payload, environment, host_mode) -> None:
     multiprocessing.set_start_method("fork", force=True)  # what a rank would have without a fork server
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    if share_gpu:
+        os.environ.update(shared_gpu_environment(rank))
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it when TP > 1
     if log is not None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, 1)
@@ -351,16 +389,24 @@ def main(argv=None) -> int:
     add("--nproc-per-node", "--nproc_per_node", type=int, required=True, metavar="N", help="number of ranks")
     add("--timeout", type=float, default=86400, metavar="S", help="kill all ranks after S seconds")
     add("--log-dir", metavar="DIR", help="rank k > 0 writes DIR/rank_k.log")
+    add("--share-gpu", action="store_true",
+        help="all ranks use the one GPU 0: for whether it is right, not for how long it takes")  # fmt: skip
     add("-m", dest="module", action="store_true", help="TARGET is a module, not a script")
     add("target", metavar="TARGET", help="script, or module with -m")
     add("arguments", nargs=argparse.REMAINDER, help="arguments of TARGET")
     options = parser.parse_args(argv)
     if not options.module and not os.path.isfile(options.target):
         parser.error(f"there is no script {options.target!r}; a module is started with -m {options.target}")
+    if options.share_gpu:
+        if "--helix-host-mode" in options.arguments:
+            parser.error("--share-gpu and --helix-host-mode were both given; a host has no GPU to share")
+        ranks = options.nproc_per_node
+        print(f"{parser.prog}: {ranks} ranks share GPU 0; their times mean nothing", file=sys.stderr)
     try:
         run_ranks(
             _run_target, options.nproc_per_node, options.module, options.target, options.arguments,
             timeout_s=options.timeout, host_mode=False, log_dir=options.log_dir, show_rank0=True,
+            share_gpu=options.share_gpu,
         )  # fmt: skip
     except RankError as error:
         print(error.message if error.message is not None else error, file=sys.stderr)
