@@ -206,6 +206,25 @@ class HelixLayout:
         ratio = self.query_heads // self.kv_heads
         return [(head_part * per_part + q) // ratio for q in range(per_part)]
 
+    @cached_property
+    def kv_ranges(self) -> list[tuple[int, int]]:
+        """KV heads of the group, first and last + 1, that each rank of a dim group attends with."""
+        m = self.grid.dim_parallel_size
+        parts = m if self.query_placement == "heads" else self.head_parts
+        needed = [self.kv_head_of(t * parts // m, parts) for t in range(m)]
+        return [(heads[0], heads[-1] + 1) for heads in needed]
+
+    @cached_property
+    def kv_blocks(self) -> int | None:
+        """x, where the KV heads are x equal blocks and each is needed by m / x neighbours; else None."""
+        m, heads = self.grid.dim_parallel_size, self.kv_heads
+        x = len(set(self.kv_ranges))
+        if heads % x or m % x:
+            return None
+        size = heads // x
+        blocks = [(t * x // m * size, (t * x // m + 1) * size) for t in range(m)]
+        return x if self.kv_ranges == blocks else None
+
     def local_query_heads(self, rank: int) -> Indices:
         """Query heads of which this tensor-parallel rank holds something."""
         i, j = self.grid.coordinate(rank)
