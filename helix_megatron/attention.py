@@ -40,7 +40,7 @@ from helix_megatron.gradient_range import keep_in_range
 from helix_megatron.grid import HelixConfigError
 from helix_megatron.groups import HelixGroups, get_helix_groups
 from helix_megatron.layout import HelixLayout
-from helix_megatron.qk_norm import SliceNorm
+from helix_megatron.qk_norm import slice_norm
 from helix_megatron.sliced_linear import Slices, mark
 
 
@@ -424,9 +424,8 @@ def _build_qk_norm(
     norm = builder(hidden_size=layout.shape.kv_channels, config=config, eps=eps)
     if groups is None:
         return norm
-    return SliceNorm(
-        norm, config, layout.key_dims(groups.dim_rank), layout.shape.kv_channels, groups.dim_group
-    )
+    dims = layout.key_dims(groups.dim_rank)
+    return slice_norm(norm, config, dims, layout.shape.kv_channels, groups.dim_group)
 
 
 def _sliced(builder: Callable, slices: Slices, rank: int, tp: int) -> Callable:
