@@ -223,8 +223,8 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     reasons = {
         "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
-        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": (
-            inference_config.use_flashinfer_fused_rope is not False
+        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
+            inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
         "attention output gates (--attention-output-gate)": exact
@@ -242,6 +242,13 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         interleave_of_block(
             plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
         )
+
+
+def _takes_fused_rope(asked: bool | None) -> bool:
+    """What Megatron's context makes of use_flashinfer_fused_rope: None means wherever FlashInfer is."""
+    from megatron.core.inference.contexts import dynamic_context
+
+    return dynamic_context.HAVE_FLASHINFER if asked is None else asked
 
 
 def check_dynamic(context: Any, plan: HelixPlan) -> None:
@@ -323,9 +330,5 @@ def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, [blocks, B, K, paged_dim] each, as Megatron has made them."""
-    if context.using_cuda_graph_this_step():
-        raise NotImplementedError(
-            "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
-        )
     number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
     return context.memory_buffer[0, number], context.memory_buffer[1, number]
