@@ -37,7 +37,7 @@ from helix_megatron.checkpoint import standard_layout
 from helix_megatron.config import HelixConfig, HelixPlan
 from helix_megatron.core_attention import HelixCoreAttention
 from helix_megatron.gradient_range import keep_in_range
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.grid import AttentionShape, HelixConfigError, check_grid
 from helix_megatron.groups import HelixGroups, get_helix_groups
 from helix_megatron.layout import HelixLayout
 from helix_megatron.qk_norm import slice_norm
@@ -242,8 +242,31 @@ class HelixParallelSelfAttention(SelfAttention):
         return state
 
 
+def slices_for(helix: HelixConfig, config: Any, tp_size: int) -> int:
+    """m for a Megatron configuration on `tp_size` ranks, of any attention, whatever its positions.
+
+    On one rank nothing is sliced: a process may hold other models (a teacher, a draft, an encoder) beside
+    the one whose grid was asked for.
+    """
+    heads = config.num_attention_heads
+    if tp_size == 1 or not heads:
+        return 1
+    # Multi-latent attention has keys and values for every head.
+    groups = heads if _setting(config, "multi_latent_attention") else config.num_query_groups or heads
+    channels = config.kv_channels or config.hidden_size // heads
+    sizes = helix.head_parallel_size, helix.dim_parallel_size
+    even = helix.softmax == "per-slice"
+    grid = check_grid(AttentionShape(heads, groups, channels), tp_size, *sizes, even=even)
+    return grid.dim_parallel_size
+
+
 def plan_for(helix: HelixConfig, config: TransformerConfig, tp_size: int) -> HelixPlan:
-    """Settle the Helix choices for a Megatron configuration on `tp_size` ranks."""
+    """Settle the Helix choices for a Megatron configuration on `tp_size` ranks.
+
+    Where nothing is sliced, what was asked of slices is of no concern.
+    """
+    if slices_for(helix, config, tp_size) == 1:
+        helix = HelixConfig(tp_size, 1, softmax=helix.softmax, core_attention=helix.core_attention)
     return helix.resolve(
         config.num_attention_heads,
         config.num_query_groups,

@@ -187,16 +187,17 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
 
     @functools.wraps(original)
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
-        from helix_megatron.attention import derived_config, plan_for
+        from helix_megatron.attention import derived_config, plan_for, slices_for
 
         groups = inference_config.pg_collection
         tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
-        plan = plan_for(helix, model_config, tp)
-        if not plan.is_megatron:
+        sliced = slices_for(helix, model_config, tp) > 1
+        if sliced:
+            plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
         original(self, model_config, inference_config)
-        if not plan.is_megatron:
+        if sliced:
             self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
 
     return __init__
