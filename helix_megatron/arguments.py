@@ -205,8 +205,8 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
                 else "use --attention-impl megatron"
             )
             raise HelixConfigError(
-                f"--attention-impl helix does not support {flag} with sliced heads (here m = {slices}); {way_out}, "
-                "or a grid with m = 1"
+                f"--attention-impl helix does not support {flag} with sliced heads (here m = {slices}); "
+                f"{way_out}, or a grid with m = 1"
             )
     if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
         raise HelixConfigError(

@@ -73,8 +73,8 @@ def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
         if m == 1:
             return provider
         raise HelixConfigError(
-            f"{type(provider).__name__} has multi-latent attention, which Helix does not slice (m = {m}); leave "
-            "Helix out, or use a tensor-parallel size with m = 1"
+            f"{type(provider).__name__} has multi-latent attention, which Helix does not slice (m = {m}); "
+            "leave Helix out, or use a tensor-parallel size with m = 1"
         )
     has_rope = provider.position_embedding_type in ("rope", "yarn", "mrope")
     helix = replace(helix, rotary_percent=provider.rotary_percent if has_rope else 0.0)

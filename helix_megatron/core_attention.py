@@ -362,7 +362,7 @@ def _with_core_prefix(module: HelixCoreAttention, state: dict, prefix: str, *_: 
 def _judged_without_core_prefix(module: HelixCoreAttention, keys: Any) -> None:
     """Missing and unexpected keys get the names they have without Helix, and the core forgives them by those.
 
-    Transformer Engine's forgives a missing `core_attention._extra_state`, which no distributed checkpoint has.
+    Transformer Engine's forgives a missing `core_attention._extra_state`: no distributed checkpoint has it.
     """
     if module.core is None:
         return

@@ -102,12 +102,13 @@ def illegal_reason(shape: AttentionShape, tp: int, n: int, m: int, even: bool = 
     pairs, without = shape.rotary_dim // 2, "(a model without RoPE has rotary_percent 0)"
     if not 0 <= shape.rotary_dim <= shape.kv_channels or shape.rotary_dim % 2:
         return (
-            f"RoPE rotates pairs, and {shape.rotary_dim} rotary dimensions of the {shape.kv_channels} of a head "
-            f"are not made of them {without}"
+            f"RoPE rotates pairs, and {shape.rotary_dim} rotary dimensions of the {shape.kv_channels} of a "
+            f"head are not made of them {without}"
         )
     if pairs and m > pairs:
         return (
-            f"m = {m} is more than the {pairs} rotary pairs of a head; a slice must hold a whole pair {without}"
+            f"m = {m} is more than the {pairs} rotary pairs of a head; a slice must hold a whole pair "
+            f"{without}"
         )
     if m > shape.kv_channels:
         return f"m = {m} is more than the {shape.kv_channels} dimensions of a head"

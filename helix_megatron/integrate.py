@@ -22,9 +22,10 @@ from typing import Any
 from helix_megatron import compat
 from helix_megatron.arguments import add_helix_arguments, helix_config_from_args, refuse_other_models
 from helix_megatron.config import HelixConfig, HelixPlan
-from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.grid import HelixConfigError, HelixGrid, legal_grids
 from helix_megatron.plan import rule
 from helix_megatron.same_model import refuse_other_function, refuse_other_softmax
+from helix_megatron.tensor_sizes import refuse_indivisible
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
@@ -234,6 +235,9 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         getattr(args, "attention_output_gate", False),
     )
     refuse_other_models(args, plan.grid.dim_parallel_size)
+    if not (args.spec or args.heterogeneous_layers_config_encoded_json):  # whose sizes are their own
+        even = plan.layout.per_slice
+        refuse_indivisible(args, lambda tp: bool(legal_grids(plan.layout.shape, tp, even)))
     if plan.is_megatron:
         return plan
     refuse_unsupported(args, plan)
@@ -342,10 +346,10 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
                 if m > 1:
                     what = _kind_of_attention(self, config, given.get("attn_mask_type"))
                     raise HelixConfigError(
-                        f"Helix does not slice the heads of {what}, which this grid needs (m = {m}): it serves "
-                        "the self-attention of GPT's layer specs (local and Transformer Engine) and of specs "
-                        "made with helix_megatron.specs.with_helix_attention; use such a spec, --attention-impl "
-                        "megatron, or a grid with m = 1"
+                        f"Helix does not slice the heads of {what}, which this grid needs (m = {m}): it "
+                        "serves the self-attention of GPT's layer specs (local and Transformer Engine) and "
+                        "of specs made with helix_megatron.specs.with_helix_attention; use such a spec, "
+                        "--attention-impl megatron, or a grid with m = 1"
                     )
             original(self, *args, **kwargs)
 
@@ -469,8 +473,8 @@ def _relaxed(post_init: Callable, helix: HelixConfig) -> Callable:
 
     Megatron checks num_attention_heads and num_query_groups against the tensor-parallel size; while it
     does, they read as those of the derived model (H*m and G*m), which divide exactly when the grid is
-    legal. Afterwards the configuration says H, G and d again. What RoPE asks of slices is not known here, and is
-    asked where a layer is built.
+    legal. Afterwards the configuration says H, G and d again. What RoPE asks of slices is not known here, and
+    is asked where a layer is built.
     """
 
     @functools.wraps(post_init)

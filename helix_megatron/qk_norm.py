@@ -1,8 +1,8 @@
 """QK normalisation of slices: the norm runs over the whole head, so moments are summed over the dim group.
 
 A rank keeps the whole weight [d], as Megatron does, and uses its slice's entries; Megatron already sums
-the gradients of `q_layernorm` and `k_layernorm` over the tensor-parallel group. The module stays Megatron's (or
-Transformer Engine's), with the state that it keeps in checkpoints; its forward alone is another.
+the gradients of `q_layernorm` and `k_layernorm` over the tensor-parallel group. The module stays Megatron's
+(or Transformer Engine's), with the state that it keeps in checkpoints; its forward alone is another.
 """
 
 from __future__ import annotations

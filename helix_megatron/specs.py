@@ -34,7 +34,7 @@ def with_helix_attention(
         helix_groups: process groups; the registered ones by default.
 
     Raises:
-        HelixConfigError: the spec's self-attention is not Megatron's SelfAttention (MLA, say), and m is not 1.
+        HelixConfigError: the spec's self-attention is not Megatron's SelfAttention (MLA, say), nor m = 1.
     """
     attention = getattr(spec.submodules, "self_attention", None)
     module = getattr(attention, "module", attention)

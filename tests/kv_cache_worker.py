@@ -237,8 +237,8 @@ def generate_without_cache(tp: int, helix: HelixConfig) -> tuple[list[int], list
 
 
 def generate_by_the_static_engine(tp: int, helix: HelixConfig | None) -> tuple[list[list[int]], str]:
-    """Greedy tokens of prompts of 1, 5 and 17 tokens, in an engine whose context has sizes for CUDA graphs while
-    the model has none; and the class of its attention layers."""
+    """Greedy tokens of prompts of 1, 5 and 17 tokens, in an engine whose context has sizes for CUDA graphs
+    while the model has none; and the class of its attention layers."""
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper

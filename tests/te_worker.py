@@ -1,7 +1,8 @@
 """Runs training cases with Transformer Engine stood in for, in a process of its own (test_te.py starts it).
 
 Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...],
-"loosely": [...]}}. `{folder}` in flags is one folder for all cases, for checkpoints. The fork server of the test process has imported Megatron without Transformer Engine, that of this one with it.
+"loosely": [...]}}. `{folder}` in flags is one folder for all cases, for checkpoints. The fork server of the
+test process has imported Megatron without Transformer Engine, that of this one with it.
 """
 
 import json
@@ -51,8 +52,8 @@ def claim_hopper(note):
 def train(ranks: int, flags: str, folder: Path) -> dict:
     """One run of Megatron's loop.
 
-    Returns: the losses it printed; the classes that took part on rank 0; what Megatron's loop says when a strict
-        load of the weights failed and it went on without being strict.
+    Returns: the losses it printed; the classes that took part on rank 0; what Megatron's loop says when a
+        strict load of the weights failed and it went on without being strict.
     """
     arguments = [*MODEL, "--transformer-impl", "transformer_engine", "--data-cache-path", str(folder.parent)]
     arguments += flags.format(folder=folder.parent).split()

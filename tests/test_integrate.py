@@ -1,5 +1,7 @@
 """The way into Megatron: explicit, idempotent, undoable, and the groups it makes."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from helix_megatron import compat, integrate
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError, HelixGrid
 from helix_megatron.launch import run_ranks
+from helix_megatron.tensor_sizes import indivisible, refuse_indivisible
 
 
 def touched():
@@ -121,6 +124,41 @@ def test_models_on_one_rank_are_megatrons(helix, other):
         assert plan_for(helix, made, 1).is_megatron
 
 
+def test_what_a_tensor_parallel_size_must_divide():
+    """The size that ranks hold parts of, whatever else there is."""
+    dense = dict(
+        tensor_model_parallel_size=4, expert_tensor_parallel_size=4, pipeline_model_parallel_size=1,
+        context_parallel_size=1, world_size=8, ffn_hidden_size=96, num_experts=None, moe_ffn_hidden_size=None,
+        moe_layer_freq=1, moe_shared_expert_intermediate_size=None, vocab_size=101, pad_vocab_size=True,
+        seq_length=50, sequence_parallel=False,
+    )  # fmt: skip
+    experts = dict(num_experts=8, moe_ffn_hidden_size=64)
+    cases = [  # changes, and the number that four ranks cannot share
+        (dict(), None),
+        (dict(ffn_hidden_size=98), 98),
+        (dict(sequence_parallel=True), 50),
+        (dict(sequence_parallel=True, seq_length=48, context_parallel_size=2), None),
+        (dict(sequence_parallel=True, seq_length=48, context_parallel_size=8), 6),
+        (dict(pad_vocab_size=False), 101),
+        (dict(experts, ffn_hidden_size=98), None),  # every layer has experts
+        (dict(experts, ffn_hidden_size=98, moe_layer_freq=2), 98),
+        (dict(experts, ffn_hidden_size=98, moe_layer_freq=[1, 0]), 98),
+        (dict(experts, moe_ffn_hidden_size=66), 66),
+        (dict(experts, moe_ffn_hidden_size=66, expert_tensor_parallel_size=1), None),
+        (dict(experts, moe_shared_expert_intermediate_size=30), 30),
+    ]
+    for changes, size in cases:
+        args = Namespace(**{**dense, **changes})
+        found = indivisible(args, 4)
+        assert [int(what.split()[0]) for what in found] == ([] if size is None else [size]), changes
+        assert not indivisible(args, 1)
+    args = Namespace(**{**dense, "ffn_hidden_size": 98, "sequence_parallel": True})
+    with pytest.raises(HelixConfigError, match=r"98 of .* nor 50 of .* on these ranks: 1, 2$"):
+        refuse_indivisible(args, lambda tp: True)
+    with pytest.raises(HelixConfigError, match=r"on these ranks: 1$"):
+        refuse_indivisible(args, lambda tp: tp != 2)
+
+
 class Values(torch.nn.Module):
     """A core attention that takes any size of keys: its output is the values."""
 
@@ -138,8 +176,6 @@ def rank_other_attention(helix):
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec
     from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     torch.distributed.init_process_group("nccl")
@@ -148,7 +184,7 @@ def rank_other_attention(helix):
     # Hybrid, heterogeneous and ModelOpt's specs are made of the modules that this one has while Helix is off.
     of_modules = gpt_layer_specs.get_gpt_layer_local_spec().submodules
     latent = gpt_layer_specs.get_gpt_layer_local_spec(multi_latent_attention=True).submodules
-    latent.self_attention.submodules.core_attention = Values  # Megatron's local one has no size of its own for keys
+    latent.self_attention.submodules.core_attention = Values  # Megatron's local one takes one size alone
     specs = {
         "BERT": (bert_layer_local_spec.submodules, TransformerConfig, {}),
         "vision": (get_vit_layer_with_local_spec().submodules, TransformerConfig, {}),
@@ -166,29 +202,33 @@ def rank_other_attention(helix):
     for name, (submodules, kind, settings) in specs.items():
         cross = name == "cross-attention"
         spec = submodules.cross_attention if cross else submodules.self_attention
-        mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
-        hidden = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(2))
-
-        def output():
-            torch.manual_seed(1)
-            model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-            config = kind(
-                num_layers=1, hidden_size=32, num_attention_heads=4, tensor_model_parallel_size=2,
-                use_cpu_initialization=True, attention_dropout=0.0, masked_softmax_fusion=False, **settings,
-            )  # fmt: skip
-            layer = build_module(spec, config=config, layer_number=1)
-            out, _ = layer(hidden, mask, hidden) if cross else layer(hidden, mask)
-            return type(layer).__name__, out.detach()
-
-        plain_class, plain = output()
+        plain_class, plain = attention_output(spec, kind, settings, cross)
         integrate.enable(helix)
         try:
-            made, out = output()
+            made, out = attention_output(spec, kind, settings, cross)
             found[name] = (made == plain_class, (out - plain).abs().max().item())
         except HelixConfigError as error:
             found[name] = str(error)
         integrate.disable()
     return found
+
+
+def attention_output(spec, kind, settings, cross):
+    """Class of the layer that a spec makes, and what it computes; the same weights and input each time."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.spec_utils import build_module
+
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = kind(
+        num_layers=1, hidden_size=32, num_attention_heads=4, tensor_model_parallel_size=2,
+        use_cpu_initialization=True, attention_dropout=0.0, masked_softmax_fusion=False, **settings,
+    )  # fmt: skip
+    layer = build_module(spec, config=config, layer_number=1)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
+    hidden = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(2))
+    out, _ = layer(hidden, mask, hidden) if cross else layer(hidden, mask)
+    return type(layer).__name__, out.detach()
 
 
 def test_attention_that_is_not_gpts_is_left_alone_where_nothing_is_sliced():

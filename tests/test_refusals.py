@@ -47,7 +47,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--attention-impl megatron --helix-slice-weights 2,1", "--helix-slice-weights was given with"),
         ("--helix-query-placement heads", "query placement 'heads' needs whole heads"),
         ("--helix-softmax per-slice --helix-comm-type a2a", "per-slice softmax, which exchanges nothing"),
-        ("--multi-latent-attention", "does not support --multi-latent-attention with sliced heads (here m = 2)"),
+        ("--multi-latent-attention", "not support --multi-latent-attention with sliced heads (here m = 2)"),
         ("--spec a b", "does not support --spec with sliced heads (here m = 2); wrap your spec"),
         ("--heterogeneous-layers-config-path f", "--heterogeneous-layers-config-path with sliced heads"),
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
@@ -66,6 +66,13 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ),
         ("--fp8-format hybrid --bf16 --fp8-param-gather", "--fp8-param-gather"),
         ("--helix-hierarchical-allreduce", "needs two levels, but Helix grid 1x2 has one"),
+        (
+            "--ffn-hidden-size 193",
+            "--tensor-model-parallel-size 2 does not divide 193 of the MLP's --ffn-hidden-size; "
+            "tensor-parallel sizes that work on these ranks: 1",
+        ),
+        ("--sequence-parallel --seq-length 47", "2 does not divide 47 of a sequence (--sequence-parallel"),
+        ("--num-experts 2 --moe-ffn-hidden-size 65", "2 does not divide 65 of an expert's --moe-ffn-hidden"),
         ("--optimizer muon", "does not support --optimizer muon"),
         ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
     ],
