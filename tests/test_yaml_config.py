@@ -60,7 +60,7 @@ def test_environment_and_host(tmp_path):
         ("MODEL_ARGS: {lr: {a: 1}}", ["--lr", "write true"]),
         ("MODEL_ARGS: {lr: 1, --lr: 2}", ["--lr is given twice"]),
         ("MODEL_ARGS: {lr: 1, lr: 2}", ["run.yaml: 'lr' is given twice, on lines 1 and 1"]),
-        ("MODEL_ARGS: {lr: 1}\nhost: true\nMODEL_ARGS: {}", ["'MODEL_ARGS' is given twice, on lines 1 and 3"]),
+        ("MODEL_ARGS: {}\nhost: true\nMODEL_ARGS: {}", ["'MODEL_ARGS' is given twice, on lines 1 and 3"]),
         ("ENV_VARS:\n  A: 1\n  B: 2\n  A: 3", ["'A' is given twice, on lines 2 and 4"]),
         ("MODEL_ARGS: {lr: {a: {b: 1, b: 2}}}", ["'b' is given twice"]),
         ("host: true\nMODEL_ARGS: {helix-host-mode: false}", ["host and --helix-host-mode are the same"]),
