@@ -256,7 +256,11 @@ def slices_for(helix: HelixConfig, config: Any, tp_size: int) -> int:
     channels = config.kv_channels or config.hidden_size // heads
     sizes = helix.head_parallel_size, helix.dim_parallel_size
     even = helix.softmax == "per-slice"
-    grid = check_grid(AttentionShape(heads, groups, channels), tp_size, *sizes, even=even)
+    try:
+        grid = check_grid(AttentionShape(heads, groups, channels), tp_size, *sizes, even=even)
+    except HelixConfigError:  # nor with RoPE, whose numbers belong into the message
+        rotary = int(channels * helix.rotary_percent)
+        grid = check_grid(AttentionShape(heads, groups, channels, rotary), tp_size, *sizes, even=even)
     return grid.dim_parallel_size
 
 
