@@ -35,7 +35,7 @@ from helix_megatron.inference.position_cache import (
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig, HelixPlan
-from helix_megatron.partition.derived import derived_config, plan_for
+from helix_megatron.partition.derived import derived_config, plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import interleave_of_block, interleave_of_sequence
 
@@ -195,12 +195,13 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
         groups = inference_config.pg_collection
         tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
-        plan = plan_for(helix, model_config, tp)
-        if not plan.is_megatron:
+        sliced = slices_for(helix, model_config, tp) > 1
+        if sliced:
+            plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
         original(self, model_config, inference_config)
-        if not plan.is_megatron:
+        if sliced:
             self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
 
     return __init__
@@ -227,8 +228,8 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     reasons = {
         "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
-        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": (
-            inference_config.use_flashinfer_fused_rope is not False
+        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
+            inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
         "attention output gates (--attention-output-gate)": exact
@@ -246,6 +247,13 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         interleave_of_block(
             plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
         )
+
+
+def _takes_fused_rope(asked: bool | None) -> bool:
+    """What Megatron's context makes of use_flashinfer_fused_rope: None means wherever FlashInfer is."""
+    from megatron.core.inference.contexts import dynamic_context
+
+    return dynamic_context.HAVE_FLASHINFER if asked is None else asked
 
 
 def check_dynamic(context: Any, plan: HelixPlan) -> None:
@@ -327,9 +335,5 @@ def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, [blocks, B, K, paged_dim] each, as Megatron has made them."""
-    if context.using_cuda_graph_this_step():
-        raise NotImplementedError(
-            "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
-        )
     number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
     return context.memory_buffer[0, number], context.memory_buffer[1, number]

@@ -160,27 +160,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
                 "add --attention-impl helix or leave it out"
             )
         return None
-    whole_model = {
-        "--multi-latent-attention": args.multi_latent_attention,
-        "--experimental-attention-variant": args.experimental_attention_variant,
-        "--spec": args.spec,
-        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
-        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
-    }
-    for flag, used in whole_model.items():
-        if used:
-            way_out = (
-                "wrap your spec with helix_megatron.megatron.specs.with_helix_attention instead"
-                if flag == "--spec"
-                else "use --attention-impl megatron"
-            )
-            raise HelixConfigError(f"--attention-impl helix does not support {flag}; {way_out}")
     has_rope = args.position_embedding_type in ("rope", "mrope", "yarn")
-    if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
-        raise HelixConfigError(
-            "per-slice softmax with --position-embedding-type yarn: YaRN's frequencies depend on the head "
-            "dimension and cannot be those of a slice; use rope"
-        )
     weights = args.helix_slice_weights
     return HelixConfig(
         head_parallel_size=args.helix_head_parallel_size,
@@ -198,3 +178,38 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         adaptive_grad_scaling=args.helix_adaptive_grad_scaling,
         rotary_percent=args.rotary_percent if has_rope else 0.0,
     )
+
+
+def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
+    """Refuse models whose heads Helix cannot slice, by their flags. With m = 1 they are Megatron's own.
+
+    Args:
+        args: Megatron's arguments, parsed.
+        slices: m.
+    """
+    if slices == 1:
+        return
+    whole_model = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--experimental-attention-variant": args.experimental_attention_variant,
+        "--spec": args.spec,
+        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+        "--heterogeneous-layers-config-encoded-json": args.heterogeneous_layers_config_encoded_json,
+    }
+    for flag, used in whole_model.items():
+        if used:
+            way_out = (
+                "wrap your spec with helix_megatron.with_helix_attention instead"
+                if flag == "--spec"
+                else "use --attention-impl megatron"
+            )
+            raise HelixConfigError(
+                f"--attention-impl helix does not support {flag} with sliced heads (here m = {slices}); "
+                f"{way_out}, or a grid with m = 1"
+            )
+    if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
+        raise HelixConfigError(
+            "per-slice softmax with --position-embedding-type yarn: YaRN's frequencies depend on the head "
+            "dimension and cannot be those of a slice; use rope"
+        )

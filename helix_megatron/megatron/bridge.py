@@ -32,7 +32,7 @@ from helix_megatron.megatron import integrate
 from helix_megatron.megatron.sliced_linear import slices_of
 from helix_megatron.megatron.specs import with_helix_attention
 from helix_megatron.partition.config import HelixConfig
-from helix_megatron.partition.derived import plan_for
+from helix_megatron.partition.derived import plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
 
 SUPPORTED = "0.6"
@@ -69,8 +69,12 @@ def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
             "ordinary attention; leave --helix-softmax at exact"
         )
     if getattr(provider, "multi_latent_attention", False):
+        m = slices_for(helix, provider, provider.tensor_model_parallel_size)
+        if m == 1:
+            return provider
         raise HelixConfigError(
-            f"{type(provider).__name__} has multi-latent attention, which Helix does not split; leave it out"
+            f"{type(provider).__name__} has multi-latent attention, which Helix does not slice (m = {m}); "
+            "leave Helix out, or use a tensor-parallel size with m = 1"
         )
     has_rope = provider.position_embedding_type in ("rope", "yarn", "mrope")
     helix = replace(helix, rotary_percent=provider.rotary_percent if has_rope else 0.0)

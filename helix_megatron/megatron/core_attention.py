@@ -99,7 +99,7 @@ class HelixCoreAttention(torch.nn.Module):
                 f"{config.context_parallel_size}) does not serve; use a window (left, 0)"
             )
         self.kv_slice, self.kv_repeat = _kv_heads_needed(self.layout.kv_head_of(part, parts))
-        self.core = None
+        self.core, self.loading_prefix = None, ""
         if self.comm_type == "a2a":
             core_config = copy.copy(config)  # this rank's whole heads, as Megatron's core counts them
             core_config.context_parallel_size = 1  # the core is given all keys
@@ -131,6 +131,7 @@ class HelixCoreAttention(torch.nn.Module):
                 _add_dim_group_rng(groups)
         self.register_state_dict_post_hook(_without_core_prefix)
         self.register_load_state_dict_pre_hook(_with_core_prefix)
+        self.register_load_state_dict_post_hook(_judged_without_core_prefix)
 
     @property
     def is_causal(self) -> bool:
@@ -355,9 +356,29 @@ def _without_core_prefix(module: torch.nn.Module, state: dict, prefix: str, _: A
 
 def _with_core_prefix(module: HelixCoreAttention, state: dict, prefix: str, *_: Any) -> None:
     """Inverse of _without_core_prefix."""
-    if module.core is not None:
-        for key in [key for key in state if key.startswith(prefix)]:
-            state[f"{prefix}core.{key.removeprefix(prefix)}"] = state.pop(key)
+    if module.core is None:  # what a core knows beyond weights (of FP8, say) is of no use here
+        state.pop(f"{prefix}_extra_state", None)
+        return
+    module.loading_prefix = prefix
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}core.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def _judged_without_core_prefix(module: HelixCoreAttention, keys: Any) -> None:
+    """Missing and unexpected keys get the names they have without Helix, and the core forgives them by those.
+
+    Transformer Engine's forgives a missing `core_attention._extra_state`: no distributed checkpoint has it.
+    """
+    if module.core is None:
+        return
+    prefix = module.loading_prefix
+    for names in (keys.missing_keys, keys.unexpected_keys):
+        names[:] = [
+            prefix + name.removeprefix(f"{prefix}core.") if name.startswith(f"{prefix}core.") else name
+            for name in names
+        ]
+    for hook in module.core._load_state_dict_post_hooks.values():
+        hook(module.core, keys)
 
 
 def _is_local(core_builder: Any) -> bool:

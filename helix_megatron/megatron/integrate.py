@@ -12,6 +12,7 @@ With `--attention-impl megatron` nothing of Megatron's model code is changed.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,10 +21,15 @@ from typing import Any
 
 from helix_megatron import compat
 from helix_megatron.checkpoint.compatibility import refuse_other_function, refuse_other_softmax
-from helix_megatron.megatron.arguments import add_helix_arguments, helix_config_from_args
+from helix_megatron.megatron.arguments import (
+    add_helix_arguments,
+    helix_config_from_args,
+    refuse_other_models,
+)
 from helix_megatron.partition import choice
 from helix_megatron.partition.config import HelixConfig, HelixPlan
-from helix_megatron.partition.grid import HelixConfigError, HelixGrid
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid, legal_grids
+from helix_megatron.partition.tensor_sizes import refuse_indivisible
 
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
@@ -67,7 +73,9 @@ def install() -> None:
     def then_activate(original: Callable) -> Callable:
         @functools.wraps(original)
         def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Namespace:
-            helix_config_from_args(args)  # cheap refusals first
+            helix = helix_config_from_args(args)
+            if helix is not None:  # cheap refusals first
+                refuse_other_models(args, _slices_from_args(helix, args))
             validated = original(args, *rest, **kwargs)
             activate(args)
             return validated
@@ -202,20 +210,38 @@ def activate(args: Namespace) -> None:
     _agree_with_other_ranks(args, plan)
 
 
+def _kv_heads(args: Namespace) -> int:
+    """As TransformerConfig sees them: without --group-query-attention every query head has its own."""
+    shared = args.group_query_attention and not args.multi_latent_attention
+    return args.num_query_groups if shared else args.num_attention_heads
+
+
+def _slices_from_args(helix: HelixConfig, args: Namespace) -> int:
+    """m by arguments that Megatron has not validated; 1 where they do not say enough."""
+    from helix_megatron.partition.derived import slices_for
+
+    if not args.num_attention_heads or not (args.kv_channels or args.hidden_size):
+        return 1
+    shape = Namespace(**{**vars(args), "num_query_groups": _kv_heads(args)})
+    return slices_for(helix, shape, args.tensor_model_parallel_size)
+
+
 def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     from helix_megatron.megatron.masks import te_is_unfused
     from helix_megatron.megatron.self_attention import refuse_unsupported
-    from helix_megatron.partition.derived import plan_for
 
-    # As TransformerConfig sees them: without --group-query-attention every query head has its own KV head.
-    shape = Namespace(
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        kv_channels=args.kv_channels,
-        rotary_interleaved=args.rotary_interleaved,
-        attention_output_gate=getattr(args, "attention_output_gate", False),
+    plan = helix.resolve(
+        args.num_attention_heads,
+        _kv_heads(args),
+        args.kv_channels,
+        args.tensor_model_parallel_size,
+        args.rotary_interleaved,
+        getattr(args, "attention_output_gate", False),
     )
-    plan = plan_for(helix, shape, args.tensor_model_parallel_size)
+    refuse_other_models(args, plan.grid.dim_parallel_size)
+    if not (args.spec or args.heterogeneous_layers_config_encoded_json):  # whose sizes are their own
+        even = plan.layout.per_slice
+        refuse_indivisible(args, lambda tp: bool(legal_grids(plan.layout.shape, tp, even)))
     if plan.is_megatron:
         return plan
     refuse_unsupported(args, plan)
@@ -307,6 +333,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     from helix_megatron.exchange import groups
     from helix_megatron.inference import contexts
     from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
+    from helix_megatron.partition.derived import slices_for
 
     class ConfiguredHelixAttention(HelixParallelSelfAttention):
         """HelixParallelSelfAttention with the settings given to enable()."""
@@ -318,10 +345,18 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             if not isinstance(self, HelixParallelSelfAttention):
-                raise HelixConfigError(
-                    f"--attention-impl helix cannot split {type(self).__name__}; it serves the "
-                    "self-attention of GPT layer specs (local and Transformer Engine)"
-                )
+                given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+                config, groups = given["config"], given.get("pg_collection")
+                tp = getattr(groups, "tp", None)
+                m = slices_for(helix, config, tp.size() if tp else config.tensor_model_parallel_size)
+                if m > 1:
+                    what = _kind_of_attention(self, config, given.get("attn_mask_type"))
+                    raise HelixConfigError(
+                        f"Helix does not slice the heads of {what}, which this grid needs (m = {m}): it "
+                        "serves the self-attention of GPT's layer specs (local and Transformer Engine) and "
+                        "of specs made with helix_megatron.with_helix_attention; use such a spec, "
+                        "--attention-impl megatron, or a grid with m = 1"
+                    )
             original(self, *args, **kwargs)
 
         return __init__
@@ -355,6 +390,29 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _replace(_enabled, parallel_state, "destroy_model_parallel", without_groups)
     if helix.hierarchical_allreduce:
         _reduce_by_level()
+
+
+def _kind_of_attention(attention: Any, config: Any, mask_type: Any) -> str:
+    """What an attention of Megatron's that is not Helix's belongs to, in words."""
+    from megatron.core.transformer.attention import CrossAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    name = type(attention).__name__
+    if getattr(config, "experimental_attention_variant", None):
+        return f"an experimental attention variant, {config.experimental_attention_variant} ({name})"
+    if getattr(config, "multi_latent_attention", False):
+        return f"multi-latent attention ({name})"
+    if isinstance(attention, CrossAttention):
+        return f"cross-attention ({name})"
+    if getattr(config, "heterogeneous_block_specs", False):
+        return f"a heterogeneous model's layer spec ({name})"
+    if getattr(config, "is_hybrid_model", False):
+        return f"a hybrid model's layer spec ({name})"
+    if mask_type is AttnMaskType.padding:
+        return f"attention with padding masks, as in BERT's layer spec ({name})"
+    if mask_type is AttnMaskType.no_mask:
+        return f"attention without a mask, as in a vision model's layer spec ({name})"
+    return f"a layer spec of another kind, or made while Helix was off ({name})"
 
 
 def _reduce_by_level() -> None:
@@ -421,21 +479,23 @@ def _relaxed(post_init: Callable, helix: HelixConfig) -> Callable:
 
     Megatron checks num_attention_heads and num_query_groups against the tensor-parallel size; while it
     does, they read as those of the derived model (H*m and G*m), which divide exactly when the grid is
-    legal. Afterwards the configuration says H, G and d again.
+    legal. Afterwards the configuration says H, G and d again. What RoPE asks of slices is not known here, and
+    is asked where a layer is built.
     """
 
     @functools.wraps(post_init)
     def __post_init__(self: Any) -> None:
-        from helix_megatron.partition.derived import plan_for
+        from helix_megatron.partition.derived import slices_for
 
-        if self.multi_latent_attention or not self.num_attention_heads:
+        # Multi-latent attention is never sliced; a layer of it says so where it would have to be.
+        m = 1 if self.multi_latent_attention else slices_for(helix, self, self.tensor_model_parallel_size)
+        if m == 1:
             return post_init(self)
         if self.num_query_groups is None:
             self.num_query_groups = self.num_attention_heads
         if self.kv_channels is None:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         heads, query_groups = self.num_attention_heads, self.num_query_groups
-        m = plan_for(helix, self, self.tensor_model_parallel_size).grid.dim_parallel_size
         self.num_attention_heads, self.num_query_groups = heads * m, query_groups * m
         try:
             post_init(self)

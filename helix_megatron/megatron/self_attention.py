@@ -37,7 +37,7 @@ from helix_megatron.exchange.groups import HelixGroups, get_helix_groups
 from helix_megatron.inference import contexts
 from helix_megatron.megatron.core_attention import HelixCoreAttention
 from helix_megatron.megatron.gradient_range import keep_in_range
-from helix_megatron.megatron.qk_norm import SliceNorm
+from helix_megatron.megatron.qk_norm import slice_norm
 from helix_megatron.megatron.sliced_linear import Slices, mark
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import derived_config, plan_for
@@ -399,9 +399,8 @@ def _build_qk_norm(
     norm = builder(hidden_size=layout.shape.kv_channels, config=config, eps=eps)
     if groups is None:
         return norm
-    return SliceNorm(
-        norm, config, layout.key_dims(groups.dim_rank), layout.shape.kv_channels, groups.dim_group
-    )
+    dims = layout.key_dims(groups.dim_rank)
+    return slice_norm(norm, config, dims, layout.shape.kv_channels, groups.dim_group)
 
 
 def _sliced(builder: Callable, slices: Slices, rank: int, tp: int) -> Callable:

@@ -34,11 +34,13 @@ def with_helix_attention(
         helix_groups: process groups; the registered ones by default.
 
     Raises:
-        HelixConfigError: the spec's self-attention is not Megatron's SelfAttention (MLA, say).
+        HelixConfigError: the spec's self-attention is not Megatron's SelfAttention (MLA, say), nor m = 1.
     """
     attention = getattr(spec.submodules, "self_attention", None)
     module = getattr(attention, "module", attention)
     if not (isinstance(module, type) and issubclass(module, SelfAttention)):
+        if helix.dim_parallel_size == 1:
+            return spec
         raise HelixConfigError(f"Helix replaces Megatron's SelfAttention; this layer spec has {module!r}")
     params: dict[str, Any] = {**attention.params, "helix": helix, "helix_groups": helix_groups}
     helix_attention = ModuleSpec(

@@ -9,20 +9,23 @@
       CUDA_DEVICE_MAX_CONNECTIONS: 1
     host: true                           # run on the CPU: the same as --helix-host-mode
 
-Both entry points take it as `--helix-config FILE.yaml`. Its flags stand where that flag stood, so flags
-after it on the command line override it. An unknown key or flag is refused with the nearest real one.
+Both entry points take it as `--helix-config FILE.yaml`. Its flags stand where that flag stood: what comes
+later, on the command line or in another file, overrides what came before, and `false` leaves out what came
+before. A key given twice is refused, an unknown one with the nearest real one, a value that its flag does not
+take with what it takes.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from helix_megatron.megatron import flag_values
 
 CONFIG_FLAG = "--helix-config"
 HOST_FLAG = "--helix-host-mode"
@@ -36,8 +39,8 @@ class RunConfig:
     """Flag name with its dashes → value, in the file's order."""
     env_vars: dict[str, str] = field(default_factory=dict)
     """Environment variables to set before Megatron is imported."""
-    host: bool = False
-    """Whether to run on the CPU."""
+    host: bool | None = None
+    """Whether to run on the CPU; None: not said."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -46,12 +49,37 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, in which no mapping has a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # its keys are defaults, which others override
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                continue  # refused below
+            if key in lines:
+                raise _GivenTwice(f"{key!r} is given twice, on lines {lines[key]} and {line}; keep one")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class _GivenTwice(ValueError):
+    """Two values of one key."""
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. ValueError, in one line, when there is none."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except _GivenTwice as error:
+        raise ValueError(f"{path}: {error}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(document, dict):
@@ -81,7 +109,8 @@ def model_args(mapping: Any, where: str) -> dict[str, Any]:
         if flag in normal:
             raise ValueError(f"{where}: {flag} is given twice, with and without its dashes; keep one.")
         items = value if isinstance(value, list) else [value]
-        if any(item is None or isinstance(item, dict | list) for item in items):
+        refused = (dict, list, bool) if isinstance(value, list) else (dict, list)
+        if any(item is None or isinstance(item, refused) for item in items):
             raise ValueError(
                 f"{where}: {flag} has the value {value!r}; write true for a flag alone, false to leave it "
                 "out, one value, or a list of values."
@@ -108,32 +137,49 @@ def load(path: str | Path) -> RunConfig:
     """Read and check FILE.yaml, flag names apart: `to_argv` checks those against Megatron's parser."""
     document = read_yaml(path)
     check_keys(document, ("MODEL_ARGS", "ENV_VARS", "host"), str(path))
-    host = document.get("host", False)
-    if not isinstance(host, bool):
+    host = document.get("host")
+    if not isinstance(host, bool) and "host" in document:
         raise ValueError(f"{path}: host is {host!r}; it is true (run on the CPU) or false.")
+    arguments = model_args(document.get("MODEL_ARGS"), f"{path}: MODEL_ARGS")
+    if host is not None and HOST_FLAG in arguments:
+        raise ValueError(f"{path}: host and {HOST_FLAG} are the same setting; keep one.")
     return RunConfig(
-        model_args(document.get("MODEL_ARGS"), f"{path}: MODEL_ARGS"),
+        arguments,
         env_vars(document.get("ENV_VARS"), f"{path}: ENV_VARS"),
         host,
     )
 
 
-def known_flags() -> list[str]:
-    """Every long flag of Megatron's own parser, and ours once `integrate.install()` has run."""
+def megatron_parser() -> flag_values.Parser:
+    """Megatron's own parser, and ours in it once `integrate.install()` has run; it raises what it refuses."""
     from megatron.training import arguments
 
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = flag_values.Parser(prog="", allow_abbrev=False)
     arguments.add_megatron_arguments(parser)
+    return parser
+
+
+def known_flags(parser: flag_values.Parser | None = None) -> list[str]:
+    """Every long flag of Megatron's parser."""
+    parser = megatron_parser() if parser is None else parser
     return [flag for flag in parser._option_string_actions if flag.startswith("--")]
 
 
-def check_flags(argv: Iterable[str]) -> None:
-    """ValueError naming the first `--flag` in argv that the parser does not know, and the nearest it does."""
-    known = known_flags()
+def check_flags(argv: list[str]) -> None:
+    """ValueError for a `--flag` in argv that the parser does not know, naming the nearest that it does.
+
+    And for a value that its flag does not take.
+    """
+    parser = megatron_parser()
+    known = known_flags(parser)
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             raise ValueError(f"Megatron has no flag {flag}{nearest(flag, known) or '.'}")
+    if not {"-h", "--help"} & set(argv):
+        reason = flag_values.refusal(parser, argv)
+        if reason is not None:
+            raise ValueError(" ".join(reason.split()))
 
 
 def to_argv(arguments: Mapping[str, Any], where: str, known: Iterable[str] | None = None) -> list[str]:
@@ -168,10 +214,13 @@ def split(argv: list[str]) -> tuple[list[str], list[tuple[int, RunConfig, str]]]
 
 
 def wants_host(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> bool:
-    """Whether the command line or one of its files asks for host mode."""
-    return HOST_FLAG in rest or any(
-        config.host or config.model_args.get(HOST_FLAG) is True for _, config, _ in found
-    )
+    """Whether the command line or its files ask for host mode; the later of them says."""
+    wanted, start = False, 0
+    for position, config, _ in found:
+        said = config.model_args.get(HOST_FLAG) if config.host is None else config.host
+        wanted = bool(said) if said is not None else wanted or HOST_FLAG in rest[start:position]
+        start = position
+    return wanted or HOST_FLAG in rest[start:]
 
 
 def join(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> list[str]:
@@ -179,9 +228,34 @@ def join(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> list[str]:
 
     Call `integrate.install()` first: the flags are checked against Megatron's parser as it then is.
     """
-    argv = list(rest)
-    known = known_flags() if found else []
-    for position, config, path in reversed(found):
-        host = [HOST_FLAG] if config.host else []
-        argv[position:position] = to_argv(config.model_args, f"{path}: MODEL_ARGS", known) + host
+    if not found:
+        return list(rest)
+    parser, argv, start = megatron_parser(), [], 0
+    for position, config, path in found:
+        argv += rest[start:position]
+        start = position
+        arguments = config.model_args
+        if config.host is not None:
+            arguments = {**arguments, HOST_FLAG: config.host}
+        argv = _and_those_of_a_file(argv, arguments, f"{path}: MODEL_ARGS", parser)
+    return argv + rest[start:]
+
+
+def _and_those_of_a_file(
+    argv: list[str], arguments: Mapping[str, Any], where: str, parser: flag_values.Parser
+) -> list[str]:
+    known, given = known_flags(parser), {}
+    for flag, value in arguments.items():
+        if flag not in known:
+            raise ValueError(f"{where}: Megatron has no flag {flag}{nearest(flag, known) or '.'}")
+        action = parser._option_string_actions[flag]
+        if id(action) in given:
+            raise ValueError(f"{where}: {given[id(action)]} and {flag} are the same flag; keep one.")
+        given[id(action)] = flag
+        if value is False:
+            argv = flag_values.without(parser, argv, flag)
+        try:
+            argv = argv + flag_values.words(parser, flag, value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from None
     return argv

@@ -32,7 +32,7 @@ class AttentionShape:
         num_attention_heads: H, query heads.
         num_query_groups: G, KV heads; divides H.
         kv_channels: d, dimension of a head.
-        rotary_dim: leading dimensions of a head that RoPE rotates; 0 without RoPE.
+        rotary_dim: leading dimensions of a head that RoPE rotates; 0 without RoPE. Whole heads may have any.
         rotary_interleaved: RoPE pairs are (2x, 2x+1) instead of (x, x + rotary_dim / 2).
     """
 
@@ -50,10 +50,6 @@ class AttentionShape:
             raise HelixConfigError(
                 f"{self.num_attention_heads} attention heads are not a multiple of "
                 f"{self.num_query_groups} query groups"
-            )
-        if not 0 <= self.rotary_dim <= self.kv_channels or self.rotary_dim % 2:
-            raise HelixConfigError(
-                f"rotary dimension {self.rotary_dim} must be even and at most kv_channels {self.kv_channels}"
             )
 
     def __str__(self) -> str:
@@ -101,9 +97,19 @@ def illegal_reason(shape: AttentionShape, tp: int, n: int, m: int, even: bool = 
         return f"n*m = {n * m}, but the tensor-parallel size is {tp}"
     if shape.num_query_groups % n:
         return f"n = {n} does not divide the {shape.num_query_groups} KV heads"
-    pairs = shape.rotary_dim // 2
+    if m == 1:
+        return None  # whole heads: what RoPE does with them is Megatron's affair
+    pairs, without = shape.rotary_dim // 2, "(a model without RoPE has rotary_percent 0)"
+    if not 0 <= shape.rotary_dim <= shape.kv_channels or shape.rotary_dim % 2:
+        return (
+            f"RoPE rotates pairs, and {shape.rotary_dim} rotary dimensions of the {shape.kv_channels} of a "
+            f"head are not made of them {without}"
+        )
     if pairs and m > pairs:
-        return f"m = {m} is more than the {pairs} rotary pairs of a head; a slice must hold a whole pair"
+        return (
+            f"m = {m} is more than the {pairs} rotary pairs of a head; a slice must hold a whole pair "
+            f"{without}"
+        )
     if m > shape.kv_channels:
         return f"m = {m} is more than the {shape.kv_channels} dimensions of a head"
     if even and not even_slices(shape, m):
@@ -159,8 +165,8 @@ def check_grid(shape: AttentionShape, tp: int, n: int | None, m: int | None, eve
     for name, size in (("head", n), ("dim", m)):
         if size is not None and size < 1:
             raise HelixConfigError(f"--helix-{name}-parallel-size {size}: it must be at least 1")
-    n_asked = n if n is not None else tp // (m or 1)
-    m_asked = m if m is not None else tp // (n or 1)
+    n_asked = n if n is not None else max(tp // (m or 1), 1)
+    m_asked = m if m is not None else max(tp // (n or 1), 1)
     reason = illegal_reason(shape, tp, n_asked, m_asked, even)
     if reason is None:
         return HelixGrid(n_asked, m_asked)

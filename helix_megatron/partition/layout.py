@@ -67,6 +67,8 @@ def slice_bounds(
     """
     weights = weights if weights is not None else (1.0,) * m
     pairs = shape.rotary_dim // 2
+    if m == 1:
+        return (0, pairs), (0, shape.kv_channels)
     if pairs:
         dealt = _deal(pairs - m, [1] * m, weights)
         sizes = _deal(shape.kv_channels - shape.rotary_dim, [2 * count for count in dealt], weights)
@@ -187,7 +189,7 @@ class HelixLayout:
 
     def key_dims(self, dim_rank: int) -> Indices:
         """Dimensions of a head that query/key slice j holds, in local order: [slice_dims(j)]."""
-        if self.per_slice:
+        if self.per_slice or self.grid.dim_parallel_size == 1:
             return self.value_dims(dim_rank)
         pairs, dims = self._bounds
         start, stop = (dims[j] - 2 * pairs[j] for j in (dim_rank, dim_rank + 1))  # of the rest

@@ -236,11 +236,37 @@ def generate_without_cache(tp: int, helix: HelixConfig) -> tuple[list[int], list
     return [int(token) for token in record.merge().generated_tokens], tokens[0, -new:].tolist()
 
 
+def generate_by_the_static_engine(tp: int, helix: HelixConfig | None) -> tuple[list[list[int]], str]:
+    """Greedy tokens of prompts of 1, 5 and 17 tokens, in an engine whose context has sizes for CUDA graphs
+    while the model has none; and the class of its attention layers."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines import StaticInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+    from megatron.core.inference.sampling_params import SamplingParams
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    with torch.inference_mode():
+        model = engine(tp, helix, {}, {}).controller.inference_wrapped_model.model
+        wrapped = GPTInferenceWrapper(model, StaticInferenceContext(max_batch_size=4, max_sequence_length=64))
+        static = StaticInferenceEngine(
+            TextGenerationController(wrapped, Letters()), max_batch_size=4, buffer_size_gb=0.01
+        )
+        sampling = SamplingParams(num_tokens_to_generate=12, top_k=1, termination_id=-1)
+        requests = static.generate(["a", "hello", "the quick brown f"], sampling_params=sampling)
+    context = static.dynamic_engine.context
+    assert not static.legacy and context.cuda_graph_batch_dimensions_list
+    layer = next(module for name, module in model.named_modules() if name.endswith("self_attention"))
+    merged = [request.merge() if hasattr(request, "merge") else request for request in requests]
+    return [list(map(int, request.generated_tokens)) for request in merged], type(layer).__name__
+
+
 def context_refused(tp: int, ways: list[tuple[dict, dict, dict]]) -> list[str]:
     """The error of each way to build a dynamic context: (Helix, model, inference) settings."""
     from megatron.core import parallel_state
     from megatron.core.inference.config import InferenceConfig
-    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.contexts import DynamicInferenceContext, dynamic_context
     from megatron.core.transformer import TransformerConfig
 
     from helix_megatron.megatron import integrate
@@ -250,6 +276,8 @@ def context_refused(tp: int, ways: list[tuple[dict, dict, dict]]) -> list[str]:
     parallel_state.initialize_model_parallel(tp)
     messages = []
     for helix, model, settings in ways:
+        settings = dict(settings)
+        dynamic_context.HAVE_FLASHINFER = settings.pop("flashinfer", False)
         integrate.enable(HelixConfig(1, tp, **helix))
         config = TransformerConfig(
             num_layers=1, hidden_size=32, num_attention_heads=4, tensor_model_parallel_size=tp

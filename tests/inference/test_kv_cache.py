@@ -25,6 +25,7 @@ from tests.inference.kv_cache_worker import (
     count,
     decode_all,
     generate,
+    generate_by_the_static_engine,
     generate_without_cache,
     refused,
 )
@@ -427,6 +428,18 @@ def test_the_dynamic_engine_chooses_what_the_whole_sequence_chooses(softmax):
         assert cached == whole
 
 
+@pytest.mark.dynamic_engine
+@pytest.mark.parametrize("cache", ["sequence", "dim"])
+def test_megatrons_static_engine_as_it_is_by_default(cache):
+    """A dynamic engine inside, whose context is sized for a CUDA graph that nobody captures."""
+    ((expected, plain),) = run_ranks(generate_by_the_static_engine, 1, 1, None, timeout_s=100)
+    assert plain == "SelfAttention" and [len(tokens) for tokens in expected] == [12, 12, 12]
+    assert len(set(map(tuple, expected))) == 3
+    helix = HelixConfig(1, 2, kv_cache=cache)
+    for tokens, kind in run_ranks(generate_by_the_static_engine, 2, 2, helix, timeout_s=100):
+        assert kind == "ConfiguredHelixAttention" and tokens == expected
+
+
 # ---- refusals ----
 def test_what_the_cache_does_not_serve_is_refused():
     ways = {
@@ -454,7 +467,9 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
         (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
         ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
         ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
-        ({}, {}, dict(use_flashinfer_fused_rope=None), "use_flashinfer_fused_rope"),
+        ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
+        ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not
+        ({}, {}, dict(use_flashinfer_fused_rope=None, flashinfer=True), "use_flashinfer_fused_rope"),
         ({}, dict(batch_invariant_mode=True), {}, "--batch-invariant-mode"),
         ({}, dict(attention_output_gate=True), {}, "--attention-output-gate"),
         ({}, dict(softmax_type="learnable"), {}, "softmax type 'learnable' (--softmax-type)"),

@@ -1,7 +1,8 @@
 """Runs training cases with Transformer Engine stood in for, in a process of its own (test_te.py starts it).
 
-Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...]}}. The
-fork server of the test process has imported Megatron without Transformer Engine, that of this one with it.
+Reads {name: [ranks, flags]} from stdin; its last line is {name: {"losses": [...], "modules": [...],
+"loosely": [...]}}. `{folder}` in flags is one folder for all cases, for checkpoints. The fork server of the
+test process has imported Megatron without Transformer Engine, that of this one with it.
 """
 
 import json
@@ -49,11 +50,17 @@ def claim_hopper(note):
 
 
 def train(ranks: int, flags: str, folder: Path) -> dict:
-    """One run of Megatron's loop: the losses it printed, and the classes that took part on rank 0."""
+    """One run of Megatron's loop.
+
+    Returns: the losses it printed; the classes that took part on rank 0; what Megatron's loop says when a
+        strict load of the weights failed and it went on without being strict.
+    """
     arguments = [*MODEL, "--transformer-impl", "transformer_engine", "--data-cache-path", str(folder.parent)]
-    modules = run_ranks(rank_modules, ranks, [*arguments, *flags.split()], timeout_s=300, log_dir=folder)[0]
+    arguments += flags.format(folder=folder.parent).split()
+    modules = run_ranks(rank_modules, ranks, arguments, timeout_s=300, log_dir=folder)[0]
     text = (folder / f"rank_{ranks - 1}.log").read_text()
-    return {"losses": [float(x) for x in re.findall(r"lm loss: (\S+) ", text)], "modules": modules}
+    losses = [float(x) for x in re.findall(r"lm loss: (\S+) ", text)]
+    return {"losses": losses, "modules": modules, "loosely": re.findall("load_return: .*", text)}
 
 
 if __name__ == "__main__":

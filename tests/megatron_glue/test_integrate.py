@@ -1,5 +1,7 @@
 """The way into Megatron: explicit, idempotent, undoable, and the groups it makes."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from helix_megatron.host.launcher import run_ranks
 from helix_megatron.megatron import integrate
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
+from helix_megatron.partition.tensor_sizes import indivisible, refuse_indivisible
 
 
 def touched():
@@ -80,9 +83,201 @@ def test_configuration_keeps_its_heads_and_loses_only_the_divisibility_check():
     assert (made.num_attention_heads, made.num_query_groups, made.kv_channels) == (9, 3, 16)
     assert config(num_query_groups=None).num_query_groups == 9
     with pytest.raises(HelixConfigError, match="tensor-parallel sizes that work"):
-        config(tensor_model_parallel_size=11)
+        config(tensor_model_parallel_size=17)  # of a head of 16; RoPE is the layer's affair
     with pytest.raises(ValueError, match="fp16"):  # Megatron's other checks still run
         config(fp16=True, bf16=True)
+
+
+OTHERS = {  # models of one process beside the one that the settings are for
+    "no RoPE, odd head dimension": dict(hidden_size=12, num_attention_heads=4),
+    "a head of 65": dict(hidden_size=260, num_attention_heads=4),
+    "a teacher": dict(hidden_size=64, num_attention_heads=4, num_query_groups=2),
+    "multi-latent attention": dict(hidden_size=64, num_attention_heads=4, multi_latent_attention=True),
+    "no attention": dict(hidden_size=64, num_attention_heads=0, num_query_groups=0, kv_channels=16),
+}
+SETTINGS = [
+    HelixConfig(),
+    HelixConfig(head_parallel_size=2),
+    HelixConfig(dim_parallel_size=2),
+    HelixConfig(2, 2, hierarchical_allreduce=True),
+    HelixConfig(1, 3, slice_weights=(2, 1, 1)),
+    HelixConfig(1, 2, softmax="per-slice"),
+]
+
+
+@pytest.mark.parametrize("helix", SETTINGS, ids=str)
+@pytest.mark.parametrize("other", OTHERS)
+def test_models_on_one_rank_are_megatrons(helix, other):
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    from helix_megatron.partition.derived import plan_for, slices_for
+
+    kind = MLATransformerConfig if "multi-latent" in other else TransformerConfig
+    plain = kind(num_layers=1, **OTHERS[other])
+    integrate.enable(helix)
+    made = kind(num_layers=1, **OTHERS[other])
+    functions = [name for name, value in vars(plain).items() if callable(value)]
+    assert {k: v for k, v in vars(made).items() if k not in functions} == {
+        k: v for k, v in vars(plain).items() if k not in functions
+    }
+    assert slices_for(helix, made, 1) == 1
+    if made.num_attention_heads:
+        assert plan_for(helix, made, 1).is_megatron
+
+
+def test_what_a_tensor_parallel_size_must_divide():
+    """The size that ranks hold parts of, whatever else there is."""
+    dense = dict(
+        tensor_model_parallel_size=4, expert_tensor_parallel_size=4, pipeline_model_parallel_size=1,
+        context_parallel_size=1, world_size=8, ffn_hidden_size=96, num_experts=None, moe_ffn_hidden_size=None,
+        moe_layer_freq=1, moe_shared_expert_intermediate_size=None, vocab_size=101, pad_vocab_size=True,
+        seq_length=50, sequence_parallel=False,
+    )  # fmt: skip
+    experts = dict(num_experts=8, moe_ffn_hidden_size=64)
+    cases = [  # changes, and the number that four ranks cannot share
+        (dict(), None),
+        (dict(ffn_hidden_size=98), 98),
+        (dict(sequence_parallel=True), 50),
+        (dict(sequence_parallel=True, seq_length=48, context_parallel_size=2), None),
+        (dict(sequence_parallel=True, seq_length=48, context_parallel_size=8), 6),
+        (dict(pad_vocab_size=False), 101),
+        (dict(experts, ffn_hidden_size=98), None),  # every layer has experts
+        (dict(experts, ffn_hidden_size=98, moe_layer_freq=2), 98),
+        (dict(experts, ffn_hidden_size=98, moe_layer_freq=[1, 0]), 98),
+        (dict(experts, moe_ffn_hidden_size=66), 66),
+        (dict(experts, moe_ffn_hidden_size=66, expert_tensor_parallel_size=1), None),
+        (dict(experts, moe_shared_expert_intermediate_size=30), 30),
+    ]
+    for changes, size in cases:
+        args = Namespace(**{**dense, **changes})
+        found = indivisible(args, 4)
+        assert [int(what.split()[0]) for what in found] == ([] if size is None else [size]), changes
+        assert not indivisible(args, 1)
+    args = Namespace(**{**dense, "ffn_hidden_size": 98, "sequence_parallel": True})
+    with pytest.raises(HelixConfigError, match=r"98 of .* nor 50 of .* on these ranks: 1, 2$"):
+        refuse_indivisible(args, lambda tp: True)
+    with pytest.raises(HelixConfigError, match=r"on these ranks: 1$"):
+        refuse_indivisible(args, lambda tp: tp != 2)
+
+
+class Values(torch.nn.Module):
+    """A core attention that takes any size of keys: its output is the values."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+
+    def forward(self, query, key, value, *args, **kwargs):
+        return value.flatten(-2)
+
+
+def rank_other_attention(helix):
+    """{what: largest difference to what it computes without Helix, or the refusal} on two ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec
+    from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    torch.distributed.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(2)
+
+    # Hybrid, heterogeneous and ModelOpt's specs are made of the modules that this one has while Helix is off.
+    of_modules = gpt_layer_specs.get_gpt_layer_local_spec().submodules
+    latent = gpt_layer_specs.get_gpt_layer_local_spec(multi_latent_attention=True).submodules
+    latent.self_attention.submodules.core_attention = Values  # Megatron's local one takes one size alone
+    specs = {
+        "BERT": (bert_layer_local_spec.submodules, TransformerConfig, {}),
+        "vision": (get_vit_layer_with_local_spec().submodules, TransformerConfig, {}),
+        "multi-latent attention": (
+            latent,
+            MLATransformerConfig,
+            dict(q_lora_rank=16, kv_lora_rank=16, rope_type="rope"),
+        ),
+        "hybrid": (of_modules, TransformerConfig, dict(is_hybrid_model=True)),
+        "heterogeneous": (of_modules, TransformerConfig, dict(heterogeneous_block_specs=True)),
+        "another kind": (of_modules, TransformerConfig, {}),
+        "cross-attention": (decoder_model_with_local_spec().submodules, TransformerConfig, {}),
+    }
+    found = {}
+    for name, (submodules, kind, settings) in specs.items():
+        cross = name == "cross-attention"
+        spec = submodules.cross_attention if cross else submodules.self_attention
+        plain_class, plain = attention_output(spec, kind, settings, cross)
+        integrate.enable(helix)
+        try:
+            made, out = attention_output(spec, kind, settings, cross)
+            found[name] = (made == plain_class, (out - plain).abs().max().item())
+        except HelixConfigError as error:
+            found[name] = str(error)
+        integrate.disable()
+    return found
+
+
+def attention_output(spec, kind, settings, cross):
+    """Class of the layer that a spec makes, and what it computes; the same weights and input each time."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.spec_utils import build_module
+
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    config = kind(
+        num_layers=1, hidden_size=32, num_attention_heads=4, tensor_model_parallel_size=2,
+        use_cpu_initialization=True, attention_dropout=0.0, masked_softmax_fusion=False, **settings,
+    )  # fmt: skip
+    layer = build_module(spec, config=config, layer_number=1)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
+    hidden = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(2))
+    out, _ = layer(hidden, mask, hidden) if cross else layer(hidden, mask)
+    return type(layer).__name__, out.detach()
+
+
+def test_attention_that_is_not_gpts_is_left_alone_where_nothing_is_sliced():
+    for found in run_ranks(rank_other_attention, 2, HelixConfig(), timeout_s=120):
+        assert len(found) == 7 and all(value == (True, 0.0) for value in found.values()), found
+
+
+def test_attention_that_is_not_gpts_is_refused_by_what_it_is():
+    for found in run_ranks(rank_other_attention, 2, HelixConfig(dim_parallel_size=2), timeout_s=120):
+        assert len(found) == 7
+        for name, refusal in found.items():
+            assert name in refusal and "(m = 2)" in refusal and "with_helix_attention" in refusal
+
+
+def rank_rope_of_slices(rotary_percent):
+    """What a layer with a head of 5 dimensions says, sliced and not."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    torch.distributed.init_process_group("nccl")
+    said = []
+    for groups in (2, 1):
+        integrate.enable(HelixConfig(rotary_percent=rotary_percent), HelixGrid(groups, 2 // groups))
+        parallel_state.initialize_model_parallel(2)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        config = TransformerConfig(
+            num_layers=1, hidden_size=20, num_attention_heads=4, num_query_groups=groups,
+            tensor_model_parallel_size=2, use_cpu_initialization=True,
+        )  # fmt: skip
+        try:
+            spec = get_gpt_layer_local_spec().submodules.self_attention
+            said.append(build_module(spec, config=config, layer_number=1).helix_plan.describe())
+        except HelixConfigError as error:
+            said.append(str(error))
+        parallel_state.destroy_model_parallel()
+        integrate.disable()
+    return said
+
+
+def test_what_rope_asks_of_slices_is_asked_where_a_sliced_layer_is_built():
+    for whole, sliced in run_ranks(rank_rope_of_slices, 2, 1.0):
+        assert "attention is Megatron's own" in whole
+        assert "5 rotary dimensions of the 5 of a head" in sliced and "rotary_percent 0" in sliced
+    for whole, sliced in run_ranks(rank_rope_of_slices, 2, 0.0):
+        assert "attention is Megatron's own" in whole and "slices of 3, 2 of 5 dimensions" in sliced
 
 
 def rank_groups(tp, n, m):
@@ -147,6 +342,7 @@ def rank_spec():
     mla = get_gpt_layer_local_spec(multi_latent_attention=True)
     with pytest.raises(HelixConfigError, match="MLASelfAttention"):
         with_helix_attention(mla, HelixConfig())
+    assert with_helix_attention(mla, HelixConfig(dim_parallel_size=1)) is mla
     return True
 
 

@@ -23,10 +23,14 @@ DELAYED = f"{HALF} --fp8-format hybrid --fp8-recipe delayed"  # Megatron's defau
 DOCUMENTS = "--train-iters 4 --reset-position-ids --eod-mask-loss --calculate-per-token-loss"
 MASKED = f"{DOCUMENTS} --reset-attention-mask"
 WINDOW = f"{MASKED} --window-size 6,0"
+SAVED = "--override-opt-param-scheduler --save-interval"  # each case writes what the next ones read
 CASES = {
     "local": (1, f"{COMMON} --transformer-impl local"),
-    "vanilla": (1, COMMON),
-    "1x2": (2, f"{COMMON} {HELIX} 2"),
+    "vanilla": (1, f"{COMMON} {SAVED} 8 --save {{folder}}/vanilla"),
+    "1x2": (2, f"{COMMON} {HELIX} 2 {SAVED} 8 --save {{folder}}/helix"),
+    "resumed": (1, f"{COMMON} {SAVED} 12 --load {{folder}}/vanilla --train-iters 12"),
+    "resumed in slices": (2, f"{COMMON} {HELIX} 2 {SAVED} 12 --load {{folder}}/vanilla --train-iters 12"),
+    "resumed from slices": (1, f"{COMMON} {SAVED} 12 --load {{folder}}/helix --train-iters 12"),
     "1x4 sequence parallel": (4, f"{COMMON} {HELIX} 4 --sequence-parallel"),
     "1x8": (8, f"{COMMON} {HELIX} 8"),
     "other": (1, OTHER),
@@ -100,6 +104,54 @@ def test_masks_of_documents(results, name):
     assert {"HelixCoreAttention", "UnfusedDotProductAttention"} - (
         {"UnfusedDotProductAttention"} if "all_reduce" in name else set()
     ) <= set(results[name]["modules"])
+
+
+@pytest.mark.parametrize("name", ["resumed in slices", "resumed from slices"])
+def test_checkpoints_of_each_other_are_loaded_strictly(results, name):
+    """Megatron's loop would go on without being strict, and say so."""
+    straight, resumed = results["resumed"], results[name]
+    assert len(straight["losses"]) == 4 and straight["losses"][-1] < results["vanilla"]["losses"][-1]
+    assert resumed["losses"] == pytest.approx(straight["losses"], abs=1e-4)
+    assert not straight["loosely"] and not resumed["loosely"]
+
+
+@pytest.fixture(scope="module")
+def states():
+    """What te_state_worker.py says of each variant."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.megatron_glue.te_state_worker"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("variant", ["dims vanilla", "dims learnable", "heads vanilla", "heads learnable"])
+def test_state_has_megatrons_names(states, variant):
+    megatrons = states[f"vanilla {variant.split()[1]}"]
+    assert any("q_layernorm._extra_state" in name for name in megatrons["sharded"])
+    assert any("core_attention._extra_state" in name for name in megatrons["state"])
+    assert states[variant]["state"] == megatrons["state"]
+    assert states[variant]["sharded"] == megatrons["sharded"]
+
+
+@pytest.mark.parametrize(
+    "variant", ["vanilla vanilla", "dims vanilla", "heads vanilla", "dims learnable", "all_reduce vanilla"]
+)
+def test_strict_loads(states, variant):
+    """All are content where Megatron's are, and name what is wrong as Megatron would."""
+    loads = states[variant]["loads"]
+    for state in ("a distributed checkpoint", "its own state", "state of Megatron's core"):
+        assert loads[state] == ""
+    assert 'Unexpected key(s) in state_dict: "decoder.layers.0.self_attention.core_attention.nonsense"' in (
+        loads["a name too many"]
+    )
+    assert 'Missing key(s) in state_dict: "decoder.layers.0.self_attention.q_layernorm.weight"' in (
+        loads["a name too few"]
+    )
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "delayed"])

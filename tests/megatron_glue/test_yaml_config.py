@@ -59,6 +59,12 @@ def test_environment_and_host(tmp_path):
         ("MODEL_ARGS: {lr: }", ["--lr", "None", "write true"]),
         ("MODEL_ARGS: {lr: {a: 1}}", ["--lr", "write true"]),
         ("MODEL_ARGS: {lr: 1, --lr: 2}", ["--lr is given twice"]),
+        ("MODEL_ARGS: {lr: 1, lr: 2}", ["run.yaml: 'lr' is given twice, on lines 1 and 1"]),
+        ("MODEL_ARGS: {}\nhost: true\nMODEL_ARGS: {}", ["'MODEL_ARGS' is given twice, on lines 1 and 3"]),
+        ("ENV_VARS:\n  A: 1\n  B: 2\n  A: 3", ["'A' is given twice, on lines 2 and 4"]),
+        ("MODEL_ARGS: {lr: {a: {b: 1, b: 2}}}", ["'b' is given twice"]),
+        ("host: true\nMODEL_ARGS: {helix-host-mode: false}", ["host and --helix-host-mode are the same"]),
+        ("MODEL_ARGS: {data-path: [true, x]}", ["--data-path", "a list of values"]),
         ("MODEL_ARGS: [lr]", ["expected a mapping"]),
         ("ENV_VARS: {A: true}", ["A has the value True", "1 or 0"]),
         ("host: 1", ["host is 1", "true"]),
@@ -73,6 +79,116 @@ def test_refusals_are_one_line_and_say_what_would_do(tmp_path, text, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_merged_mappings_are_overridden(tmp_path):
+    text = "ENV_VARS: &common {A: 1, B: 2}\nMODEL_ARGS: {<<: *common, A: 3}\n"
+    assert yaml_config.load(write(tmp_path, text)).model_args == {"--A": 3, "--B": 2}
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"host: \xff\n")
+    with pytest.raises(ValueError, match=r"run.yaml is not UTF-8 text: .* at byte 6"):
+        yaml_config.load(path)
+
+
+def argv_of_files(tmp_path, *parts):
+    """argv of a command line whose parts are lists of words, and texts of files."""
+    argv = []
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            path = tmp_path / f"{number}.yaml"
+            path.write_text(part)
+            part = ["--helix-config", str(path)]
+        argv += part
+    rest, found = yaml_config.split(argv)
+    return yaml_config.wants_host(rest, found), yaml_config.join(rest, found)
+
+
+@pytest.fixture
+def helix_flags():
+    from helix_megatron.megatron import integrate
+
+    integrate.install()
+    yield
+    integrate.uninstall()
+
+
+def parsed(argv):
+    """What Megatron's parser makes of argv."""
+    return yaml_config.megatron_parser().parse_args(argv)
+
+
+FIRST = "MODEL_ARGS: {sequence-parallel: true, lr: 0.1, load: here, data-path: [a, b]}"
+
+
+def test_a_later_file_overrides_an_earlier_one(tmp_path):
+    _, argv = argv_of_files(tmp_path, FIRST, "MODEL_ARGS: {lr: 0.2, data-path: [c]}")
+    args = parsed(argv)
+    assert (args.lr, args.data_path, args.load, args.sequence_parallel) == (0.2, ["c"], "here", True)
+
+
+def test_false_undoes_what_came_before(tmp_path):
+    off = "MODEL_ARGS: {sequence-parallel: false, load: false, data-path: false}"
+    args = parsed(argv_of_files(tmp_path, FIRST, off)[1])
+    assert (args.lr, args.data_path, args.load, args.sequence_parallel) == (0.1, None, None, False)
+    words = ["--sequence-parallel", "--load=there", "--seed", "3"]
+    args = parsed(argv_of_files(tmp_path, words, off)[1])  # a command line before the file
+    assert (args.sequence_parallel, args.load, args.seed) == (False, None, 3)
+    args = parsed(argv_of_files(tmp_path, off, words)[1])  # and after it
+    assert (args.sequence_parallel, args.load, args.seed) == (True, "there", 3)
+    # Another spelling of the same flag; a flag that has a word for false.
+    args = parsed(
+        argv_of_files(
+            tmp_path, "MODEL_ARGS: {persistent-save-interval: 5}", "MODEL_ARGS: {save-interval: false}"
+        )[1]
+    )
+    assert args.save_interval is None
+    assert argv_of_files(tmp_path, "MODEL_ARGS: {rl-skip-bos-token: false}")[1] == ["--no-rl-skip-bos-token"]
+
+
+def test_host_is_what_the_last_of_them_says(tmp_path, helix_flags):
+    on, off = "host: true", "host: false"
+    assert argv_of_files(tmp_path, on, off) == (False, [])
+    assert argv_of_files(tmp_path, off, on) == (True, ["--helix-host-mode"])
+    assert argv_of_files(tmp_path, on, "MODEL_ARGS: {lr: 1}")[0]
+    assert argv_of_files(tmp_path, on, "MODEL_ARGS: {helix-host-mode: false}") == (False, [])
+    assert argv_of_files(tmp_path, ["--helix-host-mode"], off) == (False, [])
+    assert argv_of_files(tmp_path, off, ["--helix-host-mode"]) == (True, ["--helix-host-mode"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: high", ["--lr is 'high'", "takes a number"]),
+        ("num-layers: 1.5", ["--num-layers is 1.5", "takes a whole number"]),
+        ("num-layers: true", ["--num-layers is true", "takes a whole number"]),
+        ("num-layers: [1, 2]", ["--num-layers is [1, 2]", "takes a whole number"]),
+        ("normalization: Batch", ["--normalization is 'Batch'", "takes one of LayerNorm, RMSNorm"]),
+        ("helix-softmax: soft", ["--helix-softmax is 'soft'", "takes one of exact, per-slice"]),
+        ("sequence-parallel: 1", ["--sequence-parallel is 1", "write true, or false"]),
+        ("sequence-parallel: 'yes'", ["--sequence-parallel is 'yes'", "write true, or false"]),
+        ("helix-slice-weights: []", ["--helix-slice-weights is []", "takes values"]),
+        ("save-interval: 1, persistent-save-interval: 2", ["--save-interval and --persistent", "keep one"]),
+    ],
+)
+def test_a_value_that_a_flag_does_not_take_is_one_line(tmp_path, helix_flags, text, words):
+    with pytest.raises(ValueError) as refusal:
+        argv_of_files(tmp_path, f"MODEL_ARGS: {{{text}}}")
+    for word in ["0.yaml: MODEL_ARGS: ", *words]:
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "words", ["--lr high", "--normalization Batch", "--num-layers", "--sequence-parallel 3"]
+)
+def test_a_command_line_that_the_parser_does_not_take_is_one_line(words):
+    with pytest.raises(ValueError) as refusal:
+        yaml_config.check_flags(words.split())
+    message = str(refusal.value)
+    assert "\n" not in message and "usage" not in message and words.split()[-1] in message
 
 
 def test_missing_file_is_refused():
@@ -112,6 +228,6 @@ def test_join_checks_against_megatrons_own_parser(tmp_path):
 
 
 def test_unknown_flags_of_the_command_line():
-    yaml_config.check_flags(["--num-layers", "2", "--lr=0.1", "-3"])
+    yaml_config.check_flags(["--num-layers", "2", "--lr=0.1", "--seed", "-3"])
     with pytest.raises(ValueError, match=r"no flag --num-layer; did you mean --num-layers\?"):
         yaml_config.check_flags(["--num-layer=2"])

@@ -235,6 +235,19 @@ def test_odd_rotary_pairs_and_indivisible_dimensions_are_refused_where_slices_ar
         HelixLayout(AttentionShape(4, 1, 16, 16), HelixGrid(1, 3), per_slice=True)
 
 
+@pytest.mark.parametrize("rotary", [5, 14, -2])
+def test_rotary_dimensions_that_are_no_pairs_are_refused_where_heads_are_sliced(rotary):
+    shape = AttentionShape(8, 2, 12, rotary)
+    assert choose_grid(shape, 2) == HelixGrid(2, 1)
+    layout = HelixLayout(AttentionShape(8, 2, 13, 13), HelixGrid(2, 1))
+    assert layout.qkv_permutation().tolist() == list(range(12 * 13))  # Megatron's order
+    assert layout.all_slice_dims == [13]
+    with pytest.raises(HelixConfigError, match=f"{rotary} rotary dimensions of the 12 .* rotary_percent 0"):
+        choose_grid(shape, 4)
+    with pytest.raises(HelixConfigError, match="legal grids: n=2 m=1"):
+        check_grid(shape, 2, 1, 2)
+
+
 def test_more_slices_than_units_are_refused():
     assert "more than the 3 rotary pairs" in illegal_reason(AttentionShape(8, 1, 12, 6), 4, 1, 4)
     assert "more than the 12 dimensions" in illegal_reason(AttentionShape(8, 1, 12, 0), 13, 1, 13)
@@ -242,8 +255,6 @@ def test_more_slices_than_units_are_refused():
         HelixConfigError, match=r"more than the 4 rotary pairs .* sizes that work: 1, 2, 3, 4"
     ):
         choose_grid(AttentionShape(8, 1, 8, 8), 5)
-    with pytest.raises(HelixConfigError, match="must be even"):
-        AttentionShape(8, 1, 12, 5)
     with pytest.raises(HelixConfigError, match="not a multiple"):
         AttentionShape(9, 2, 12)
 
