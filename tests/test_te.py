@@ -22,6 +22,10 @@ DELAYED = f"{HALF} --fp8-format hybrid --fp8-recipe delayed"  # Megatron's defau
 DOCUMENTS = "--train-iters 4 --reset-position-ids --eod-mask-loss --calculate-per-token-loss"
 MASKED = f"{DOCUMENTS} --reset-attention-mask"
 WINDOW = f"{MASKED} --window-size 6,0"
+UNROTATED = {  # layers whose queries are used as linear_qkv gives them
+    "learned positions": f"{OTHER} --train-iters 3 --position-embedding-type learned_absolute",
+    "RoPE in every other layer": f"{OTHER} --train-iters 3 --no-rope-freq 2",
+}
 CASES = {
     "local": (1, f"{COMMON} --transformer-impl local"),
     "vanilla": (1, COMMON),
@@ -50,6 +54,11 @@ CASES = {
     "fp8 in slices": (2, f"{FP8} {HELIX} 2"),
     "delayed": (1, DELAYED),
     "delayed in slices": (2, f"{DELAYED} {HELIX} 2"),
+    **{name: (1, flags) for name, flags in UNROTATED.items()},
+    **{  # whole query heads
+        f"{name}, sliced": (2, f"{flags} {HELIX} 2 --helix-head-parallel-size 1")
+        for name, flags in UNROTATED.items()
+    },
 }
 
 
@@ -99,6 +108,15 @@ def test_masks_of_documents(results, name):
     assert {"HelixCoreAttention", "UnfusedDotProductAttention"} - (
         {"UnfusedDotProductAttention"} if "all_reduce" in name else set()
     ) <= set(results[name]["modules"])
+
+
+@pytest.mark.parametrize("name", UNROTATED)
+def test_queries_that_nothing_rotates(results, name):
+    """They come from linear_qkv as they are; the stand-in's attention takes contiguous tensors alone."""
+    reference = results[name]["losses"]
+    assert len(reference) == 3 and reference[-1] != pytest.approx(results["other"]["losses"][2], abs=1e-4)
+    assert results[f"{name}, sliced"]["losses"] == pytest.approx(reference, abs=1e-4)
+    assert {"HelixCoreAttention", "DotProductAttention"} <= set(results[f"{name}, sliced"]["modules"])
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "delayed"])
