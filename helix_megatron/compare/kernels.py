@@ -10,7 +10,9 @@
     idle            nothing runs: launches, the host, waiting for other ranks outside a collective
 
 NCCL's kernels wait inside for the other ranks, so that waiting is part of communication here. Copies and
-memory sets count as computing. Profiling makes an iteration longer, so one of its own is profiled.
+memory sets count as computing. Ranges that somebody marked (record_function: every optimizer's step, NCCL's
+calls) are shown on the GPU as well, from their first kernel to the last: they are no kernels. Profiling makes
+an iteration longer, so one of its own is profiled.
 """
 
 from __future__ import annotations
@@ -40,14 +42,15 @@ _ITERATION = "helix iteration"
 def split(events: Iterable[Any]) -> dict[str, float] | None:
     """Seconds of compute, communication and idle in the iteration; None when no kernel ran in it.
 
-    events: torch.profiler's FunctionEvent, or what has its name, device_type and time_range (microseconds).
+    events: torch.profiler's FunctionEvent, or what has its name, device_type, time_range (microseconds) and
+            is_user_annotation.
     """
     on_gpu, whole = [], None
     for event in events:
         here = (event.time_range.start, event.time_range.end)
-        if event.name == _ITERATION:  # the profiler shows it on the GPU as well: no kernel
-            whole = here if event.device_type == torch.autograd.DeviceType.CPU else whole
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            whole = here if event.name == _ITERATION else whole
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             on_gpu.append((event.name, here))
     if whole is None or not on_gpu:
         return None

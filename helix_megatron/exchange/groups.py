@@ -6,12 +6,16 @@ as `ProcessGroupCollection.use_mpu_process_groups` is in Megatron.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+import yaml
 
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 
@@ -38,18 +42,26 @@ class HelixGroups:
 _registered: HelixGroups | None = None
 
 
-def initialize_helix_parallel(grid: HelixGrid, tp_group: dist.ProcessGroup) -> HelixGroups:
+def initialize_helix_parallel(
+    grid: HelixGrid,
+    tp_group: dist.ProcessGroup,
+    timeout: timedelta | None = None,
+    nccl_settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> HelixGroups:
     """Create the dim and head groups of every tensor-parallel group and register this rank's.
 
     Collective over the world: call it on every rank, after Megatron's `initialize_model_parallel`.
+
+    Args:
+        timeout: of their collectives; None for torch's default.
+        nccl_settings: NCCL options by the name of a group, as in Megatron's --nccl-communicator-config-path;
+            "helix_dim" and "helix_head" are these groups', which otherwise get those of "tp".
 
     Raises:
         HelixConfigError: the grid does not fill the tensor-parallel group, or that group's ranks are not
             consecutive (Megatron's `order` must begin with "tp", as all of its own orders do).
         RuntimeError: groups of another grid are registered.
     """
-    from megatron.core.hyper_comm_grid import HyperCommGrid
-
     global _registered
     if _registered is not None:
         if _registered.grid != grid:
@@ -68,15 +80,54 @@ def initialize_helix_parallel(grid: HelixGrid, tp_group: dist.ProcessGroup) -> H
         raise HelixConfigError(
             f"tensor-parallel ranks {ranks} are not consecutive; Helix needs an order that begins with tp"
         )
-    # The first listed dimension varies fastest: slices are neighbours.
-    comm_grid = HyperCommGrid(
-        [grid.dim_parallel_size, grid.head_parallel_size, world // tp], ["dim", "head", "replica"]
-    )
-    dim_group = comm_grid.create_pg("dim", group_desc="HELIX_DIM_GROUP")
-    head_group = comm_grid.create_pg("head", group_desc="HELIX_HEAD_GROUP")
+    m = grid.dim_parallel_size
+    dim_ranks = [list(range(first, first + m)) for first in range(0, world, m)]
+    head_ranks = [list(range(first + j, first + tp, m)) for first in range(0, world, tp) for j in range(m)]
+    dim_group = _own_group("helix_dim", dim_ranks, timeout, nccl_settings or {})
+    head_group = _own_group("helix_head", head_ranks, timeout, nccl_settings or {})
     head_rank, dim_rank = grid.coordinate(dist.get_rank(tp_group))
     _registered = HelixGroups(grid, dim_group, head_group, head_rank, dim_rank)
     return _registered
+
+
+def _own_group(
+    name: str,
+    all_ranks: list[list[int]],
+    timeout: timedelta | None,
+    nccl_settings: Mapping[str, Mapping[str, Any]],
+) -> dist.ProcessGroup:
+    """Make a group of each list of ranks, as Megatron makes its own; the one that this rank is in.
+
+    Megatron keeps a list of what create_group makes: `--distributed-timeout-seconds-after-init` reaches it.
+    """
+    from megatron.core import parallel_state
+
+    settings = name if name in nccl_settings else "tp"
+    groups = [
+        parallel_state.create_group(
+            ranks,
+            timeout=timeout,
+            pg_options=parallel_state.get_nccl_options(settings, nccl_settings),
+            group_desc=f"{name.upper()}_GROUP",
+        )
+        for ranks in all_ranks
+    ]
+    return next(group for group, ranks in zip(groups, all_ranks, strict=True) if dist.get_rank() in ranks)
+
+
+def settings_of_groups(
+    distributed_timeout_minutes: int = 30,
+    nccl_communicator_config_path: str | None = None,
+    high_priority_stream_groups: Sequence[str] | None = None,
+    **_: Any,
+) -> tuple[timedelta, dict[str, dict[str, Any]]]:
+    """timeout and nccl_settings of initialize_helix_parallel, from Megatron's initialize_model_parallel."""
+    nccl: dict[str, dict[str, Any]] = {}
+    if nccl_communicator_config_path is not None:
+        nccl = yaml.safe_load(Path(nccl_communicator_config_path).read_text(encoding="utf-8")) or {}
+    for name in high_priority_stream_groups or ():
+        nccl.setdefault(name, {})["is_high_priority_stream"] = True
+    return timedelta(minutes=distributed_timeout_minutes), nccl
 
 
 def get_helix_groups() -> HelixGroups:
@@ -102,39 +153,62 @@ def agree(
     """Check that all ranks run with equal settings, through the rendezvous store alone.
 
     Ranks with different grids would hang in the first collective, or corrupt each other silently; so
-    this runs before any process group exists.
+    this runs before any process group exists. Rank 0 reads everyone's and tells what it found: as many
+    operations of the store as there are ranks, a few times over.
 
     Raises:
         HelixConfigError: another rank's settings differ, naming the rank and what differs.
     """
-    key, timeout = "helix/settings", timedelta(seconds=timeout_s)
-    ours = {name: str(value) for name, value in settings.items()}
-    store.set(f"{key}/{rank}", json.dumps(ours))
-    everyone = []
-    for other in range(world_size):
-        try:
-            store.wait([f"{key}/{other}"], timeout)
-        except Exception as error:
-            raise HelixConfigError(
-                f"rank {other} of {world_size} did not report its settings within {timeout_s:g} s; "
-                "it never started, or runs a script without Helix"
-            ) from error
-        everyone.append(json.loads(store.get(f"{key}/{other}")))
-    store.set(f"{key}/read/{rank}", "1")
-    if rank == 0:  # it serves the store: stay until all have read
-        store.wait([f"{key}/read/{other}" for other in range(world_size)], timeout)
-    first = everyone[0]
+    prefix = "helix/settings"
+    found, read = f"{prefix}/found", [f"{prefix}/read/{other}" for other in range(1, world_size)]
+    store.set(f"{prefix}/{rank}", json.dumps({name: str(value) for name, value in settings.items()}))
+    if rank == 0:
+        problem = _first_problem(store, prefix, world_size, timeout_s)
+        store.set(found, problem)
+        if problem:  # this rank serves the store, and will end: first the others read
+            with contextlib.suppress(RuntimeError):
+                store.wait(read, timedelta(seconds=min(timeout_s, 10.0)))
+    else:
+        try:  # rank 0 may begin late, and then waits for others
+            store.wait([found], timedelta(seconds=2 * timeout_s))
+        except RuntimeError as error:
+            raise HelixConfigError(_silent(0, world_size, 2 * timeout_s)) from error
+        problem = store.get(found).decode()
+        if problem:
+            store.set(f"{prefix}/read/{rank}", "1")
+    if problem:
+        raise HelixConfigError(problem)
+
+
+def _first_problem(store: dist.Store, prefix: str, world_size: int, timeout_s: float) -> str:
+    """What is wrong with the ranks' settings, in words; empty when nothing is."""
+    keys = [f"{prefix}/{rank}" for rank in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError:
+        absent = next((rank for rank, key in enumerate(keys) if not store.check([key])), None)
+        if absent is not None:
+            return _silent(absent, world_size, timeout_s)
+    first, *others = (json.loads(store.get(key)) for key in keys)
     differ = [
-        f"{name} is {theirs.get(name)} on rank {other} and {first.get(name)} on rank 0"
-        for other, theirs in enumerate(everyone)
+        f"{name} is {theirs.get(name)} on rank {rank} and {first.get(name)} on rank 0"
+        for rank, theirs in enumerate(others, 1)
         for name in sorted(set(first) | set(theirs))
         if theirs.get(name) != first.get(name)
     ]
-    if differ:
-        raise HelixConfigError(
-            f"ranks were started with different settings; give all of them the same flags: {differ[0]}"
-            + (f" (and {len(differ) - 1} more differences)" if len(differ) > 1 else "")
-        )
+    if not differ:
+        return ""
+    return (
+        f"ranks were started with different settings; give all of them the same flags: {differ[0]}"
+        + (f" (and {len(differ) - 1} more differences)" if len(differ) > 1 else "")
+    )
+
+
+def _silent(rank: int, world_size: int, timeout_s: float) -> str:
+    return (
+        f"rank {rank} of {world_size} did not report its settings within {timeout_s:g} s; "
+        "it never started, or runs a script without Helix"
+    )
 
 
 def seed_of_dim_group(seed: int, head_rank: int) -> int:

@@ -105,6 +105,16 @@ def restore_positions(parts: list[Tensor], length: int) -> Tensor:
     return torch.cat(first + second[::-1])
 
 
+def repeat_heads(tensor: Tensor, repeats: Sequence[int]) -> Tensor:
+    """Head k of [S, B, K, D] `repeats[k]` times in a row: [S, B, sum of repeats, D].
+
+    Nothing is asked of the device. The backward sums the copies of each head in fp32 and in one order, as
+    attention kernels sum the query heads of a group.
+    """
+    heads = tensor.split(1, dim=2)
+    return torch.cat([head.expand(-1, -1, n, -1) for head, n in zip(heads, repeats, strict=True)], dim=2)
+
+
 def whole_queries(query: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:
     """Query slices of all heads and positions -> whole heads of some heads and positions.
 

@@ -193,10 +193,11 @@ class SequenceStep:
     def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """As Step; the rows are sequences."""
         new, batch = query.shape[:2]
+        integers = dict(dtype=torch.int32, device=query.device)
         requests = Requests(  # of one page each
-            torch.arange(0, (batch + 1) * new, new, device=query.device),
-            torch.full((batch,), self.start + new, device=query.device),
-            torch.arange(start, stop, device=query.device)[:, None],
+            torch.arange(0, (batch + 1) * new, new, **integers),
+            torch.full((batch,), self.start + new, **integers),
+            torch.arange(start, stop, **integers)[:, None],
         )
         out, lse = attend(
             query.transpose(0, 1).flatten(0, 1),

@@ -11,9 +11,10 @@ to be used instead of the choice.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,16 +89,37 @@ def choose(device: str, dtype: torch.dtype, page: int, windowed: bool, override:
 def _without_flash(device: str) -> tuple[str, str]:
     if device != "cuda":
         return "torch", f"the cache is on the {device}"
-    if importlib.util.find_spec("triton") is None:
+    try:
+        import triton.language  # noqa: F401
+    except ImportError:
         return "torch", "Triton is not installed"
     return "triton", "the cache is on a GPU"
 
 
+@functools.cache
+def _flash_attn() -> tuple[Callable | None, str]:
+    """flash-attn's decode kernel, or None and why it cannot be used.
+
+    The function itself is asked for: `flash_attn` alone is also a folder of flash-attn 4, which has none.
+    """
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+            return None, "flash-attn is not installed"
+        return None, f"flash_attn_with_kvcache of flash-attn 2 cannot be imported: {error}"
+    known = inspect.signature(flash_attn_with_kvcache).parameters
+    missing = {"block_table", "return_softmax_lse"} - known.keys()
+    if missing:
+        return None, f"this flash-attn is too old: its kernel has no {' and no '.join(sorted(missing))}"
+    return flash_attn_with_kvcache, ""
+
+
 def _against_flash(device: str, dtype: torch.dtype, page: int, windowed: bool) -> str | None:
     """Why flash-attn cannot serve single tokens; None when it can."""
+    kernel, reason = _flash_attn() if device == "cuda" else (None, f"the cache is on the {device}")
     obstacles = {
-        f"the cache is on the {device}": device != "cuda",
-        "flash-attn is not installed": importlib.util.find_spec("flash_attn") is None,
+        reason: kernel is None,
         f"flash-attn does not compute in {dtype}": dtype not in (torch.float16, torch.bfloat16),
         # a rank's share of a window differs from request to request
         "flash-attn has one window for all requests": windowed,
@@ -111,8 +133,10 @@ def flash_attention(
     query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
 ) -> tuple[Tensor, Tensor]:
     """flash-attn's decode kernel: row r is the last token of request r and sees all that the rank keeps."""
-    from flash_attn import flash_attn_with_kvcache
-
+    flash_attn_with_kvcache, reason = _flash_attn()
+    if flash_attn_with_kvcache is None:
+        raise HelixConfigError(f"{OVERRIDE}=flash-attn: {reason}")
+    requests = requests.for_kernels()
     kept = sight.last(requests.lengths - 1)
     rows = len(kept)
     out, lse = flash_attn_with_kvcache(

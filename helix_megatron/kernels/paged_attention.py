@@ -82,6 +82,12 @@ class Requests:
         """query_ends and lengths; a device is waited for once, not for every layer."""
         return self.query_ends.tolist(), self.lengths.tolist()
 
+    def for_kernels(self) -> Requests:
+        """The same in int32, contiguous but for the distance of the table's rows: what kernels take."""
+        ends, lengths = (x.to(torch.int32).contiguous() for x in (self.query_ends, self.lengths))
+        table = self.table.to(torch.int32)
+        return Requests(ends, lengths, table if table.stride(-1) == 1 else table.contiguous())
+
     def rows(self, start: int, stop: int) -> Requests:
         """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
         ends = self.query_ends.clamp(start, stop)

@@ -13,6 +13,8 @@ T new tokens, N query heads, K KV heads, R = N/K, D head dimension.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,9 +22,9 @@ from torch import Tensor
 
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.partition.grid import HelixConfigError
 
-_SLOTS = 64  # slots of one step of a program
-_INTERPRETED = triton.knobs.runtime.interpret
+_SHARED_BYTES = 97 * 1024  # a block has 99 KiB on the smallest GPUs (sm_86, 89, 120); reductions want some
 
 
 @triton.jit
@@ -108,6 +110,41 @@ def _kernel(
         tl.store(out + to[:, None] * D + dim[None, :], acc, mask=there[:, None] & (dim < D)[None, :])
 
 
+_INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET is set
+
+
+@functools.cache
+def tile_shape(rows: int, ratio: int, dim: int, itemsize: int) -> tuple[int, int]:
+    """Rows (TOKENS * R_PAD) and SLOTS of a program: the most that fits the shared memory of every GPU.
+
+    Triton keeps there the tiles of Q, K and V and, before Hopper's wgmma, the probabilities; with wgmma (64
+    rows in half precision) K and V twice.
+
+    Args:
+        rows: wanted, 16 (the least that a tensor core takes) or more.
+        ratio: R, a power of two; all heads of a token are in one tile.
+        dim: D, a power of two.
+        itemsize: bytes of an element.
+
+    Raises:
+        HelixConfigError: no tile fits.
+    """
+    while rows >= 16:
+        height = max(rows, ratio)
+        for slots in (64, 32, 16):
+            keys_values = 2 * slots * dim
+            twice = height >= 64 and itemsize == 2
+            more = max(keys_values, height * slots) if twice else height * slots
+            if itemsize * (height * dim + keys_values + more) <= _SHARED_BYTES:
+                return height, slots
+        rows //= 2
+    raise HelixConfigError(
+        f"{ratio} query heads of dimension {dim} (both rounded up to a power of two) for each KV head, "
+        f"{itemsize} bytes an element, are more than the Triton kernel can hold in a GPU's shared memory; "
+        "use half precision, or HELIX_PAGED_ATTENTION=torch"
+    )
+
+
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -125,25 +162,27 @@ def paged_attention(
     tokens, heads, dim = query.shape
     page, kv_heads = keys.shape[1:3]
     count, ratio = len(requests.lengths), heads // kv_heads
-    padded = triton.next_power_of_2(ratio)
-    rows = 16 if tokens <= count else 64  # one token a request: the least that a tensor core takes
-    per_tile = max(1, rows // padded)
+    padded, padded_dim = triton.next_power_of_2(ratio), max(16, triton.next_power_of_2(dim))
+    rows = 16 if tokens <= count else 64  # 16: one token a request
+    rows, slots = tile_shape(rows, padded, padded_dim, max(query.element_size(), keys.element_size()))
+    per_tile = rows // padded
     tiles = tokens // per_tile + count
     if splits is None:
-        splits = _splits(tiles * kv_heads, requests.table.shape[1] * page, query.device)
-    query, table = _dense_last(query), _dense_last(requests.table)
+        splits = _splits(tiles * kv_heads, requests.table.shape[1] * page // slots, query.device)
+    requests = requests.for_kernels()
+    query, table = _dense_last(query), requests.table
     keys, values = _dense_last(keys), _dense_last(values)
     dtype = query.dtype if splits == 1 else torch.float32
     out = torch.zeros(splits, tokens, heads, dim, dtype=dtype, device=query.device)
     lse = torch.full((splits, tokens, heads), float("-inf"), dtype=torch.float32, device=query.device)
     if tokens and count:
         _kernel[(tiles, kv_heads, splits)](
-            query, keys, values, out, lse, requests.query_ends.contiguous(), requests.lengths.contiguous(),
+            query, keys, values, out, lse, requests.query_ends, requests.lengths,
             table, sight.softmax_scale * 1.4426950408889634, sight.rank, sight.left or 0, count, tokens,
             *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], table.stride(0),
             N=heads, R=ratio, D=dim, PAGE=page, RANKS=sight.interleave.ranks, SIZE=sight.interleave.size,
             WINDOW=sight.left is not None, SPLITS=splits, TOKENS=per_tile, R_PAD=padded,
-            D_PAD=max(16, triton.next_power_of_2(dim)), SLOTS=_SLOTS,
+            D_PAD=padded_dim, SLOTS=slots,
             UPCAST=_INTERPRETED,  # the interpreter cannot multiply bf16
         )  # fmt: skip
     if splits == 1:
@@ -152,12 +191,12 @@ def paged_attention(
     return merged.to(query.dtype), lse_merged
 
 
-def _splits(programs: int, slots: int, device: torch.device) -> int:
+def _splits(programs: int, steps: int, device: torch.device) -> int:
     """Enough to give every multiprocessor two programs, each at least four steps where the table is full."""
     if device.type != "cuda" or _INTERPRETED:
         return 1
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
-    return max(1, min(wanted, 16, slots // (4 * _SLOTS)))
+    return max(1, min(wanted, 16, steps // 4))
 
 
 def _dense_last(tensor: Tensor) -> Tensor:

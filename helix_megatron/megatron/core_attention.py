@@ -38,6 +38,7 @@ from helix_megatron.exchange.slices import (
     gather_keys_values,
     output_slices,
     query_slices,
+    repeat_heads,
     restore_positions,
     select_positions,
     whole_outputs,
@@ -219,18 +220,15 @@ class HelixCoreAttention(torch.nn.Module):
                 for shares in gather_slices([key, value], self.cp_group)
             )
         if self.kv_repeat:
-            repeats = torch.tensor(self.kv_repeat, device=key.device)
-            key = key.repeat_interleave(repeats, dim=2)
-            value = value.repeat_interleave(repeats, dim=2)
+            key, value = repeat_heads(key, self.kv_repeat), repeat_heads(value, self.kv_repeat)
         if not self.whole_query_heads:
             query = whole_queries(query, self.layout, self.group)  # [S_p, B, N/a, D]
         heads, dim = query.shape[2:]
         if packed is not None:
-            out = self.core(*(x.squeeze(1) for x in (query, key, value)), None, attn_mask_type=mask_type,
-                            attention_bias=None, packed_seq_params=packed).unsqueeze(1)  # fmt: skip
+            tensors = (x.squeeze(1) for x in (query, key, value))
+            out = self._run_core(*tensors, None, mask_type, packed).unsqueeze(1)
         elif not self.shares_positions:
-            out = self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
-                            packed_seq_params=None)  # fmt: skip
+            out = self._run_core(query, key, value, mask, mask_type)
         else:
             out = self._share_of_positions(query, key, value, mask, mask_type, length)
         out = out.unflatten(-1, (heads, dim))
@@ -299,14 +297,31 @@ class HelixCoreAttention(torch.nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
     ) -> Tensor:
         if query.shape[0]:
-            return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
-                             packed_seq_params=None)  # fmt: skip
+            return self._run_core(query, key, value, mask, mask_type)
         # No position falls to this rank. Stay in the graph of Q, K and V all the same: the other ranks
         # wait for this rank's part of the backward exchanges.
         ratio = query.shape[2] // key.shape[2]
         scores = torch.einsum("sbnd,lbnd->bnsl", query, key.repeat_interleave(ratio, dim=2))
         out = torch.einsum("bnsl,lbnd->sbnd", scores, value.repeat_interleave(ratio, dim=2))
         return out.flatten(-2)
+
+    def _run_core(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        mask_type: AttnMaskType,
+        packed: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """The core attention, on contiguous tensors.
+
+        Transformer Engine's fused kernels read memory in the order of the layout's name, and its check of the
+        layout (get_qkv_layout) looks at no strides of a query whose key and value have memory of their own.
+        """
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
+                         packed_seq_params=packed)  # fmt: skip
 
     # ---- all_reduce ----
     def _summed_scores(

@@ -366,7 +366,9 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             if grid is not None and grid.dim_parallel_size > 1:
-                groups.initialize_helix_parallel(grid, parallel_state.get_tensor_model_parallel_group())
+                given = inspect.signature(original).bind(*args, **kwargs).arguments
+                tp_group = parallel_state.get_tensor_model_parallel_group()
+                groups.initialize_helix_parallel(grid, tp_group, *groups.settings_of_groups(**given))
             return result
 
         return initialize_model_parallel

@@ -303,7 +303,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
 
 
 def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
-    """FP8 GEMMs want multiples of 16 (32 with MXFP8): say so before the first step."""
+    """FP8 GEMMs want multiples of 16 (32 with MXFP8, 128 with blocks): say so before the first step."""
     if not (value("fp8") or value("fp4")):
         return
     # The configuration's names, and those of Megatron's arguments.
@@ -314,7 +314,12 @@ def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
             "(--fp8-param-gather, --fp4-param-gather) were never run with; leave them in half precision"
         )
     layout = plan.layout
-    multiple = 32 if value("fp8_recipe", "") == "mxfp8" else 16
+    recipe = value("fp8_recipe", "") if value("fp8") else ""
+    recipe = getattr(recipe, "value", recipe)
+    multiple = {"mxfp8": 32, "blockwise": 128}.get(recipe, 16)
+    why = f"FP8 and FP4 need multiples of {multiple}"
+    if recipe == "blockwise":
+        why = f"--fp8-recipe blockwise works in blocks of {multiple}, and slices of a part of one never ran"
     for rank in range(plan.grid.dim_parallel_size):  # other head groups hold as much
         parts = {
             "rows of linear_qkv": len(layout.qkv_rows(rank)),
@@ -323,8 +328,8 @@ def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
         for name, held in parts.items():
             if held % multiple:
                 raise HelixConfigError(
-                    f"FP8 and FP4 need multiples of {multiple}, but rank {rank} of Helix grid {plan.grid} "
-                    f"holds {held} {name} of {layout.shape}; use a smaller tensor-parallel size, or no FP8"
+                    f"{why}, but rank {rank} of Helix grid {plan.grid} holds {held} {name} of "
+                    f"{layout.shape}; use a smaller tensor-parallel size, another recipe, or no FP8"
                 )
 
 

@@ -241,8 +241,9 @@ def test_an_error_in_the_middle_of_a_run(fake, monkeypatch):
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
 
-def event(name, start, end, device=CUDA):
-    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+def event(name, start, end, device=CUDA, marked=False):
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=marked)
 
 
 WHOLE = event("helix iteration", 100, 1100, CPU)
@@ -251,7 +252,9 @@ WHOLE = event("helix iteration", 100, 1100, CPU)
 def test_kernels_that_overlap_are_split_once():
     events = [
         WHOLE,
-        event("helix iteration", 150, 1090),  # the profiler's mark on the GPU is no kernel
+        event("helix iteration", 150, 1090, marked=True),  # a mark on the GPU is no kernel
+        event("Optimizer.step#Adam.step", 400, 1100, marked=True),
+        event("nccl:all_reduce", 400, 900, marked=True),
         event("aten::mm", 100, 1000, CPU),
         event("softmax", 300, 450),  # on another stream, and seen before what began before it
         event("gemm", 150, 350),

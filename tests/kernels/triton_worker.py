@@ -32,6 +32,10 @@ def main() -> None:
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
         check(paged_attention, *drawn, Sight(0.25, None, KvInterleave(2, 4), 0), tolerance)
+    for new in ([70, 12], [1, 1]):  # tiles that wide heads leave
+        drawn = draw([80, 12], new, 2, 4, 1, (4, 2), 256, "scattered", cycles=3)
+        check(paged_attention, *drawn, Sight(0.06, None, KvInterleave(2, 4), 1))
+        number += 1
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
     as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
     check(as_backend, *drawn, Sight(0.5, None, KvInterleave(1, 4), 0))

@@ -82,6 +82,7 @@ class TEDotProductAttention(torch.nn.Module):
     """Transformer Engine's core as Helix must call it: mask types by name, own masks, whole heads.
 
     Like its flash and fused kernels it ignores a tensor under a causal type; `reads_masks`: like the unfused.
+    Its fused kernel reads tensors as contiguous ones, whatever their strides.
     """
 
     reads_masks = False
@@ -95,6 +96,8 @@ class TEDotProductAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask, *, attn_mask_type, **unused):
         s, _, heads, _ = query.shape
+        for tensor in (query, key, value):
+            assert tensor.is_contiguous(), f"{tensor.shape} with strides {tensor.stride()}"
         assert (heads, key.shape[2]) == (self.heads, self.kv_heads)
         length = key.shape[0]
         row, column = torch.arange(s)[:, None], torch.arange(length)[None, :]
@@ -242,6 +245,8 @@ def check(case: Case, helix: HelixConfig, tp: int, groups, **overrides) -> dict[
     load(layer, case, rows, columns, torch.float32)
     slices = layout.grid.dim_parallel_size if layout.per_slice else 1
     found = run(layer, case, tp, sequence_parallel=overrides.get("sequence_parallel", False))
+    if any(overrides.get("no_rope_freq", [])):
+        case = replace(case, rotary_percent=0.0)
     return errors(found, reference(case, slices), rows, columns)
 
 

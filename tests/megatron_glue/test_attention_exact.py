@@ -95,3 +95,15 @@ def test_a_core_that_makes_its_own_masks():
             case = Case(heads, groups, dim=16, **feature)
             jobs += [(case, helix, dict(te_core=True)) for helix in all_settings(case, 4, cores=("spec",))]
     assert_exact(4, jobs)
+
+
+def test_queries_that_nothing_rotates():
+    """A model without RoPE, and a layer without it in a model that has it."""
+    jobs = []
+    for heads, groups in [(8, 4), (9, 3)]:
+        for percent, unrotated in ((0.0, {}), (1.0, dict(no_rope_freq=[1]))):
+            case = Case(heads, groups, dim=16, rotary_percent=percent)
+            for core in (dict(), dict(te_core=True)):
+                settings = all_settings(case, 4, cores=("spec",))
+                jobs += [(case, helix, {**core, **unrotated}) for helix in settings]
+    assert_exact(4, jobs)

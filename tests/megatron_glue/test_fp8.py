@@ -10,6 +10,7 @@ from tests.megatron_glue.te_environment import environment
 
 CASE = dict(heads=4, groups=1, dim=32, hidden=64, seq=32, bias=False)
 EVEN = dict(heads=8, groups=2, dim=32, hidden=64, seq=32, bias=False)
+DIMS = dict(blockwise=128)  # a slice is blocks
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GRIDS = {  # ranks, case, settings
     "1x2 heads": (2, CASE, dict(query_placement="heads")),
@@ -25,9 +26,12 @@ def found():
     lists: dict[int, list] = {}
     for recipe in (None, *RECIPES):
         for case in (CASE, EVEN):
-            lists.setdefault(1, []).append((("vanilla", case["heads"], recipe), case, None))
+            for dim in {32, 128} if recipe is None else {DIMS.get(recipe, 32)}:
+                key = "vanilla", case["heads"], dim, recipe
+                lists.setdefault(1, []).append((key, {**case, "dim": dim}, None))
     for recipe in RECIPES:
         for name, (ranks, case, settings) in GRIDS.items():
+            case = {**case, "dim": DIMS.get(recipe, 32)}
             lists.setdefault(ranks, []).append(((name, recipe), case, settings))
     jobs = [
         [ranks, [dict(case=case, helix=helix, recipe=key[-1]) for key, case, helix in some]]
@@ -53,8 +57,8 @@ def found():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", GRIDS)
 def test_output_and_gradients_are_as_good_as_megatrons(found, name, recipe):
-    heads = GRIDS[name][1]["heads"]
-    (half,), (whole,) = found["vanilla", heads, None], found["vanilla", heads, recipe]
+    model = GRIDS[name][1]["heads"], DIMS.get(recipe, 32)
+    (half,), (whole,) = found[("vanilla", *model, None)], found[("vanilla", *model, recipe)]
     for part, error in whole["errors"].items():
         assert 3 * half["errors"][part] < error < 0.15, (part, error)  # FP8's own, and small
         ours = max(rank["errors"][part] for rank in found[name, recipe])
@@ -67,7 +71,8 @@ def test_slices_are_what_is_quantised(found, name, recipe):
     """Both weights, and the gradients of what they give, as this rank holds them."""
     for rank in found[name, recipe]:
         (qkv, hidden), (_, columns) = rank["weights"]
-        assert qkv < found["vanilla", GRIDS[name][1]["heads"], recipe][0]["weights"][0][0]
+        model = GRIDS[name][1]["heads"], DIMS.get(recipe, 32)
+        assert qkv < found[("vanilla", *model, recipe)][0]["weights"][0][0]
         shapes = {
             (dtype, shape[0] if dtype.endswith("E4M3") else 0, shape[-1])
             for shape, dtype in rank["quantised"]

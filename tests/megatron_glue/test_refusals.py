@@ -5,11 +5,15 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helix_megatron.host.launcher import run_ranks
+from helix_megatron.megatron.self_attention import refuse_unsupported
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError
 from tests.training import HELIX, MODEL
 
 
@@ -120,3 +124,15 @@ def test_the_launcher_passes_the_line_and_the_exit_code_on():
     assert done.returncode == 2
     assert "n = 2 does not divide the 3 KV heads" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_blockwise_fp8_wants_whole_blocks():
+    """480 rows of linear_qkv are whole MXFP8 blocks of 32, and no whole blocks of 128."""
+    plan = HelixConfig(1, 2).resolve(9, 3, 64, 2)
+    for fp8 in (dict(fp8="hybrid", fp8_recipe="mxfp8"), dict(fp8=None, fp8_recipe="blockwise")):
+        refuse_unsupported(SimpleNamespace(**fp8), plan)
+    blockwise = SimpleNamespace(fp8="hybrid", fp8_recipe="blockwise")
+    refuse_unsupported(blockwise, HelixConfig(1, 2).resolve(4, 1, 128, 2))
+    message = r"blockwise works in blocks of 128, .* rank 0 of Helix grid 1x2 holds 480 rows of linear_qkv"
+    with pytest.raises(HelixConfigError, match=message):
+        refuse_unsupported(blockwise, plan)

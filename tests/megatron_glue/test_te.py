@@ -24,6 +24,10 @@ DOCUMENTS = "--train-iters 4 --reset-position-ids --eod-mask-loss --calculate-pe
 MASKED = f"{DOCUMENTS} --reset-attention-mask"
 WINDOW = f"{MASKED} --window-size 6,0"
 SAVED = "--override-opt-param-scheduler --save-interval"  # each case writes what the next ones read
+UNROTATED = {  # layers whose queries are used as linear_qkv gives them
+    "learned positions": f"{OTHER} --train-iters 3 --position-embedding-type learned_absolute",
+    "RoPE in every other layer": f"{OTHER} --train-iters 3 --no-rope-freq 2",
+}
 CASES = {
     "local": (1, f"{COMMON} --transformer-impl local"),
     "vanilla": (1, f"{COMMON} {SAVED} 8 --save {{folder}}/vanilla"),
@@ -55,6 +59,11 @@ CASES = {
     "fp8 in slices": (2, f"{FP8} {HELIX} 2"),
     "delayed": (1, DELAYED),
     "delayed in slices": (2, f"{DELAYED} {HELIX} 2"),
+    **{name: (1, flags) for name, flags in UNROTATED.items()},
+    **{  # whole query heads
+        f"{name}, sliced": (2, f"{flags} {HELIX} 2 --helix-head-parallel-size 1")
+        for name, flags in UNROTATED.items()
+    },
 }
 
 
@@ -152,6 +161,15 @@ def test_strict_loads(states, variant):
     assert 'Missing key(s) in state_dict: "decoder.layers.0.self_attention.q_layernorm.weight"' in (
         loads["a name too few"]
     )
+
+
+@pytest.mark.parametrize("name", UNROTATED)
+def test_queries_that_nothing_rotates(results, name):
+    """They come from linear_qkv as they are; the stand-in's attention takes contiguous tensors alone."""
+    reference = results[name]["losses"]
+    assert len(reference) == 3 and reference[-1] != pytest.approx(results["other"]["losses"][2], abs=1e-4)
+    assert results[f"{name}, sliced"]["losses"] == pytest.approx(reference, abs=1e-4)
+    assert {"HelixCoreAttention", "DotProductAttention"} <= set(results[f"{name}, sliced"]["modules"])
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "delayed"])

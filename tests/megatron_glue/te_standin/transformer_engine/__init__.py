@@ -3,6 +3,9 @@
 Test equipment. Put on PYTHONPATH before the folder that holds the pure Python wheel `transformer-engine`
 (`pip install --no-deps --target`), this package takes the wheel's place, tells it not to look for its native
 libraries, and runs the wheel's own `__init__`. Everything but the native module is then NVIDIA's code.
+
+The fused attention that is not there reads query, key and value in the order of the layout's name, whatever
+their strides: here a layout of separate tensors is asserted to be of contiguous ones.
 """
 
 import os
@@ -34,3 +37,20 @@ from transformer_engine import common  # noqa: E402
 torch.Tensor.is_cuda = property(lambda tensor: True)  # its modules refuse host tensors by this
 common.load_framework_extension = lambda framework: None  # transformer_engine_torch is beside this package
 exec(compile((_wheel / "__init__.py").read_text(encoding="utf-8"), __file__, "exec"))
+
+
+from transformer_engine.pytorch.attention.dot_product_attention import utils as _attention  # noqa: E402
+
+_get_qkv_layout = _attention.get_qkv_layout
+
+
+def _get_contiguous_qkv_layout(*args, **kwargs):
+    found = _get_qkv_layout(*args, **kwargs)
+    layout, *tensors = found[:4]
+    if layout.count("_") >= 2:  # not views of one buffer
+        for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
+            assert tensor.is_contiguous(), f"{layout} with a {name} {tensor.shape} of {tensor.stride()}"
+    return found
+
+
+_attention.get_qkv_layout = _get_contiguous_qkv_layout
