@@ -61,8 +61,8 @@ def attention_layer(
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron.exchange.groups import destroy_helix_parallel, initialize_helix_parallel
     from helix_megatron.megatron import integrate
+    from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
 
     heads, groups, dim, hidden = shape
     if helix is not None:

@@ -14,7 +14,7 @@ _PUBLIC = {
     "HelixParallelSelfAttention": "megatron.self_attention",
     "get_helix_layer_local_spec": "megatron.specs",
     "get_helix_layer_with_transformer_engine_spec": "megatron.specs",
-    "initialize_helix_parallel": "exchange.groups",
+    "initialize_helix_parallel": "megatron.process_groups",
     "with_helix": "megatron.bridge",
     "with_helix_attention": "megatron.specs",
 }

@@ -10,8 +10,11 @@ Exact attention with query placement "dims", one dim group of m = 2 ranks; L and
 
 With "heads" the queries are whole already and K, V are all that moves.
 
-groups.py       process groups of the grid; agreement of the ranks before the first collective
+groups.py       the process groups of one rank; agreement of the ranks before the first collective
 collectives.py  every collective, with its backward and its bytes
-slices.py       whole heads from slices, and back
+heads.py        whole heads before attention, slices after it: one collective each way
+views.py        what is sent and what it comes from, as pairs of views
+sums.py         sums of half-precision copies that are rounded once
+slices.py       slices of whole heads where scores are summed; positions that ranks share
 levels.py       reductions of the tensor-parallel group level by level over the grid
 """

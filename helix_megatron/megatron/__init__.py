@@ -6,11 +6,13 @@ sdpa.py            PyTorch's fused attention in place of Megatron's unfused loca
 masks.py           what a mask tensor means to each attention core
 qk_norm.py         QK norm over heads of which a rank holds a slice
 gradient_range.py  adaptive gradient scaling of per-slice attention in fp16
+process_groups.py  the groups of the grid, made and registered beside Megatron's own
 sliced_linear.py   marks layers whose ranks do not hold contiguous chunks
 specs.py           layer specs for code that builds models itself
 bridge.py          Megatron-Bridge: Hugging Face weights into slices and back
 integrate.py       the one place that touches Megatron: explicit, version-guarded, undoable
 arguments.py       the flags
 yaml_config.py     flags from a YAML file
+flag_values.py     which values Megatron's parser takes
 entry.py           what the entry points share: the way in, one-line refusals
 """

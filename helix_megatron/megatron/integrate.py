@@ -311,7 +311,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     Args:
         helix: settings for every self-attention layer built from now on.
         grid: when given, Megatron's `initialize_model_parallel` makes the grid's process groups too;
-            otherwise call `groups.initialize_helix_parallel` yourself.
+            otherwise call `process_groups.initialize_helix_parallel` yourself.
 
     Raises:
         RuntimeError: Helix is on with other settings; call disable() first.
@@ -330,8 +330,8 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron.exchange import groups
     from helix_megatron.inference import contexts
+    from helix_megatron.megatron import process_groups
     from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
     from helix_megatron.partition.derived import slices_for
 
@@ -368,7 +368,8 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
             if grid is not None and grid.dim_parallel_size > 1:
                 given = inspect.signature(original).bind(*args, **kwargs).arguments
                 tp_group = parallel_state.get_tensor_model_parallel_group()
-                groups.initialize_helix_parallel(grid, tp_group, *groups.settings_of_groups(**given))
+                settings = process_groups.settings_of_groups(**given)
+                process_groups.initialize_helix_parallel(grid, tp_group, *settings)
             return result
 
         return initialize_model_parallel
@@ -376,7 +377,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     def without_groups(original: Callable) -> Callable:
         @functools.wraps(original)
         def destroy_model_parallel() -> None:
-            groups.destroy_helix_parallel()
+            process_groups.destroy_helix_parallel()
             original()
 
         return destroy_model_parallel
@@ -427,7 +428,7 @@ def _reduce_by_level() -> None:
     from megatron.core.tensor_parallel import layers, mappings
 
     from helix_megatron.exchange import levels
-    from helix_megatron.exchange.groups import get_helix_groups
+    from helix_megatron.megatron.process_groups import get_helix_groups
 
     def in_tensor_parallel_group(group: Any) -> bool:
         return group is parallel_state.get_tensor_model_parallel_group()

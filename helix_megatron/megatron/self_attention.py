@@ -33,10 +33,11 @@ from torch import Tensor
 
 from helix_megatron import compat
 from helix_megatron.checkpoint.layout import standard_layout
-from helix_megatron.exchange.groups import HelixGroups, get_helix_groups
+from helix_megatron.exchange.groups import HelixGroups
 from helix_megatron.inference import contexts
 from helix_megatron.megatron.core_attention import HelixCoreAttention
 from helix_megatron.megatron.gradient_range import keep_in_range
+from helix_megatron.megatron.process_groups import get_helix_groups
 from helix_megatron.megatron.qk_norm import slice_norm
 from helix_megatron.megatron.sliced_linear import Slices, mark
 from helix_megatron.partition.config import HelixConfig, HelixPlan

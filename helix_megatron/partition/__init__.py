@@ -17,5 +17,6 @@ layout.py     which rows of linear_qkv and columns of linear_proj a rank holds, 
 config.py     the user's settings, and what they mean for one layer
 derived.py    the configuration whose heads are slices
 kv_layout.py  which position the KV cache keeps on which rank
+tensor_sizes.py  what a tensor-parallel size must divide besides heads
 choice.py     the grid without a search, and why
 """

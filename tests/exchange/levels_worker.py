@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from helix_megatron.exchange import levels
-from helix_megatron.exchange.groups import initialize_helix_parallel
+from helix_megatron.megatron.process_groups import initialize_helix_parallel
 from helix_megatron.partition.grid import HelixGrid
 
 _RECEIVED = 128  # offset of tcpi_bytes_received

@@ -16,8 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from helix_megatron.exchange.groups import destroy_helix_parallel, initialize_helix_parallel
 from helix_megatron.megatron import integrate
+from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
 from helix_megatron.partition.config import HelixConfig
 from tests.reference import Case, reference
 

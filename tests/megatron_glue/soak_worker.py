@@ -27,8 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from helix_megatron.exchange import groups as helix_groups
-from helix_megatron.megatron import integrate
+from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import (
@@ -297,7 +296,7 @@ def expectations(
 @contextlib.contextmanager
 def helix_on(job: Job, groups: Any) -> Iterator[None]:
     """Helix in Megatron's specs, and the groups that its hierarchical reductions use."""
-    helix_groups._registered = groups
+    process_groups._registered = groups
     integrate.enable(job.helix)
     try:
         yield

@@ -288,7 +288,7 @@ def rank_groups(tp, n, m):
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=2, order="tp-cp-ep-dp-pp"
     )
-    from helix_megatron.exchange.groups import get_helix_groups
+    from helix_megatron.megatron.process_groups import get_helix_groups
 
     groups = get_helix_groups()
     members = torch.distributed.get_process_group_ranks
@@ -311,7 +311,7 @@ def test_groups_lie_inside_each_tensor_parallel_group():
 def rank_wrong_grid():
     from megatron.core import parallel_state
 
-    from helix_megatron.exchange.groups import initialize_helix_parallel
+    from helix_megatron.megatron.process_groups import initialize_helix_parallel
 
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)

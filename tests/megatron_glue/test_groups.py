@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from helix_megatron.exchange import groups
-from helix_megatron.megatron import integrate
+from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 
@@ -18,7 +18,7 @@ from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 def made(monkeypatch):
     """(ranks, arguments) of every group that rank 5 of 8, in tensor-parallel groups of 4, has made."""
     found = []
-    monkeypatch.setattr(groups, "_registered", None)
+    monkeypatch.setattr(process_groups, "_registered", None)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 5 if group is None else 1)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 8 if group is None else 4)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
@@ -28,7 +28,7 @@ def made(monkeypatch):
 
 
 def test_all_groups_of_the_grid_are_made(made):
-    ours = groups.initialize_helix_parallel(HelixGrid(2, 2), "tensor-parallel")
+    ours = process_groups.initialize_helix_parallel(HelixGrid(2, 2), "tensor-parallel")
     assert [given["ranks"] for given in made] == [
         *([0, 1], [2, 3], [4, 5], [6, 7]),
         *([0, 2], [1, 3], [4, 6], [5, 7]),
@@ -61,7 +61,7 @@ def test_groups_have_megatrons_timeout_and_nccl_options(made, monkeypatch, tmp_p
         wanted = {"HELIX_DIM_GROUP": (True, None), "HELIX_HEAD_GROUP": (False, 5)}
         check_options(made, timedelta(minutes=90), wanted)
         made.clear()
-        groups.destroy_helix_parallel()
+        process_groups.destroy_helix_parallel()
         parallel_state.initialize_model_parallel(4, str(config))
         check_options(made, timedelta(minutes=30), wanted | {"HELIX_DIM_GROUP": (False, 7)})
     finally:
