@@ -70,9 +70,9 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
 
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     """What one rank does; returns the rows (equal on all ranks)."""
-    from helix_megatron.compare.comm import CommMeter
     from helix_megatron.config import HelixConfig
     from helix_megatron.host import host_mode_enabled
+    from helix_megatron.measure.comm import CommMeter
 
     heads, groups, dim, hidden, seq, tp, grids = CASES[case]
     dtype = bench.DTYPES[dtype_name]

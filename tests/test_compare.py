@@ -28,7 +28,7 @@ def collectives():
     import torch
     import torch.distributed as dist
 
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     taken_before = dist.all_gather_into_tensor
     dist.init_process_group("gloo")
@@ -100,7 +100,7 @@ def test_collectives_are_counted_exactly():
 def test_activations_are_counted_once_and_without_parameters():
     import torch
 
-    from helix_megatron.compare import memory
+    from helix_megatron.measure import memory
 
     layer = torch.nn.Linear(8, 8, bias=False)
     x = torch.ones(4, 8, requires_grad=True)
@@ -115,7 +115,8 @@ def decoded_with_and_without_cache(argv):
     from megatron.core.utils import unwrap_model
 
     from helix_megatron import entry, pretrain_gpt
-    from helix_megatron.compare import comm, decode, measure, workloads
+    from helix_megatron.compare import decode, measure, workloads
+    from helix_megatron.measure import comm
 
     recorder = measure.Recorder(workloads.Samples(1, True))
     argv = entry.prepare(argv)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helix_megatron.compare import kernels, nvml, summary, workloads
-from helix_megatron.compare.comm import CommMeter
+from helix_megatron.compare import summary, workloads
+from helix_megatron.measure import kernels, nvml
+from helix_megatron.measure.comm import CommMeter
 
 # ---- NVML
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from compare_fakes import compare, document, install, samples, variant
 
-from helix_megatron.compare import comparisons, findings, machine, nodes, records, summary, tables
+from helix_megatron.compare import comparisons, findings, nodes, records, summary, tables
 from helix_megatron.compare.harness import Options
+from helix_megatron.measure import machine
 
 AB = [variant("A", "0"), variant("B", "1")]
 
@@ -60,7 +61,7 @@ def samples_of(slower):
 
 
 def test_busbw_as_nccl_tests_defines_it():
-    from helix_megatron.compare.comm import bus_factor
+    from helix_megatron.measure.comm import bus_factor
 
     assert bus_factor("all_reduce", 4) == 1.5
     assert (

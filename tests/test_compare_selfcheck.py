@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helix_megatron.compare import selfcheck, workloads
-from helix_megatron.compare.comm import CommMeter
+from helix_megatron.measure.comm import CommMeter
 
 
 def runs_of(seed, slow_down, noise=0.01):

@@ -11,10 +11,10 @@ from levels_worker import rank_count
 from reference import Case
 
 from helix_megatron import integrate, levels
-from helix_megatron.compare.comm import CommMeter
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixGrid
 from helix_megatron.launch import run_ranks
+from helix_megatron.measure.comm import CommMeter
 
 N, M, T = 3, 2, 6
 

@@ -26,7 +26,7 @@ MODEL = [
 def rank_train(arguments):
     """Train in this rank, from the same weights whatever the layout."""
     from helix_megatron import entry, integrate, pretrain_gpt
-    from helix_megatron.compare.start import same_weights_at_any_layout
+    from helix_megatron.measure.start import same_weights_at_any_layout
 
     entry.use_built_helpers()
     integrate.install()

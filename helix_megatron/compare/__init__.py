@@ -5,19 +5,13 @@ config.py       what a comparison is (YAML → dataclass)
 variants.py     ways to run one model
 harness.py      runs the variants in turn, in fresh processes, and keeps what each run gave
 records.py        one file for each run, and what may be put together
-machine.py        what ran where
 launching.py      starts the ranks of one run
 nodes.py          several machines in step
 progress.py       what is shown meanwhile
 measure.py      what one rank of one run does: train, then
 workloads.py      prefill, first token, decode, mixed, iteration by iteration
 decode.py         a batch of sequences and its KV cache
-start.py          one start for every layout: the same weights at any TP, PP and Helix grid
 accuracy.py       logits against the same weights on one rank in fp32
-comm.py           counts every collective: calls, bytes, seconds
-memory.py         bytes that a rank holds
-nvml.py           what the GPU says of itself
-kernels.py        where a GPU's time goes, from the profiler's kernels
 stats.py        the statistics, pure
 selfcheck.py    can the harness tell a difference, and can it tell none?
 summary.py      from samples to numbers

@@ -46,7 +46,7 @@ class Session:
 
     def cache_bytes(self) -> int:
         """Bytes of the KV cache on this rank: the storages that the context holds for it, each once."""
-        from helix_megatron.compare.memory import storage_bytes
+        from helix_megatron.measure.memory import storage_bytes
 
         held: list[Any] = [self.context.key_value_memory_dict]
         tensors = []

@@ -23,12 +23,13 @@ from typing import Any
 from rich.console import Console
 
 from helix_megatron import data, yaml_config
-from helix_megatron.compare import launching, machine, predicted, records, reporting, summary
+from helix_megatron.compare import launching, predicted, records, reporting, summary
 from helix_megatron.compare.config import CompareConfig, as_json
 from helix_megatron.compare.measure import Task
 from helix_megatron.compare.nodes import Nodes
 from helix_megatron.compare.progress import Progress
 from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
+from helix_megatron.measure import machine
 
 _DATA_FLAGS = (
     "--data-path",

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from helix_megatron import entry, pretrain_gpt
-from helix_megatron.compare import accuracy, memory, nvml, workloads
-from helix_megatron.compare.comm import CommMeter
-from helix_megatron.compare.start import same_weights_at_any_layout
+from helix_megatron.compare import accuracy, workloads
+from helix_megatron.measure import memory, nvml
+from helix_megatron.measure.comm import CommMeter
+from helix_megatron.measure.machine import pin
+from helix_megatron.measure.start import same_weights_at_any_layout
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,6 @@ def run(task: Task) -> None:
         report = {"time": time.time(), "rank": rank, "cause": cause, "traceback": traceback.format_exc()}
         (folder / f"error-{rank}.json").write_text(json.dumps(report))
         raise
-
-
-def pin(rank: int) -> None:
-    """Keep this process on one core, neighbours on different ones.
-
-    Work goes from neighbour to neighbour in gloo's rings and in pipelines; with 16 ranks on two cores gloo's
-    all-reduce of 64 kB takes 45 ms like this and 70 ms when ranks wander between the cores.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def measure(task: Task, progress: Path | None) -> dict[str, Any]:

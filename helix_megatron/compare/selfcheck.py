@@ -70,8 +70,8 @@ def overhead(calls: int, iteration_s: float, repeat: int = 2000) -> dict[str, fl
     """
     import torch
 
-    from helix_megatron.compare.comm import CommMeter
     from helix_megatron.compare.workloads import Samples
+    from helix_megatron.measure.comm import CommMeter
 
     class Group:
         def size(self) -> int:

@@ -23,9 +23,9 @@ from statistics import fmean
 from typing import Any
 
 from helix_megatron.compare import stats
-from helix_megatron.compare.comm import bus_factor
 from helix_megatron.compare.config import CompareConfig
 from helix_megatron.compare.variants import Variant
+from helix_megatron.measure.comm import bus_factor
 
 # Dense bf16 peak of one GPU in TFLOP/s, by a part of its name, as its maker states it.
 _PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312}

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from helix_megatron import pretrain_gpt
-from helix_megatron.compare import kernels
-from helix_megatron.compare.comm import CommMeter
 from helix_megatron.compare.decode import Session
+from helix_megatron.measure import kernels
+from helix_megatron.measure.comm import CommMeter
 
 
 class Samples:

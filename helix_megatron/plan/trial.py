@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from helix_megatron.compare import memory
-from helix_megatron.compare.comm import CommMeter
+from helix_megatron.measure import memory
+from helix_megatron.measure.comm import CommMeter
 from helix_megatron.plan.layout import Problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
