@@ -231,10 +231,11 @@ def test_an_error_in_the_middle_of_a_run(fake, monkeypatch):
     assert found["errors"] == {"power": "GPU is lost"}
     assert "watts" not in found and "nvlink_bytes" not in found
     assert found["gpu_busy_percent"] == 50 and found["memory_bandwidth_percent"] == 40
-    merged = summary.gpu([found, {**found, "errors": {}}])
+    merged = summary.summarise_gpu([found, {**found, "errors": {}}])
     assert merged["errors"] == ["power: GPU is lost"]
     assert merged["memory_bandwidth_percent"] == 40
-    assert "watts" not in summary.gpu([{**found, "watts": 300.0}, found])  # a mean over some is none
+    some = [{**found, "watts": 300.0}, found]
+    assert "watts" not in summary.summarise_gpu(some)  # a mean over some is none
 
 
 # ---- where a GPU's time goes
@@ -315,7 +316,7 @@ def test_the_split_of_ranks_and_runs_is_their_mean():
         }
 
     runs = [{"ranks": [rank(1.0), rank(2.0)]}, {"ranks": [rank(3.0), rank(6.0)]}]
-    found = summary.workload(runs, "train", 2, False, None)
+    found = summary.summarise_workload(runs, "train", 2, False, None)
     assert found["split_seconds"] == {"compute": 3.0, "communication": 1.0, "idle": 0.5}
     del runs[1]["ranks"][1]["workloads"]["train"]["split_seconds"]  # one rank's profiler saw no kernel
-    assert "split_seconds" not in summary.workload(runs, "train", 2, False, None)
+    assert "split_seconds" not in summary.summarise_workload(runs, "train", 2, False, None)

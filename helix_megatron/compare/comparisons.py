@@ -1,4 +1,6 @@
-"""Who is faster than whom, by how much, and whether that is more than noise. Pure: results in, numbers out.
+"""Who is faster than whom, by how much, and whether that is more than noise; and how well variants scale.
+
+Pure: results in, numbers out.
 
 Every Helix variant stands next to every Megatron variant of the same model on as many ranks, and every
 Megatron variant next to the first. Run k is paired with run k (stats.py).
@@ -30,17 +32,11 @@ def finished(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pairs(results: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(variant, the Megatron variant it is compared with), in the order of the file."""
-    found = []
-    for variant in finished(results):
-        peers = [
-            peer
-            for peer in finished(results)
-            if peer["attention_impl"] == "megatron"
-            and all(peer[key] == variant[key] for key in ("model", "world_size"))
-        ]
-        if variant["attention_impl"] == "megatron":
-            peers = peers[:1]
-        found += [(variant, peer) for peer in peers if peer is not variant]
+    done, found = finished(results), []
+    for variant in done:
+        alike = [v for v in done if all(v[key] == variant[key] for key in ("model", "world_size"))]
+        peers = [v for v in alike if v["attention_impl"] == "megatron"]
+        found += [(variant, v) for v in peers[: 1 if variant in peers else None] if v is not variant]
     return found
 
 
@@ -95,3 +91,23 @@ def verdict(entry: dict[str, Any], noise: float) -> str:
     if not entry["same_program"] and abs(math.log(entry["ratio"])) <= noise:
         return "within the noise of two equal programs"
     return "faster" if entry["ratio"] > 1 else "slower"
+
+
+def scaling_points(results: dict[str, Any], workload: str) -> dict[str, list[dict[str, Any]]]:
+    """family → its sizes that finished, smallest first: ranks, tokens_per_s, efficiency, and the grid.
+
+    Efficiency is relative to the family's own smallest size.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for variant in finished(results):
+        if variant["family"] and workload in variant["measured"]["workloads"]:
+            measured, ranks = variant["measured"], variant["world_size"]
+            speed = measured["workloads"][workload]["tokens_per_s"]["mean"]
+            point = {"ranks": ranks, "tokens_per_s": speed, "grid": measured["grid"]}
+            found.setdefault(variant["family"], []).append(point)
+    for points in found.values():
+        points.sort(key=lambda point: point["ranks"])
+        base = points[0]["tokens_per_s"] / points[0]["ranks"]
+        for point in points:
+            point["efficiency"] = point["tokens_per_s"] / point["ranks"] / base
+    return found

@@ -30,7 +30,7 @@ MIN_BOOTSTRAP = 5
 _RESAMPLES = 9999
 
 
-def summary(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
     """n, mean, sd (n - 1), cv = sd / mean, and the t-interval of the mean; None where n < 2 gives none."""
     x = np.asarray(values, dtype=float)
     if not x.size or not np.isfinite(x).all():

@@ -38,13 +38,12 @@ class Samples:
         """
         number = len(self.all_seconds)
         counts = self.host or number == self.warmup - 1
-        profiles = not self.host and number == self.warmup - 2
         torch.cuda.synchronize()
         start = time.perf_counter()
         if counts:
             with meter.counting(blocking=not self.host):
                 result = body()
-        elif profiles:
+        elif number == self.warmup - 2:
             result, self.split = kernels.profiled(body)
         else:
             result = body()
@@ -158,17 +157,15 @@ def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[s
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
-    args = get_args()
+    args, samples = get_args(), task.samples("prefill")
     for chunk in model:
         chunk.eval()
-    samples = task.samples("prefill")
     with torch.no_grad():
         for _ in range(task.count("prefill")):
             torch.distributed.barrier()
             samples.iteration(lambda: one_pass(model, get_num_microbatches()), meter)
-    sequences = args.global_batch_size
-    tokens = sequences * args.seq_length
-    return samples.as_json(tokens, flops(tokens, sequences * args.seq_length**2))
+    tokens = args.global_batch_size * args.seq_length
+    return samples.as_json(tokens, flops(tokens, tokens * args.seq_length))
 
 
 def first_token(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
@@ -188,6 +185,11 @@ def _prompt_work(task: Any) -> tuple[float, float]:
     return tokens, flops(tokens, tokens * task.prompt_length)
 
 
+def _decode_flops(task: Any, tokens: float, steps: int) -> float:
+    """Operations of decoding `tokens` in the middle of so many steps after the prompts."""
+    return flops(tokens, tokens * 2 * (task.prompt_length + 1 + steps / 2))
+
+
 def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
     """One token after the other for a batch whose cache holds the prompts; the tokens are kept as well."""
     from megatron.core import parallel_state
@@ -196,11 +198,8 @@ def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[st
     session = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count)
     made, samples = [session.step()], task.samples("decode")
     torch.distributed.barrier()
-    for _ in range(count):
-        made.append(samples.iteration(session.step, meter))
-    context = task.prompt_length + 1 + count / 2  # in the middle of it
-    work = flops(task.batch_size, task.batch_size * 2 * context)
-    return samples.as_json(task.batch_size, work) | {
+    made += [samples.iteration(session.step, meter) for _ in range(count)]
+    return samples.as_json(task.batch_size, _decode_flops(task, task.batch_size, count)) | {
         "kv_cache_bytes": session.cache_bytes(),
         "tokens_chosen": torch.cat(made, dim=1).tolist(),
         "replica": parallel_state.get_data_parallel_rank(),
@@ -219,7 +218,7 @@ def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str
     first_seconds: list[float] = []
     token_seconds: list[float] = []
 
-    def timed(session: Session, seconds: list[float]) -> None:
+    def timed_step(session: Session, seconds: list[float]) -> None:
         start = time.perf_counter()
         session.step()
         torch.cuda.synchronize()
@@ -229,16 +228,15 @@ def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str
         arrived = Session(model, replica_tokens(task.batch_size, task.prompt_length, 4321 + number), 1)
 
         def body(arrived: Session = arrived) -> None:
-            timed(arrived, first_seconds)
+            timed_step(arrived, first_seconds)
             for _ in range(steps):
-                timed(running, token_seconds)
+                timed_step(running, token_seconds)
 
         torch.distributed.barrier()
         samples.iteration(body, meter)
     tokens, work = _prompt_work(task)
     decoded = steps * task.batch_size
-    context = task.prompt_length + 1 + count * steps / 2
-    measured = samples.as_json(tokens + decoded, work + flops(decoded, decoded * 2 * context))
+    measured = samples.as_json(tokens + decoded, work + _decode_flops(task, decoded, count * steps))
     return measured | {
         "first_token_seconds": first_seconds[samples.warmup :],
         "token_seconds": token_seconds[samples.warmup * steps :],
