@@ -105,7 +105,7 @@ def test_activations_are_counted_once_and_without_parameters():
     layer = torch.nn.Linear(8, 8, bias=False)
     x = torch.ones(4, 8, requires_grad=True)
     # exp saves its output y; y * y saves y twice more; the linear layer saves y again, and its weight
-    kept = memory.saved_for_backward([layer], lambda: (y := x.exp(), layer(y * 1.0 + 0 * y), y * y))
+    kept = memory.activation_bytes([layer], lambda: (y := x.exp(), layer(y * 1.0 + 0 * y), y * y))
     assert kept == 2 * 4 * 8 * 4  # y, and the sum that enters the layer
 
 
@@ -122,7 +122,7 @@ def decoded_with_and_without_cache(argv):
     argv = entry.prepare(argv)
     with rank.record_training(recorder, comm.CommMeter()):
         pretrain_gpt.train(argv)
-    prompt = workloads.random_tokens(2, 5)
+    prompt = workloads.draw_tokens(2, 5)
     session = decode.Session(recorder.model, prompt, 7)
     cached = torch.cat([session.step() for _ in range(7)], dim=1).tolist()
     args = session.args
@@ -160,7 +160,7 @@ def test_how_many_positions_are_compared():
     def positions(length, tp=1, cp=1, sequence_parallel=False):
         flags = {"sequence_parallel": sequence_parallel, "seq_length": length}
         sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
-        return accuracy.positions_compared(SimpleNamespace(**flags, **sizes))
+        return accuracy.count_positions(SimpleNamespace(**flags, **sizes))
 
     assert (positions(4096), positions(100), positions(4096, tp=12)) == (128, 100, 128)
     assert positions(4096, tp=12, sequence_parallel=True) == 120

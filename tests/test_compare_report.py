@@ -121,6 +121,28 @@ def test_columns_that_few_comparisons_need(report):
     assert [(row["CP"], row["VP"]) for row in cells[:3]] == [("-", "3"), ("2", "-"), ("-", "-")]
 
 
+def test_a_zero_is_a_number_and_what_there_is_not_is_a_dash():
+    """One model of a table for all forms: what its columns make of a record, as text and as Markdown."""
+    summary = {"mean": 2.0, "ci95": [1.5, 2.5]}
+    record = {"name": "a|b", "status": "ok", "measured": {"zero": 0.0, "none": None, "time": summary}}
+    columns = [
+        tables.Column("zero", "measured.zero", "{:.1f}"),
+        tables.Column("none", "measured.none.deeper"),
+        tables.Column("absent", "absent.deeper", "{:.1f}"),
+        tables.Column("ms", "measured.time", "{:.0f}", 1e3),
+        tables.Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
+    ]
+    cells = ["0.0", "-", "-", "2000 ± 500", "2.0"]
+    assert [column.format_cell(record) for column in columns] == cells
+    table = tables.tabulate_variants({"variants": [record]}, columns, "title")
+    assert table.headings == ["variant", "zero", "ms", "once"]  # the others have no value in any row
+    assert table.to_markdown()[2] == "| a\\|b | 0.0 | 2000 ± 500 | 2.0 |"
+    exact = {"name": "a", "status": "ok", "measured": {"error": {"relative": 0.0}}}
+    exact["loss_check"] = {"max_abs_difference": 0.0}
+    shown = [c.format_cell(exact) for c in tables.SPEED if c.heading in ("max |Δloss|", "error vs fp32")]
+    assert shown == ["0", "0"]
+
+
 def test_every_figure_is_there_and_as_png(report):
     out, _, _ = report
     text = (out / "report.html").read_text()

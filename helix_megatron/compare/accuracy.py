@@ -22,6 +22,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+from helix_megatron.compare.decode import run_pipeline
+from helix_megatron.compare.workloads import draw_tokens
+
 TOKENS = 128
 """At most so many positions are compared."""
 
@@ -39,11 +42,9 @@ def initial_logits(models: list[torch.nn.Module], tokens: torch.Tensor) -> torch
     from megatron.core.utils import unwrap_model
     from megatron.training import get_args
 
-    from helix_megatron.compare.decode import run_pipeline
-
     chunks, pp = unwrap_model(models), parallel_state.get_pipeline_model_parallel_group()
     cp = parallel_state.get_context_parallel_group()
-    positions = positions_here(*tokens.shape, cp)
+    positions = local_positions(*tokens.shape, cp)
     for model in chunks:
         model.eval()
     with torch.no_grad():
@@ -54,7 +55,7 @@ def initial_logits(models: list[torch.nn.Module], tokens: torch.Tensor) -> torch
     return gather_in_order(output, positions, cp).float().cpu() if pp.rank() == pp.size() - 1 else None
 
 
-def positions_here(b: int, s: int, cp: Any) -> torch.Tensor:
+def local_positions(b: int, s: int, cp: Any) -> torch.Tensor:
     """Positions [b, s / cp] (int64) of this rank's share of b sequences of s, as Megatron cuts them."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -76,7 +77,7 @@ def gather_in_order(logits: torch.Tensor, positions: torch.Tensor, cp: Any) -> t
     return gather(logits)[:, gather(positions)[0].argsort()] if cp.size() > 1 else logits
 
 
-def positions_compared(args: Any) -> int:
+def count_positions(args: Any) -> int:
     """How many positions this layout can compare: a whole share for every rank that splits them.
 
     ValueError when that is none.
@@ -130,7 +131,7 @@ def relative_error(logits: np.ndarray, reference: np.ndarray) -> dict[str, float
 
 
 @contextmanager
-def compare_at_start(task: Any, result: dict[str, Any], tokens: Any) -> Iterator[None]:
+def compare_at_start(task: Any, result: dict[str, Any]) -> Iterator[None]:
     """While entered, Megatron's set-up is followed by the comparison, or by writing the reference.
 
     Args:
@@ -138,7 +139,6 @@ def compare_at_start(task: Any, result: dict[str, Any], tokens: Any) -> Iterator
             round the weights to when this run is the reference itself, else None; its `reference_grid` (n, m)
             when that is the reference of a per-slice model.
         result: gets `error` on the rank that has the logits.
-        tokens: a function (rows, columns) → the same random tokens everywhere.
     Raises (inside): ReferenceDone, after the reference has been written.
     """
     from megatron.training import get_args, training
@@ -155,8 +155,8 @@ def compare_at_start(task: Any, result: dict[str, Any], tokens: Any) -> Iterator
             if task.reference_grid is not None:
                 reorder_heads(models, *task.reference_grid)
         try:  # a vocabulary padded for TP, say, has no error: the rest still counts
-            columns = positions_compared(get_args())
-            logits = initial_logits(models, tokens(1, columns).cuda())
+            columns = count_positions(get_args())
+            logits = initial_logits(models, draw_tokens(1, columns).cuda())
             if task.reference_of is not None:
                 assert logits is not None, "the reference runs on one rank"
                 np.save(path, logits.numpy())

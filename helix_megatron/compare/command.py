@@ -16,11 +16,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # the flags of `helix` must not wait for what only a comparison needs
-    from helix_megatron.compare.config import CompareConfig
-    from helix_megatron.compare.variants import Variant
+from helix_megatron import yaml_config
+from helix_megatron.compare import config as configuration
+from helix_megatron.compare.config import CompareConfig
+from helix_megatron.compare.variants import PP, TP, Variant
 
 HOST_RANKS, GPU_RANKS = (1, 2, 4, 8), (8, 16, 32)
 
@@ -62,8 +63,7 @@ def run_compare(options: argparse.Namespace) -> int:
     """`helix compare` with these flags; returns the exit code."""
     from rich.console import Console
 
-    from helix_megatron.compare import config as configuration
-    from helix_megatron.compare import harness
+    from helix_megatron.compare import harness  # the flags of `helix` must not wait for torch
 
     given = {key: getattr(options, key) for key in ("runs", "preset", "scale", "cluster")}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -89,8 +89,6 @@ def _parse_sizes(text: str | None) -> list[int] | None:
 
 def select_variants(config: CompareConfig, names: list[str], where: str) -> CompareConfig:
     """The comparison with the named variants alone. ValueError with the nearest name for an unknown one."""
-    from helix_megatron import yaml_config
-
     known = [variant.name for variant in config.variants]
     for name in names:
         if name not in known:
@@ -124,8 +122,6 @@ def _at_size(config: CompareConfig, variant: Variant, ranks: int, kind: str) -> 
 
     A size that its other degrees do not divide becomes a variant that Megatron refuses, and so a row.
     """
-    from helix_megatron.compare.variants import PP, TP
-
     flags = {**config.model_args, **variant.args}
     others = config.ranks(variant) // flags.get(TP, 1)
     grid = ("--helix-head-parallel-size", "--helix-dim-parallel-size")

@@ -11,18 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helix_megatron.compare import drawing
-from helix_megatron.compare.comparisons import WORKLOADS, scaling_points
+from helix_megatron.compare.comparisons import MEMORY_PARTS, WORKLOADS, scaling_points
 from helix_megatron.compare.drawing import LINES, Plot, Record
 
 PARTS = {"compute": "#0072b2", "communication": "#e69f00", "idle": "#d9d9d9"}
-MEMORY = {
-    "parameters": ("parameters", "#0072b2"),
-    "gradients": ("gradients", "#56b4e9"),
-    "optimizer": ("optimizer", "#009e73"),
-    "saved_for_backward": ("activations", "#e69f00"),
-    "kv_cache": ("KV cache", "#cc79a7"),
-    "communication": ("communication buffers", "#d55e00"),
-}
+_MEMORY_COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00")
 _LOW, _HIGH = 0.08, 12.5  # the ratios that are shown
 
 
@@ -150,8 +143,9 @@ def memory(results: Record, narrow: bool) -> Figure | None:
     if not variants:
         return None
     held = [v["measured"]["memory_bytes_of_fullest_rank"] for v in variants]
-    sizes = [{name: one.get(key, 0) for key, (name, _) in MEMORY.items()} for one in held]
-    return drawing.stack_bytes(variants, sizes, dict(MEMORY.values()), "on the fullest rank", narrow)
+    sizes = [{name: one.get(key, 0) for key, name in MEMORY_PARTS.items()} for one in held]
+    colours = dict(zip(MEMORY_PARTS.values(), _MEMORY_COLOURS))
+    return drawing.stack_bytes(variants, sizes, colours, "on the fullest rank", narrow)
 
 
 def scaling(results: Record, narrow: bool) -> Figure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.compare.comparisons import WORKLOADS, finished
+from helix_megatron.compare.comparisons import WORKLOADS, finished_variants
 
 
 def describe_findings(results: dict[str, Any]) -> list[str]:
@@ -18,7 +18,7 @@ def describe_findings(results: dict[str, Any]) -> list[str]:
         for error in variant.get("measured", {}).get("gpu", {}).get("errors", []):
             said.append(f"{variant['name']}: NVML stopped answering, so that number is absent: {error}")
     said += compare_losses(results) + compare_logits(results)
-    return said + compare_tokens(finished(results)) + describe_noise(results)
+    return said + compare_tokens(finished_variants(results)) + describe_noise(results)
 
 
 def compare_losses(results: dict[str, Any]) -> list[str]:

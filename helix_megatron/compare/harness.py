@@ -80,13 +80,13 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
     flags = {name: build_argv(config, v, out, known) for name, v in plan.items()}  # refuse before running
     for variant in plan.values():
         launch.nodes_of(config, config.ranks(variant))
-    session = Session(config, out, console, options, nodes, plan, flags, references)
+    comparison = Comparison(config, out, console, options, nodes, plan, flags, references)
     if not nodes.leads:
-        return session.follow()
+        return comparison.follow()
     keeper = records.Records(out)
     with keeper.locked():
-        session.lead(keeper)
-        results = session.results(keeper)
+        comparison.lead(keeper)
+        results = comparison.results(keeper)
         report.write(results, out)
         report.show(results, out, console)
     return report.exit_code(results)
@@ -114,7 +114,7 @@ def reference_variants(config: CompareConfig) -> dict[str, Variant]:
 
 
 @dataclass
-class Session:
+class Comparison:
     """One call of `compare` on one machine."""
 
     config: CompareConfig
@@ -240,7 +240,10 @@ class Session:
                 status, cause = launch.run_on_host(config, task, ranks)
             elif self.options.node_rank < launch.nodes_of(config, ranks):
                 log = folder.with_name(f"{folder.name}.node-{self.options.node_rank}.log")
-                status, cause = launch.run_on_gpus(config, task, ranks, self._rendezvous(variant, run), log)
+                meet = {"node-rank": self.options.node_rank, "rdzv-backend": "c10d", "rdzv-id": folder.name}
+                meet["rdzv-endpoint"] = self.options.rdzv_endpoint
+                flags = [f"--{flag}={value}" for flag, value in meet.items()]
+                status, cause = launch.run_on_gpus(config, task, ranks, flags, log)
             else:
                 status, cause = "ok", ""
         record: dict[str, Any] = {"variant": variant.name, "run": run, "status": status, "started": started}
@@ -249,14 +252,6 @@ class Session:
         if status == "ok" and self.nodes.leads:
             record["ranks"] = [summary.read_rank(folder / f"rank-{rank}.json") for rank in range(ranks)]
         return record
-
-    def _rendezvous(self, variant: Variant, run: int) -> list[str]:
-        return [
-            f"--node-rank={self.options.node_rank}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={self.options.rdzv_endpoint}",
-            f"--rdzv-id={records.file_name(variant.name)}.{run}",
-        ]
 
     def results(self, keeper: records.Records) -> dict[str, Any]:
         """results.json: everything about this comparison, as far as it has come."""

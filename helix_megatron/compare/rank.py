@@ -98,8 +98,8 @@ def measure(task: Task) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with (
         same_weights_at_any_layout(seed),
-        accuracy.compare_at_start(task, result, workloads.random_tokens),
-        nvml.watched(result, task.host) as watch,
+        accuracy.compare_at_start(task, result),
+        nvml.watch_gpu(result, task.host) as watch,
         record_training(recorder, meter, watch),
     ):
         try:
@@ -118,16 +118,16 @@ def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[st
 
     get_rerun_state_machine().set_mode(RerunMode.DISABLED)  # it watches training steps only
     args, model = get_args(), recorder.model
-    held = memory.held(model, recorder.optimizer)
+    held = memory.state_bytes(model, recorder.optimizer)
     # Megatron's interleaved schedule takes no fewer micro-batches than there are stages.
     together = args.pipeline_model_parallel_size if len(model) > 1 else 1
-    held["saved_for_backward"] = memory.saved_for_backward(
-        model, lambda: workloads.one_pass(model, together), together
+    held["saved_for_backward"] = memory.activation_bytes(
+        model, lambda: workloads.run_forward(model, together), together
     )
     measured: dict[str, Any] = {}
     if "train" in task.workloads:
         tokens = args.global_batch_size * args.seq_length
-        work = 3 * workloads.flops(tokens, tokens * args.seq_length)
+        work = 3 * workloads.count_flops(tokens, tokens * args.seq_length)
         measured["train"] = recorder.samples.as_json(tokens, work) | {"losses": recorder.losses}
     for body in (workloads.prefill, workloads.first_token, workloads.decode, workloads.mixed):
         name = body.__name__
@@ -148,7 +148,7 @@ def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[st
         "helix": grid_of(model),
         "workloads": measured,
         "memory_bytes": held,
-        "megatron_estimate_bytes": memory.megatron_estimate(),
+        "megatron_estimate_bytes": memory.estimate_bytes(),
     }
 
 

@@ -13,7 +13,7 @@ import jinja2
 from rich.console import Console
 
 from helix_megatron.compare import comparisons, drawing, figures, paper, predictions, tables
-from helix_megatron.compare.comparisons import finished
+from helix_megatron.compare.comparisons import finished_variants
 from helix_megatron.compare.findings import describe_findings, format_tiny
 from helix_megatron.compare.records import write_atomically
 
@@ -116,7 +116,7 @@ def render_page(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
 
 def headline_numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The four or five numbers to read first: value, words."""
-    done = finished(results)
+    done = finished_variants(results)
     found = [(f"{len(done)} of {len(results['variants'])}", "variants finished all their runs")]
     checked = [v["loss_check"] for v in results["variants"] if "loss_check" in v]
     if checked:

@@ -15,7 +15,7 @@ from typing import Any
 import rich.table
 
 from helix_megatron.compare import paper
-from helix_megatron.compare.comparisons import WORKLOADS, scaling_points
+from helix_megatron.compare.comparisons import MEMORY_PARTS, WORKLOADS, scaling_points
 from helix_megatron.compare.findings import format_bound, format_ratio, format_tiny
 from helix_megatron.compare.predictions import describe_prediction
 
@@ -91,42 +91,26 @@ def tabulate(title: str, records: Iterable[Record], columns: list[Column], **mor
 # ---- one row for each variant
 
 
-def _above_one(path: str) -> Callable[[Record], Any]:
-    """A degree that most comparisons leave at 1."""
-    return lambda variant: None if (value := look_up(variant, path)) == 1 else value
-
-
 def _loss_difference(variant: Record) -> str | None:
     check = variant.get("loss_check")
     far = check and check["max_abs_difference"]
     return None if check is None else "n/a" if far is None else format_tiny(far)
 
 
-def _error(variant: Record) -> str | None:
-    relative = look_up(variant, "measured.error.relative")
-    return None if relative is None else format_tiny(relative)
+def _above_one(path: str) -> Callable[[Record], Any]:
+    """A degree that most comparisons leave at 1."""
+    return lambda variant: None if (value := look_up(variant, path)) == 1 else value
 
 
 def _per_layer(unit: str) -> Callable[[Record], float | None]:
-    def total(variant: Record) -> float | None:
-        kinds = variant["measured"].get("communication_per_layer")
-        return None if kinds is None else sum(kind[unit] for kind in kinds.values())
-
-    return total
-
-
-def _speed_per_rank(variant: Record) -> float | None:
-    speed = look_up(variant, f"{_WORK}.train.tokens_per_s.mean")
-    return speed and speed / variant["world_size"]
-
-
-def _tokens_of_user(variant: Record) -> float | None:
-    seconds = look_up(variant, f"{_WORK}.decode.iteration_seconds.mean")
-    return seconds and 1 / seconds
+    path = "measured.communication_per_layer"
+    return lambda v: sum(kind[unit] for kind in kinds.values()) if (kinds := look_up(v, path)) else None
 
 
 _LAYOUT, _GRID, _WORK = "measured.layout", "measured.grid", "measured.workloads"
 _HELD, _PLANNED = "measured.memory_bytes_of_fullest_rank", "predicted.memory_bytes"
+_ERROR, _SPEED = "measured.error.relative", f"{_WORK}.train.tokens_per_s.mean"
+_STEP = f"{_WORK}.decode.iteration_seconds.mean"
 SPEED = [
     Column("TP", f"{_LAYOUT}.tensor_model_parallel_size"),
     Column("PP", f"{_LAYOUT}.pipeline_model_parallel_size"),
@@ -140,7 +124,7 @@ SPEED = [
     Column("cache", f"{_GRID}.cache"),
     Column("loss@last", lambda v: (v["measured"].get("losses") or [None])[-1], "{:.5f}"),
     Column("max |Δloss|", _loss_difference),
-    Column("error vs fp32", _error),
+    Column("error vs fp32", lambda v: None if (e := look_up(v, _ERROR)) is None else format_tiny(e)),
     Column("train tok/s", f"{_WORK}.train.tokens_per_s", "{:.1f}"),
     Column("prefill tok/s", f"{_WORK}.prefill.tokens_per_s", "{:.1f}"),
     Column("TTFT ms", f"{_WORK}.first_token.iteration_seconds", "{:.0f}", 1e3),
@@ -149,9 +133,9 @@ SPEED = [
 ]
 DETAILS = [
     Column("ranks", "world_size"),
-    Column("train tok/s/rank", _speed_per_rank, "{:.2f}"),
+    Column("train tok/s/rank", lambda v: (s := look_up(v, _SPEED)) and s / v["world_size"], "{:.2f}"),
     Column("decode tok/s", f"{_WORK}.decode.tokens_per_s", "{:.2f}"),
-    Column("decode tok/s/user", _tokens_of_user, "{:.2f}"),
+    Column("decode tok/s/user", lambda v: (s := look_up(v, _STEP)) and 1 / s, "{:.2f}"),
     Column("mixed tok/s", f"{_WORK}.mixed.tokens_per_s", "{:.1f}"),
     Column("mixed TTFT ms", f"{_WORK}.mixed.first_token_seconds", "{:.0f}", 1e3),
     Column("mixed TPOT ms", f"{_WORK}.mixed.token_seconds", "{:.0f}", 1e3),
@@ -161,14 +145,7 @@ DETAILS = [
     Column("comm MB/layer", _per_layer("bytes"), "{:.3f}", 1e-6),
     Column("comm ms/layer", _per_layer("seconds"), "{:.1f}", 1e3),
 ]
-MEMORY = [
-    Column("parameters", f"{_HELD}.parameters", "{:.2f}", 1e-6),
-    Column("gradients", f"{_HELD}.gradients", "{:.2f}", 1e-6),
-    Column("optimizer", f"{_HELD}.optimizer", "{:.2f}", 1e-6),
-    Column("activations", f"{_HELD}.saved_for_backward", "{:.2f}", 1e-6),
-    Column("KV cache", f"{_HELD}.kv_cache", "{:.2f}", 1e-6),
-    Column("communication buffers", f"{_HELD}.communication", "{:.2f}", 1e-6),
-]
+MEMORY = [Column(heading, f"{_HELD}.{key}", "{:.2f}", 1e-6) for key, heading in MEMORY_PARTS.items()]
 
 
 def tabulate_variants(results: Record, columns: list[Column], title: str) -> Table:
@@ -263,13 +240,9 @@ def _estimates(results: Record) -> Table:
 
 def _gpu(results: Record) -> Table:
     """What NVML said, mean rank."""
-    keys = {
-        "GPU busy %": "gpu_busy_percent",
-        "memory busy %": "memory_busy_percent",
-        "memory bandwidth, % of peak": "memory_bandwidth_percent",
-        "watts": "watts",
-    }
-    columns = [Column(heading, f"measured.gpu.{key}", "{:.0f}") for heading, key in keys.items()]
+    keys = ("gpu_busy_percent", "memory_busy_percent", "memory_bandwidth_percent", "watts")
+    headings = ("GPU busy %", "memory busy %", "memory bandwidth, % of peak", "watts")
+    columns = [Column(heading, f"measured.gpu.{key}", "{:.0f}") for heading, key in zip(headings, keys)]
     columns.append(Column("NVLink GB received", "measured.gpu.nvlink_bytes.received", "{:.1f}", 1e-9))
     watched = [v for v in results["variants"] if "gpu" in v.get("measured", {})]
     return tabulate("GPU, by NVML", watched, [Column("variant", "name"), *columns])

@@ -44,7 +44,7 @@ class Samples:
             with meter.counting(blocking=not self.host):
                 result = body()
         elif number == self.warmup - 2:
-            result, self.split = kernels.profiled(body)
+            result, self.split = kernels.profile_iteration(body)
         else:
             result = body()
         torch.cuda.synchronize()
@@ -80,7 +80,7 @@ class Samples:
         }
 
 
-def flops(tokens: float, squares: float) -> float:
+def count_flops(tokens: float, squares: float) -> float:
     """Floating-point operations of a forward pass, by Megatron's own count (a third of a training step's).
 
     Args:
@@ -93,13 +93,13 @@ def flops(tokens: float, squares: float) -> float:
     return num_floating_point_operations(get_args(), 1, squares, tokens) / 3
 
 
-def batches() -> Iterator[dict[str, torch.Tensor]]:
+def repeat_batch() -> Iterator[dict[str, torch.Tensor]]:
     """The same micro-batch of random tokens for ever, in the form that a data loader yields."""
     from megatron.training import get_args
 
     args = get_args()
     shape = (args.micro_batch_size, args.seq_length)  # [b, s]
-    tokens = random_tokens(*shape)
+    tokens = draw_tokens(*shape)
     batch = {
         "tokens": tokens,
         "labels": tokens.roll(-1, dims=1),
@@ -112,7 +112,7 @@ def batches() -> Iterator[dict[str, torch.Tensor]]:
     return itertools.repeat(batch)
 
 
-def random_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+def draw_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     """The same random tokens [rows, columns] (int64) on every rank and in every variant."""
     from megatron.training import get_args
 
@@ -121,7 +121,7 @@ def random_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     return torch.randint(0, args.vocab_size or args.padded_vocab_size, (rows, columns), generator=generator)
 
 
-def replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+def draw_replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     """This data-parallel replica's share [rows / DP, columns] of random tokens. ValueError when uneven."""
     from megatron.core import parallel_state
 
@@ -130,10 +130,10 @@ def replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     if rows % replicas:
         raise ValueError(f"batch_size {rows} cannot be split over {replicas} data-parallel replicas.")
     share = rows // replicas
-    return random_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
+    return draw_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
 
 
-def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
+def run_forward(model: list[torch.nn.Module], microbatches: int) -> None:
     """Forward `microbatches` through the whole pipeline with Megatron's own schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
@@ -142,7 +142,7 @@ def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
     chunks = len(model)
     get_forward_backward_func()(
         forward_step_func=pretrain_gpt.forward_step,
-        data_iterator=[batches() for _ in range(chunks)] if chunks > 1 else batches(),
+        data_iterator=[repeat_batch() for _ in range(chunks)] if chunks > 1 else repeat_batch(),
         model=model,
         num_microbatches=microbatches,
         seq_length=args.seq_length,
@@ -152,42 +152,46 @@ def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
     )
 
 
+def _iterate(task: Any, name: str, meter: CommMeter, prepare: Callable[[], Callable[[], Any]]) -> Samples:
+    """Iterations of a workload, each begun by all ranks together; `prepare` makes what is timed."""
+    samples = task.samples(name)
+    for _ in range(task.count(name)):
+        body = prepare()
+        torch.distributed.barrier()
+        samples.iteration(body, meter)
+    return samples
+
+
 def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
     """Forward passes of a global batch by the pipeline's schedule: prompts at the highest throughput."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
-    args, samples = get_args(), task.samples("prefill")
+    args = get_args()
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        for _ in range(task.count("prefill")):
-            torch.distributed.barrier()
-            samples.iteration(lambda: one_pass(model, get_num_microbatches()), meter)
+        samples = _iterate(task, "prefill", meter, lambda: lambda: run_forward(model, get_num_microbatches()))
     tokens = args.global_batch_size * args.seq_length
-    return samples.as_json(tokens, flops(tokens, tokens * args.seq_length))
+    return samples.as_json(tokens, count_flops(tokens, tokens * args.seq_length))
 
 
 def first_token(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
     """From a batch of prompts to the first token of each: the time to first token."""
-    prompt = replica_tokens(task.batch_size, task.prompt_length)
-    samples = task.samples("prefill")
-    for _ in range(task.count("prefill")):
-        session = Session(model, prompt, 1)
-        torch.distributed.barrier()
-        samples.iteration(session.step, meter)
+    prompt = draw_replica_tokens(task.batch_size, task.prompt_length)
+    samples = _iterate(task, "prefill", meter, lambda: Session(model, prompt, 1).step)
     return samples.as_json(*_prompt_work(task))
 
 
 def _prompt_work(task: Any) -> tuple[float, float]:
     """Tokens and operations of prefilling the batch once."""
     tokens = task.batch_size * task.prompt_length
-    return tokens, flops(tokens, tokens * task.prompt_length)
+    return tokens, count_flops(tokens, tokens * task.prompt_length)
 
 
 def _decode_flops(task: Any, tokens: float, steps: int) -> float:
     """Operations of decoding `tokens` in the middle of so many steps after the prompts."""
-    return flops(tokens, tokens * 2 * (task.prompt_length + 1 + steps / 2))
+    return count_flops(tokens, tokens * 2 * (task.prompt_length + 1 + steps / 2))
 
 
 def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[st
     from megatron.core import parallel_state
 
     count = task.count("decode")
-    session = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count)
+    session = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length), 1 + count)
     made, samples = [session.step()], task.samples("decode")
     torch.distributed.barrier()
     made += [samples.iteration(session.step, meter) for _ in range(count)]
@@ -212,9 +216,8 @@ def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str
     Beside the iterations, the seconds of each first token and of each decode step are kept.
     """
     count, steps = task.count("mixed"), task.mixed_decode_steps
-    running = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count * steps)
+    running = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length), 1 + count * steps)
     running.step()
-    samples = task.samples("mixed")
     first_seconds: list[float] = []
     token_seconds: list[float] = []
 
@@ -224,16 +227,18 @@ def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
 
-    for number in range(count):
-        arrived = Session(model, replica_tokens(task.batch_size, task.prompt_length, 4321 + number), 1)
+    def arrive() -> Callable[[], None]:
+        seed = 4321 + len(first_seconds)
+        arrived = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length, seed), 1)
 
-        def body(arrived: Session = arrived) -> None:
+        def body() -> None:
             timed_step(arrived, first_seconds)
             for _ in range(steps):
                 timed_step(running, token_seconds)
 
-        torch.distributed.barrier()
-        samples.iteration(body, meter)
+        return body
+
+    samples = _iterate(task, "mixed", meter, arrive)
     tokens, work = _prompt_work(task)
     decoded = steps * task.batch_size
     measured = samples.as_json(tokens + decoded, work + _decode_flops(task, decoded, count * steps))

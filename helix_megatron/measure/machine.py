@@ -40,30 +40,23 @@ def hardware() -> dict[str, Any]:
     import psutil
     import torch
 
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    cpu = names[0] if names else platform.processor() or platform.machine()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
 
 
 def git_revision() -> str:
-    """Commit of the source, marked when the tree has changes; 'unknown' outside a checkout."""
+    """Commit of the source, marked when tracked files have changes; 'unknown' outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with local changes"]
     here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        revision, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision + (" with local changes" if changed else "")
 
 
 def source_digest() -> str:

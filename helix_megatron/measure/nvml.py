@@ -25,7 +25,7 @@ _GIVES = {  # what is asked → what its answer is called
 
 
 @contextmanager
-def watched(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
+def watch_gpu(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
     """Sample this rank's GPU while entered; at the end result["gpu"] holds what `Watch.summary` gives.
 
     Yields the watch, whose `restart` forgets what was before (set-up, warm-up). Nothing is added in host

@@ -243,8 +243,8 @@ def _train(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
         with meter.counting():
             step()
         measured.comm = meter.as_json()
-        measured.memory = memory.held([model], optimizer)
-        measured.memory["activations"] = memory.saved_for_backward(
+        measured.memory = memory.state_bytes([model], optimizer)
+        measured.memory["activations"] = memory.activation_bytes(
             [model], lambda: run(num_microbatches=1, forward_only=True)
         )
     return measured
