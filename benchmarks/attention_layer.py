@@ -70,8 +70,8 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
 
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     """What one rank does; returns the rows (equal on all ranks)."""
-    from helix_megatron.compare.comm import CommMeter
     from helix_megatron.host.mode import host_mode_enabled
+    from helix_megatron.measure.comm import CommMeter
     from helix_megatron.partition.config import HelixConfig
 
     heads, groups, dim, hidden, seq, tp, grids = CASES[case]

@@ -147,7 +147,7 @@ def worker(case: str, contexts: list[int], batches: list[int], turns: int, layer
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.utils import InferenceMode
 
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     dtype = bench.DTYPES[dtype_name]
     bench.initialize(TP)

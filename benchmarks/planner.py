@@ -86,7 +86,7 @@ def _sliced(grid: HelixGrid, placement: str, size: int) -> Layout:
 
 def measure(jobs: list[list[Problem]], folder: str, names: list[str]) -> None:
     """A rank: medians of all layouts of each problem; rank 0 writes one file a problem."""
-    from helix_megatron.compare.measure import pin
+    from helix_megatron.measure.machine import pin
     from helix_megatron.plan import trial
 
     rank = int(os.environ["RANK"])

@@ -26,7 +26,7 @@ MODEL = [
 def rank_train(arguments):
     """Train in this rank, from the same weights whatever the layout."""
     from helix_megatron import pretrain_gpt
-    from helix_megatron.compare.start import same_weights_at_any_layout
+    from helix_megatron.measure.start import same_weights_at_any_layout
     from helix_megatron.megatron import entry, integrate
 
     entry.use_built_helpers()

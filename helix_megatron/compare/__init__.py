@@ -1,34 +1,26 @@
 """`helix compare CONFIG.yaml`: the same model trained and decoded by several layouts, next to each other.
 
-command.py      its flags
-config.py       what a comparison is (YAML → dataclass)
-variants.py     ways to run one model
-harness.py      runs the variants in turn, in fresh processes, and keeps what each run gave
-records.py        one file for each run, and what may be put together
-machine.py        what ran where
-launching.py      starts the ranks of one run
-nodes.py          several machines in step
-progress.py       what is shown meanwhile
-measure.py      what one rank of one run does: train, then
-workloads.py      prefill, first token, decode, mixed, iteration by iteration
-decode.py         a batch of sequences and its KV cache
-start.py          one start for every layout: the same weights at any TP, PP and Helix grid
-accuracy.py       logits against the same weights on one rank in fp32
-comm.py           counts every collective: calls, bytes, seconds
-memory.py         bytes that a rank holds
-nvml.py           what the GPU says of itself
-kernels.py        where a GPU's time goes, from the profiler's kernels
-stats.py        the statistics, pure
-selfcheck.py    can the harness tell a difference, and can it tell none?
-summary.py      from samples to numbers
-predicted.py    what the planner predicts of the same
-comparisons.py  who is faster, and whether that is more than noise
-findings.py     what the numbers say, in sentences
-paper.py        the paper's numbers, checked by arithmetic
-scaling.py      weak and strong scaling
-tables.py       the tables as text
-plots.py        the figures
-markdown.py     report.md
-html.py         report.html, from report.html.j2
-reporting.py    everything that is written and shown
+It runs the variants in turn, in fresh processes (run), makes numbers and intervals of what their ranks
+measured (statistics), and writes what can be said of them for terminal, Markdown and HTML (report). Every
+number is measured, but for what the planner predicts and what is the paper's.
+
+run         command.py      the flags of `helix compare`, and what they make of the file
+            config.py       what a comparison is (YAML → dataclass)
+            variants.py     ways to run one model
+            harness.py      runs the variants in turn, and keeps what each run gave
+            records.py      one file for each run, and what may be put together
+            launch.py       starts the ranks of one run; keeps several machines in step
+            rank.py         what one rank of one run does: train, then
+            workloads.py    prefill, first token, decode, mixed, iteration by iteration
+            decode.py       a batch of sequences and its KV cache
+            accuracy.py     logits against the same weights on one rank in fp32
+statistics  summary.py      from the samples of the ranks to the numbers of a variant
+            stats.py        intervals, tests, bootstrap
+            comparisons.py  who is faster, and whether that is more than noise; scaling
+            predictions.py  what the planner predicts of the same
+            paper.py        the paper's numbers, checked by arithmetic
+report      findings.py     what the numbers say, in sentences
+            tables.py       the tables, and one model of a table for every form
+            figures.py      the figures, and drawing.py what they share
+            report.py       results.json, report.md, report.html (report.html.j2), the terminal
 """

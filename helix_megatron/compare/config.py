@@ -19,7 +19,6 @@ variants:                    # without any: TP=W/2 PP=2, TP=W, TP=W/2 DP=2 and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,9 @@ from helix_megatron.compare.variants import Variant
 from helix_megatron.megatron import yaml_config
 
 WORKLOADS = ("train", "prefill", "decode", "mixed")
-_FIXED = {
-    "--log-interval": 1,
-    "--eval-iters": 0,
-    "--eval-interval": 1000000,
-    "--use-cpu-initialization": True,
-}  # the harness needs these
+_FIXED = {  # the harness needs these
+    **{"--log-interval": 1, "--eval-iters": 0, "--eval-interval": 1000000, "--use-cpu-initialization": True}
+}
 _OWN = {  # flag → the key of the file that says it
     "--train-iters": "iterations and warmup_iterations",
     "--attention-impl": "attention_impl",
@@ -127,6 +123,12 @@ class CompareConfig:
 
 _NAMES = {"model_args": "MODEL_ARGS", "env_vars": "ENV_VARS"}  # field → key in the file
 _ITERATIONS = {"iterations": 5, "warmup_iterations": 1}  # defaults of every workload, keys of the file
+_PARSED = ("MODEL_ARGS", "ENV_VARS", "workloads", "variants")
+_LEAST: dict[str, int | float] = {  # key → the least it may be; a float where it need not be whole
+    **dict.fromkeys(("world_size", "nnodes", "runs", "iterations", "ranks"), 1), "warmup_iterations": 0,
+    **dict.fromkeys(("prompt_length", "batch_size", "mixed_decode_steps"), 1),
+    **dict.fromkeys(("run_timeout_s", "loss_tolerance", "peak_tflops", "scale", "slow_down"), 0.0),
+}  # fmt: skip
 
 
 def load(path: str | Path, changes: dict[str, Any] | None = None) -> CompareConfig:
@@ -138,9 +140,7 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
     """A YAML document → CompareConfig. ValueError naming `where`, the key, and what would do."""
     keys = {_NAMES.get(f.name, f.name): f.name for f in fields(CompareConfig)} | dict.fromkeys(_ITERATIONS)
     yaml_config.check_keys(document, keys, where)
-    for name, least in _NUMBERS.items():
-        if name in document:
-            _check_number(name, document[name], least, where)
+    _check_numbers(document, where)
     for name in ("host", "reference", "paper"):
         if not isinstance(document.get(name, False), bool):
             yes, no = ("CPU", "GPUs") if name == "host" else ("show it", "leave it out")
@@ -148,47 +148,36 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
     if not isinstance(document.get("cluster", ""), str):
         raise ValueError(f"{where}: cluster is {document['cluster']!r}; it is a name or a path.")
     plain = {keys[k]: v for k, v in document.items() if keys[k] and k not in _PARSED}
+    own = _parse_flags(document.get("MODEL_ARGS"), f"{where}: MODEL_ARGS")
     config = CompareConfig(
         **{"name": Path(where).stem, **plain},
-        model_args=_preset_flags(document, where) | _model_flags(document, where),
+        model_args=_preset_flags(document, where) | own,
         env_vars=yaml_config.env_vars(document.get("ENV_VARS"), f"{where}: ENV_VARS"),
-        workloads=_workloads(document, where),
+        workloads=_parse_workloads(document, where),
         variants=(),
     )
     if config.world_size % config.nnodes:
         given = f"world_size {config.world_size}"
         raise ValueError(f"{where}: {given} is not a multiple of nnodes={config.nnodes}.")
     if "variants" in document:
-        return replace(config, variants=_variants(document["variants"], where))
-    return replace(config, variants=layouts.defaults(config.world_size, config.model_args))
+        return replace(config, variants=_parse_variants(document["variants"], where))
+    return replace(config, variants=layouts.default_variants(config.world_size, config.model_args))
 
 
-_PARSED = ("MODEL_ARGS", "ENV_VARS", "workloads", "variants")
-_NUMBERS: dict[str, int | float] = {  # key → the least it may be
-    "world_size": 1,
-    "nnodes": 1,
-    "runs": 1,
-    "iterations": 1,
-    "warmup_iterations": 0,
-    "prompt_length": 1,
-    "batch_size": 1,
-    "mixed_decode_steps": 1,
-    "run_timeout_s": 0.0,
-    "loss_tolerance": 0.0,
-    "peak_tflops": 0.0,
-    "scale": 0.0,
-}
+def _check_numbers(mapping: dict[str, Any], where: str, empty: bool = False) -> None:
+    """ValueError for the first that is too small or no number; `empty`: None will do."""
+    for key, least in _LEAST.items():
+        value = mapping.get(key, least)
+        if empty and value is None:
+            continue
+        whole = isinstance(least, int)
+        right_type = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not right_type or value < least:
+            kind = "a whole number" if whole else "a number (1.0e-4 in YAML, not 1e-4)"
+            raise ValueError(f"{where}: {key} is {value!r}; it is {kind} of at least {least}.")
 
 
-def _check_number(key: str, value: Any, least: float, where: str) -> None:
-    whole = isinstance(least, int)
-    right_type = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not right_type or value < least:
-        kind = "a whole number" if whole else "a number (1.0e-4 in YAML, not 1e-4)"
-        raise ValueError(f"{where}: {key} is {value!r}; it is {kind} of at least {least}.")
-
-
-def _workloads(document: dict[str, Any], where: str) -> tuple[Workload, ...]:
+def _parse_workloads(document: dict[str, Any], where: str) -> tuple[Workload, ...]:
     given = document.get("workloads", dict.fromkeys(("train", "prefill", "decode")))
     if not isinstance(given, dict) or not given:
         raise ValueError(
@@ -203,8 +192,7 @@ def _workloads(document: dict[str, Any], where: str) -> tuple[Workload, ...]:
         if not isinstance(own, dict):
             raise ValueError(f"{here} is {own!r}; it is {{}} or a mapping of {', '.join(_ITERATIONS)}.")
         yaml_config.check_keys(own, _ITERATIONS, here)
-        for key, value in own.items():
-            _check_number(key, value, _NUMBERS[key], here)
+        _check_numbers(own, here)
         found.append(Workload(name, **(common | own)))
     return tuple(found)
 
@@ -229,45 +217,35 @@ def _preset_flags(document: dict[str, Any], where: str) -> dict[str, Any]:
     return shape.model_args(vocabulary)
 
 
-def _model_flags(document: dict[str, Any], where: str) -> dict[str, Any]:
-    return _own_refused(document.get("MODEL_ARGS"), f"{where}: MODEL_ARGS")
-
-
-def _own_refused(mapping: Any, where: str) -> dict[str, Any]:
+def _parse_flags(mapping: Any, where: str) -> dict[str, Any]:
+    """Megatron's flags, but for those that are keys of the file."""
     flags = yaml_config.model_args(mapping, where)
-    for flag, key in _OWN.items():
-        if flag in flags:
-            raise ValueError(f"{where}: {flag} belongs to the key {key} of the file.")
+    for flag in (flag for flag in _OWN if flag in flags):
+        raise ValueError(f"{where}: {flag} belongs to the key {_OWN[flag]} of the file.")
     return flags
 
 
-def _variants(items: Any, where: str) -> tuple[Variant, ...]:
+def _parse_variants(items: Any, where: str) -> tuple[Variant, ...]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"{where}: variants is {items!r}; it is a list of at least one mapping with a name.")
-    variants: list[Variant] = []
+    variants: dict[str, Variant] = {}
     for number, item in enumerate(items, 1):
         here = f"{where}: variant {number}"
         if not isinstance(item, dict) or not item.get("name"):
             raise ValueError(f"{here} is {item!r}; it is a mapping with a name.")
-        here = f"{here} ({item['name']})"
+        name = str(item["name"])
+        here = f"{here} ({name})"
         yaml_config.check_keys(item, [f.name for f in fields(Variant)], here)
-        for key, least in (("ranks", 1), ("slow_down", 0.0)):
-            if item.get(key) is not None:
-                _check_number(key, item[key], least, here)
-        variant = Variant(**{**item, "name": str(item["name"]), "args": _own_refused(item.get("args"), here)})
+        _check_numbers(item, here, empty=True)
+        variant = Variant(**{**item, "name": name, "args": _parse_flags(item.get("args"), here)})
         if variant.attention_impl not in ("megatron", "helix"):
             raise ValueError(f"{here}: attention_impl is {variant.attention_impl!r}; not megatron or helix.")
-        if any(variant.name == other.name for other in variants):
+        if name in variants:
             raise ValueError(f"{here}: another variant has this name; names must differ.")
-        variants.append(variant)
-    return tuple(variants)
+        variants[name] = variant
+    return tuple(variants.values())
 
 
-def map_variants(config: CompareConfig, change: Callable[[Variant], Variant]) -> CompareConfig:
-    """The same comparison with every variant changed."""
-    return replace(config, variants=tuple(change(variant) for variant in config.variants))
-
-
-def as_json(config: CompareConfig) -> dict[str, Any]:
+def to_json(config: CompareConfig) -> dict[str, Any]:
     """The configuration as plain JSON types, every default spelled out."""
     return json.loads(json.dumps(asdict(config)))

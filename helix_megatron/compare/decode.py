@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from helix_megatron.measure.memory import storage_bytes
+
 
 class Session:
     """A batch of sequences with its KV cache, on every rank of the replica."""
@@ -46,20 +48,16 @@ class Session:
 
     def cache_bytes(self) -> int:
         """Bytes of the KV cache on this rank: the storages that the context holds for it, each once."""
-        from helix_megatron.compare.memory import storage_bytes
-
         held: list[Any] = [self.context.key_value_memory_dict]
         tensors = []
         while held:
             item = held.pop()
             if isinstance(item, torch.Tensor):
                 tensors.append(item)
-            elif isinstance(item, dict):
-                held += item.values()
             elif isinstance(item, list | tuple):
                 held += item
-            elif hasattr(item, "__dict__"):
-                held += vars(item).values()
+            else:
+                held += (item if isinstance(item, dict) else getattr(item, "__dict__", {})).values()
         return storage_bytes(tensors, set())
 
 
@@ -70,7 +68,7 @@ def decode_step(models: list[Any], tokens: torch.Tensor, context: Any, pp: Any, 
     """
     done = context.sequence_len_offset
     positions = torch.arange(done, done + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = through_pipeline(models, tokens, positions, context, pp, args)
+    output = run_pipeline(models, tokens, positions, context, pp, args)
     stage, last = pp.rank(), pp.size() - 1
     if stage < last:
         chosen = torch.empty((tokens.shape[0], 1), dtype=torch.int64, device=tokens.device)
@@ -83,7 +81,7 @@ def decode_step(models: list[Any], tokens: torch.Tensor, context: Any, pp: Any, 
     return chosen
 
 
-def through_pipeline(
+def run_pipeline(
     models: list[Any], tokens: torch.Tensor, positions: torch.Tensor, context: Any, pp: Any, args: Any
 ) -> torch.Tensor:
     """Forward of tokens [b, s] at positions [b, s]; the last stage returns logits [b, s, V].

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from helix_megatron.compare.comparisons import WORKLOADS, finished
+from helix_megatron.compare.comparisons import WORKLOADS, finished_variants
 
 
-def findings(results: dict[str, Any]) -> list[str]:
+def describe_findings(results: dict[str, Any]) -> list[str]:
     """One sentence each, the worst news first."""
     said = [f"MIXED RUNS, put together because you asked for it: {line}." for line in results["mixed"]]
     for variant in results["variants"]:
@@ -17,10 +17,11 @@ def findings(results: dict[str, Any]) -> list[str]:
             said.append(f"{variant['name']}: no {WORKLOADS[name]}: {cause}")
         for error in variant.get("measured", {}).get("gpu", {}).get("errors", []):
             said.append(f"{variant['name']}: NVML stopped answering, so that number is absent: {error}")
-    return said + losses(results) + errors(results) + decoded(finished(results)) + noise(results)
+    said += compare_losses(results) + compare_logits(results)
+    return said + compare_tokens(finished_variants(results)) + describe_noise(results)
 
 
-def losses(results: dict[str, Any]) -> list[str]:
+def compare_losses(results: dict[str, Any]) -> list[str]:
     """Whether variants of the same model, and runs of the same variant, have the same losses."""
     said, tolerance = [], results["config"]["loss_tolerance"]
     checked = [v for v in results["variants"] if "loss_check" in v]
@@ -36,15 +37,15 @@ def losses(results: dict[str, Any]) -> list[str]:
     if compared and all(v["loss_check"]["agrees"] for v in checked):
         worst = max(v["loss_check"]["max_abs_difference"] for v in compared)
         said.append(
-            f"Losses agree: within {tiny(worst)} between all variants and runs of the same model (allowed: "
-            f"{tolerance:g})."
+            f"Losses agree: within {format_tiny(worst)} between all variants and runs of the same model "
+            f"(allowed: {tolerance:g})."
         )
     if checked and not compared:
         said.append("Losses were not compared: no two finished runs are of the same model.")
     return said
 
 
-def errors(results: dict[str, Any]) -> list[str]:
+def compare_logits(results: dict[str, Any]) -> list[str]:
     """How far the logits are from the fp32 reference."""
     said = [
         f"{reference['name']}: {reference['status']}: {reference.get('cause', 'not yet')}"
@@ -59,12 +60,12 @@ def errors(results: dict[str, Any]) -> list[str]:
         worst = max(relative, key=relative.__getitem__)
         said.append(
             f"Logits against the same weights on one rank in fp32: relative error at most "
-            f"{tiny(relative[worst])} ({worst})."
+            f"{format_tiny(relative[worst])} ({worst})."
         )
     return said
 
 
-def decoded(variants: list[dict[str, Any]]) -> list[str]:
+def compare_tokens(variants: list[dict[str, Any]]) -> list[str]:
     """Whether variants of the same model chose the same tokens; no error, as a near tie may flip one."""
     said: list[str] = []
     references: dict[str, dict[str, Any]] = {}
@@ -80,7 +81,7 @@ def decoded(variants: list[dict[str, Any]]) -> list[str]:
     return said + ([f"Greedy decode: {same} variants chose the tokens of their reference."] if same else [])
 
 
-def noise(results: dict[str, Any]) -> list[str]:
+def describe_noise(results: dict[str, Any]) -> list[str]:
     """What separates two variants that run the same program: a measure of the noise."""
     said = []
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -95,11 +96,11 @@ def noise(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def versus(entry: dict[str, Any]) -> str:
+def format_ratio(entry: dict[str, Any]) -> str:
     """'1.13x [1.05, 1.21] faster': ratio of speeds, 95 % interval, verdict."""
     said = f"{entry['ratio']:.2f}x"
     if entry["ci95"] is not None:
-        said += " [{}, {}]".format(*map(bound, entry["ci95"]))
+        said += " [{}, {}]".format(*map(format_bound, entry["ci95"]))
     return f"{said} {_SHORT.get(entry['verdict'], entry['verdict'])}"
 
 
@@ -111,11 +112,11 @@ _SHORT = {
 }
 
 
-def tiny(value: float) -> str:
+def format_tiny(value: float) -> str:
     """A difference near zero: '1.2e-07', or '0' where there is none."""
     return f"{value:.1e}" if value else "0"
 
 
-def bound(value: float) -> str:
+def format_bound(value: float) -> str:
     """One end of a ratio's interval; few runs can make it absurd, and no digits of that mean anything."""
     return "<0.01" if value < 0.01 else ">100" if value > 100 else f"{value:.2f}"

@@ -16,37 +16,27 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
-from helix_megatron.compare import launching, machine, predicted, records, reporting, summary
-from helix_megatron.compare.config import CompareConfig, as_json
-from helix_megatron.compare.measure import Task
-from helix_megatron.compare.nodes import Nodes
-from helix_megatron.compare.progress import Progress
+from helix_megatron.compare import launch, predictions, records, report, summary
+from helix_megatron.compare.config import CompareConfig, to_json
+from helix_megatron.compare.rank import Task
 from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
+from helix_megatron.measure import machine
 from helix_megatron.megatron import yaml_config
 from helix_megatron.models import data
 
 _DATA_FLAGS = (
-    "--data-path",
-    "--mock-data",
-    "--data-args-path",
-    "--train-data-path",
-    "--per-split-data-args-path",
+    *("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path"),
 )
-
-
 _NOT_ON_ONE_RANK = (
-    "--bf16",
-    "--fp16",
-    "--fp8-format",
-    "--sequence-parallel",
-    "--num-layers-per-virtual-pipeline-stage",
-    "--num-virtual-stages-per-pipeline-rank",
+    *("--bf16", "--fp16", "--fp8-format", "--sequence-parallel"),
+    *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
 )
 
 
@@ -83,62 +73,60 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
     if config.host and config.nnodes > 1:
         raise ValueError(f"nnodes is {config.nnodes}: host mode runs on one machine.")
     if config.cluster:
-        predicted.cluster(config)  # refuse a name that is none
-    nodes = Nodes(config.nnodes, options.node_rank, options.rdzv_endpoint)
+        predictions.find_cluster(config)  # refuse a name that is none
+    nodes = launch.Nodes(config.nnodes, options.node_rank, options.rdzv_endpoint)
     known = megatron_flags()
-    reference_runs = references(config) if config.reference else {}
-    plan = {v.name: v for v in (*reference_runs.values(), *config.variants)}
-    flags = {name: argv_of(config, v, out, known) for name, v in plan.items()}  # refuse before running
+    references = reference_variants(config) if config.reference else {}
+    plan = {v.name: v for v in (*references.values(), *config.variants)}
+    flags = {name: build_argv(config, v, out, known) for name, v in plan.items()}  # refuse before running
     for variant in plan.values():
-        launching.nodes_of(config, config.ranks(variant))
-    session = Session(config, out, console, options, nodes, plan, flags, reference_runs)
+        launch.nodes_of(config, config.ranks(variant))
+    comparison = Comparison(config, out, console, options, nodes, plan, flags, references)
     if not nodes.leads:
-        return session.follow()
+        return comparison.follow()
     keeper = records.Records(out)
     with keeper.locked():
-        session.lead(keeper)
-        results = session.results(keeper)
-        reporting.write(results, out)
-        reporting.show(results, out, console)
-    return reporting.exit_code(results)
+        comparison.lead(keeper)
+        results = comparison.results(keeper)
+        report.write(results, out)
+        report.show(results, out, console)
+    return report.exit_code(results)
 
 
-def references(config: CompareConfig) -> dict[str, Variant]:
+def reference_variants(config: CompareConfig) -> dict[str, Variant]:
     """model key → the variant that runs it on one rank in fp32.
 
     Of a per-slice model that is Megatron with m times as many heads of 1/m of the dimension; there is none
     where the flags do not say the heads.
     """
     found: dict[str, Variant] = {}
+    off = dict.fromkeys(_NOT_ON_ONE_RANK, False)
+    single = {TP: 1, PP: 1, "--context-parallel-size": 1, "--skip-train": True}
     for variant in config.variants:
-        key = config.model_key(variant)
-        if key in found:
-            continue
         given = {**config.model_args, **variant.args}
         grid = per_slice_grid(given, variant.attention_impl)
         heads = smaller_heads(given, grid[1]) if grid else {}
-        if heads is None:
-            continue
-        flags = {k: v for k, v in variant.args.items() if not k.startswith("--helix-")}
-        off = dict.fromkeys(_NOT_ON_ONE_RANK, False)
-        single = {TP: 1, PP: 1, "--context-parallel-size": 1, "--skip-train": True}
-        name = f"fp32 reference of {variant.name}"
-        found[key] = Variant(name, args={**flags, **off, **single, **heads}, may_fail=True, ranks=1)
+        key = config.model_key(variant)
+        if key not in found and heads is not None:
+            flags = {k: v for k, v in variant.args.items() if not k.startswith("--helix-")}
+            name = f"fp32 reference of {variant.name}"
+            found[key] = Variant(name, args={**flags, **off, **single, **heads}, may_fail=True, ranks=1)
     return found
 
 
 @dataclass
-class Session:
+class Comparison:
     """One call of `compare` on one machine."""
 
     config: CompareConfig
     out: Path
     console: Console
     options: Options
-    nodes: Nodes
+    nodes: launch.Nodes
     plan: dict[str, Variant]
+    """Name → what is run: the variants and their references."""
     flags: dict[str, list[str]]
-    reference_runs: dict[str, Variant]
+    references: dict[str, Variant]
 
     def lead(self, keeper: records.Records) -> None:
         """Check what is on disk against the options, then run what is missing, run by run."""
@@ -148,33 +136,32 @@ class Session:
             if not self.options.report_only:
                 self._run_missing(keeper, identity)
         finally:
-            self.nodes.tell(None)
-            self.nodes.done()
+            self.nodes.send_order(None)
+            self.nodes.wait_for_all()
 
     def _run_missing(self, keeper: records.Records, identity: dict[str, Any]) -> None:
         done = keeper.load()
-        with Progress(self.console, len(list(self._schedule(done)))) as progress:
-            for run, variant in self._schedule(done):
-                self.nodes.tell([variant.name, run])
-                record = self._run(variant, run, progress)
-                record |= {"identity": identity, "settings": self.settings(variant)}
-                keeper.save(record)
-                done[variant.name, run] = record
-                progress.ended(record)
-                reporting.write_data(self.results(keeper), self.out)
+        total = len(list(self._schedule(done)))
+        for number, (run, variant) in enumerate(self._schedule(done), 1):
+            self.nodes.send_order([variant.name, run])
+            record = self._run(variant, run, f"{number} of {total}: ")
+            record |= {"identity": identity, "settings": self._settings(variant)}
+            keeper.save(record)
+            done[variant.name, run] = record
+            self.console.print(summary.describe_end(record), highlight=False, markup=False)
+            report.write_results(self.results(keeper), self.out)
 
     def follow(self) -> int:
         """Another machine than the first: run what it says until it says no more."""
-        with Progress(self.console, None) as progress:
-            while (order := self.nodes.hear()) is not None:
-                name, run = order
-                self._run(self.plan[name], run, progress)
-        self.nodes.done()
+        while (order := self.nodes.receive_order()) is not None:
+            name, run = order
+            self._run(self.plan[name], run)
+        self.nodes.wait_for_all()
         return 0
 
     def _schedule(self, done: dict[tuple[str, int], dict[str, Any]]) -> Iterator[tuple[int, Variant]]:
         """What is to run, in order; looks at `done` again for every run, so failures end their variant."""
-        rounds = [(1, list(self.reference_runs.values()))]
+        rounds = [(1, list(self.references.values()))]
         rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
         for run, variants in rounds:
             for variant in variants:
@@ -195,56 +182,49 @@ class Session:
                 "deletes them, another --out leaves them alone."
             )
         if options.retry:
-            for key, record in found.items():
-                if record["status"] != "ok":
-                    keeper.path(*key).unlink()
-            found = keeper.load()
+            for key in [key for key, record in found.items() if record["status"] != "ok"]:
+                keeper.path(*key).unlink()
+                del found[key]
         if not options.allow_mixed:
-            settings = {} if options.report_only else {v.name: self.settings(v) for v in self.plan.values()}
+            settings = {} if options.report_only else {v.name: self._settings(v) for v in self.plan.values()}
             here = None if options.report_only else identity
             records.check_comparable(list(found.values()), here, settings, self.out)
 
-    def settings(self, variant: Variant) -> dict[str, Any]:
-        """What decides the numbers of a run of this variant."""
-        config = self.config
+    def _work(self, variant: Variant) -> dict[str, Any]:
+        """What a rank does in every run of this variant."""
         return {
-            "flags": {k: v for k, v in config.flags(variant).items() if v is not False},
-            "ranks": config.ranks(variant),
-            "host": config.host,
-            "env_vars": config.env_vars,
-            "workloads": {w.name: [w.warmup_iterations, w.iterations] for w in config.workloads},
-            "prompt_length": config.prompt_length,
-            "batch_size": config.batch_size,
-            "mixed_decode_steps": config.mixed_decode_steps,
+            "host": self.config.host,
+            "workloads": {w.name: [w.warmup_iterations, w.iterations] for w in self.config.workloads},
+            "prompt_length": self.config.prompt_length,
+            "batch_size": self.config.batch_size,
+            "mixed_decode_steps": self.config.mixed_decode_steps,
             "slow_down": variant.slow_down,
         }
 
+    def _settings(self, variant: Variant) -> dict[str, Any]:
+        """What decides the numbers of a run of this variant."""
+        flags = {k: v for k, v in self.config.flags(variant).items() if v is not False}
+        ranks = self.config.ranks(variant)
+        return {"flags": flags, "ranks": ranks, "env_vars": self.config.env_vars} | self._work(variant)
+
     def _task(self, variant: Variant, run: int) -> Task:
-        config = self.config
-        key = config.model_key(variant)
-        dtype = grid = None
-        if variant.name in {v.name for v in self.reference_runs.values()}:
-            key = next(k for k, v in self.reference_runs.items() if v.name == variant.name)
+        config, of = self.config, variant
+        key = next((k for k, v in self.references.items() if v.name == variant.name), None)
+        if key is not None:  # this run is a reference itself, of the model of `of`
             of = next(v for v in config.variants if config.model_key(v) == key)
-            dtype = _dtype(config, of)
-            grid = per_slice_grid({**config.model_args, **of.args}, of.attention_impl)
-        reference = self.reference_runs.get(key)
-        path = self.out / "reference" / f"{records.slug(reference.name)}.npy" if reference else None
+        grid = key and per_slice_grid({**config.model_args, **of.args}, of.attention_impl)
+        reference = self.references.get(key or config.model_key(variant))
+        path = self.out / "reference" / f"{records.file_name(reference.name)}.npy" if reference else None
         return Task(
             argv=self.flags[variant.name],
-            folder=str(self.out / "work" / f"{records.slug(variant.name)}.run-{run}"),
-            host=config.host,
-            workloads={w.name: [w.warmup_iterations, w.iterations] for w in config.workloads},
-            prompt_length=config.prompt_length,
-            batch_size=config.batch_size,
-            mixed_decode_steps=config.mixed_decode_steps,
-            slow_down=variant.slow_down,
+            folder=str(self.out / "work" / f"{records.file_name(variant.name)}.run-{run}"),
             reference=str(path) if path else None,
-            reference_of=dtype,
+            reference_of=_dtype(config, of) if key is not None else None,
             reference_grid=list(grid) if grid else None,
+            **self._work(variant),
         )
 
-    def _run(self, variant: Variant, run: int, progress: Progress) -> dict[str, Any]:
+    def _run(self, variant: Variant, run: int, which: str = "") -> dict[str, Any]:
         """Launch one run and read what its ranks wrote: status, cause, seconds, and their raw samples.
 
         Machine 0 alone touches the run's folder: ranks start only when all machines have met.
@@ -255,51 +235,47 @@ class Session:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             (self.out / "reference").mkdir(exist_ok=True)
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        start = time.monotonic()
-        with progress.running(variant.name, run, config.runs, folder):
+        started, start = _now(), time.monotonic()
+        with self.console.status(escape(f"{which}{variant.name}, run {run} of {config.runs}")):
             if config.host:
-                status, cause = launching.on_host(config, task, ranks)
-            elif self.options.node_rank < launching.nodes_of(config, ranks):
+                status, cause = launch.run_on_host(config, task, ranks)
+            elif self.options.node_rank < launch.nodes_of(config, ranks):
                 log = folder.with_name(f"{folder.name}.node-{self.options.node_rank}.log")
-                status, cause = launching.on_gpus(config, task, ranks, self._rendezvous(variant, run), log)
+                meet = {"node-rank": self.options.node_rank, "rdzv-backend": "c10d", "rdzv-id": folder.name}
+                meet["rdzv-endpoint"] = self.options.rdzv_endpoint
+                flags = [f"--{flag}={value}" for flag, value in meet.items()]
+                status, cause = launch.run_on_gpus(config, task, ranks, flags, log)
             else:
                 status, cause = "ok", ""
         record: dict[str, Any] = {"variant": variant.name, "run": run, "status": status, "started": started}
         record |= {"seconds": round(time.monotonic() - start, 2), "cause": cause, "argv": task.argv}
-        self.nodes.done()
+        self.nodes.wait_for_all()
         if status == "ok" and self.nodes.leads:
-            paths = [folder / f"rank-{rank}.json" for rank in range(ranks)]
-            record["ranks"] = [summary.read_rank(path) for path in paths]
+            record["ranks"] = [summary.read_rank(folder / f"rank-{rank}.json") for rank in range(ranks)]
         return record
-
-    def _rendezvous(self, variant: Variant, run: int) -> list[str]:
-        return [
-            f"--node-rank={self.options.node_rank}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={self.options.rdzv_endpoint}",
-            f"--rdzv-id={records.slug(variant.name)}.{run}",
-        ]
 
     def results(self, keeper: records.Records) -> dict[str, Any]:
         """results.json: everything about this comparison, as far as it has come."""
         found = keeper.load()
-        mixed = records.differences(list(found.values()), None)
         identity = next(iter(found.values()))["identity"] if found else machine.identity()
         results: dict[str, Any] = {
             "schema": records.SCHEMA,
             "title": self.config.name,
             "kind": "measured",
-            "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "written": _now(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "where": "CPU cores, shared memory" if self.config.host else "GPUs, NCCL",
             **identity,
-            "mixed": mixed,
-            "config": as_json(self.config),
+            "mixed": records.list_differences(list(found.values()), None),
+            "config": to_json(self.config),
         }
-        summary.complete(results, self.config, found, self.reference_runs)
-        predicted.add(self.config, results)
+        summary.add_variants(results, self.config, found, self.references)
+        predictions.add_predictions(self.config, results)
         return results
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _dtype(config: CompareConfig, variant: Variant) -> str:
@@ -318,7 +294,7 @@ def megatron_flags() -> list[str]:
         return yaml_config.known_flags()
 
 
-def argv_of(config: CompareConfig, variant: Variant, out: Path, known: list[str]) -> list[str]:
+def build_argv(config: CompareConfig, variant: Variant, out: Path, known: list[str]) -> list[str]:
     """The variant's command line; writes the byte data set first when the model names no data of its own."""
     flags = config.flags(variant)
     if not any(flags.get(flag) for flag in _DATA_FLAGS):
@@ -328,13 +304,3 @@ def argv_of(config: CompareConfig, variant: Variant, out: Path, known: list[str]
         flags = {**tokens, "--split": "99,1,0", **flags, "--data-path": str(prefix)}
         flags.setdefault("--data-cache-path", str(out / "data" / "cache"))
     return yaml_config.to_argv(flags, f"variant {variant.name}", known)
-
-
-def only(config: CompareConfig, names: list[str], where: str) -> CompareConfig:
-    """The comparison with the named variants alone. ValueError with the nearest name for an unknown one."""
-    known = [variant.name for variant in config.variants]
-    for name in names:
-        if name not in known:
-            close = yaml_config.nearest(name, known)
-            raise ValueError(f"{where} has no variant {name!r}{close} It has: {known}.")
-    return replace(config, variants=tuple(v for v in config.variants if v.name in names)) if names else config

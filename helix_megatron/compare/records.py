@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2
-"""Of the run files and of results.json; docs/results.md describes it."""
+"""Of the run files and of results.json; docs/compare.md describes it."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -33,10 +33,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def slug(name: str) -> str:
+def file_name(variant: str) -> str:
     """A file name for a variant: readable, and different for different names."""
-    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    readable = re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")
+    return f"{readable}-{hashlib.sha256(variant.encode()).hexdigest()[:6]}"
 
 
 class Records:
@@ -46,7 +46,7 @@ class Records:
         self.out, self.folder = out, out / "runs"
 
     def path(self, variant: str, run: int) -> Path:
-        return self.folder / f"{slug(variant)}.run-{run}.json"
+        return self.folder / f"{file_name(variant)}.run-{run}.json"
 
     def save(self, record: dict[str, Any]) -> None:
         """Write one ended run, at once and whole."""
@@ -81,12 +81,12 @@ class Records:
             yield
 
 
-def differences(records: list[dict[str, Any]], identity: dict[str, Any] | None) -> list[str]:
+def list_differences(records: list[dict[str, Any]], identity: dict[str, Any] | None) -> list[str]:
     """In what the records differ from each other and from `identity` (None: from each other only).
 
     One line for each field, such as "versions: torch is 2.14.1 in some and 2.13.0 in others".
     """
-    known = [_flat(record["identity"]) for record in records] + ([_flat(identity)] if identity else [])
+    known = [_flatten(one) for one in (*(r["identity"] for r in records), identity) if one]
     said = []
     for key in sorted({key for flat in known for key in flat}):
         values = sorted({str(flat.get(key, "absent")) for flat in known})
@@ -102,14 +102,11 @@ def differences(records: list[dict[str, Any]], identity: dict[str, Any] | None) 
     return said
 
 
-def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}: ")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    """Of two levels one: "versions: torch"."""
+    parts = ({f"{k}: {n}": one for n, one in v.items()} if isinstance(v, dict) else {k: v}
+             for k, v in identity.items())  # fmt: skip
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def check_comparable(
@@ -120,12 +117,8 @@ def check_comparable(
     Args:
         settings: variant name → what decides the numbers of a run of it now; others are not checked.
     """
-    now = [
-        {"variant": r["variant"], "settings": settings[r["variant"]], "identity": identity or r["identity"]}
-        for r in records
-        if r["variant"] in settings
-    ]
-    said = differences([*records, *now], identity)
+    now = [r | {"settings": settings[r["variant"]]} for r in records if r["variant"] in settings]
+    said = list_differences([*records, *now], identity)
     if said:
         shown = "; ".join(said[:4]) + (f"; and {len(said) - 4} more" if len(said) > 4 else "")
         raise ValueError(

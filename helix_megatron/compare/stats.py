@@ -30,7 +30,7 @@ MIN_BOOTSTRAP = 5
 _RESAMPLES = 9999
 
 
-def summary(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
     """n, mean, sd (n - 1), cv = sd / mean, and the t-interval of the mean; None where n < 2 gives none."""
     x = np.asarray(values, dtype=float)
     if not x.size or not np.isfinite(x).all():
@@ -58,23 +58,20 @@ def compare(own: Sequence[float], other: Sequence[float], confidence: float = 0.
     absent = {"ci95": None, "p_value": None, "cohens_d": None, "bootstrap_ci95": None, "differs": None}
     if a.size < 2:
         return result | absent
-    half = float(stats.t.ppf((1 + confidence) / 2, a.size - 1) * logs.std(ddof=1) / math.sqrt(a.size))
-    low, high = (float(math.exp(logs.mean() + side)) for side in (-half, half))
+    if logs.std():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal values lose precision, it says
+            test = stats.ttest_1samp(logs, 0.0)
+        p_value, (low, high) = float(test.pvalue), np.exp(test.confidence_interval(confidence)).tolist()
+    else:  # scipy divides by it
+        p_value, low, high = 0.0 if logs.mean() else 1.0, result["ratio"], result["ratio"]
     return result | {
         "ci95": [low, high],
-        "p_value": _p_value(logs),
+        "p_value": p_value,
         "cohens_d": cohens_d(own, other),
         "bootstrap_ci95": bootstrap_ratio(own, other, confidence),
         "differs": not low <= 1 <= high,
     }
-
-
-def _p_value(logs: np.ndarray) -> float:
-    if logs.std() == 0:  # scipy divides by it
-        return 0.0 if logs.mean() else 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # nearly equal values lose precision, it says
-        return float(stats.ttest_1samp(logs, 0.0).pvalue)
 
 
 def cohens_d(own: Sequence[float], other: Sequence[float]) -> float | None:

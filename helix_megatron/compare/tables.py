@@ -1,285 +1,311 @@
-"""The tables of a comparison as text: one row for each variant, the same in terminal, Markdown and HTML."""
+"""The tables of a comparison: what stands in them, and one model of a table for terminal, Markdown and HTML.
+
+A table is made of records (dictionaries) and columns. A column says where its value lies in a record: a path
+such as "measured.grid.n", or a function of the record; what there is not is a dash.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-from helix_megatron.compare.comparisons import WORKLOADS
-from helix_megatron.compare.findings import bound, tiny, versus
+import rich.table
 
-Cell = Callable[[dict[str, Any]], str | None]
+from helix_megatron.compare import paper
+from helix_megatron.compare.comparisons import MEMORY_PARTS, WORKLOADS, scaling_points
+from helix_megatron.compare.findings import format_bound, format_ratio, format_tiny
+from helix_megatron.compare.predictions import describe_prediction
 
-
-def _layout(key: str) -> Cell:
-    return lambda v: _text(v["measured"]["layout"].get(f"{key}_parallel_size"))
-
-
-def _grid(key: str) -> Cell:
-    return lambda v: _text((v["measured"]["grid"] or {}).get(key))
+Record = dict[str, Any]
 
 
-def _if_used(key: str) -> Cell:
-    """A degree that most comparisons leave at 1; a dash where it is."""
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, and what is said of them."""
 
-    def cell(variant: dict[str, Any]) -> str | None:
-        value = variant["measured"]["layout"].get(key)
-        return None if value in (None, 1) else str(value)
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    tag: str = "measured"
+    """What its numbers are."""
+    words: str = ""
+    """Said above it."""
+    style: str = ""
+    """Its class in the page."""
 
-    return cell
+    @property
+    def key(self) -> str:
+        """Its id in the page."""
+        return re.sub(r"[^a-z]+", "-", self.title.lower()).strip("-") + "-table"
 
+    def to_rich(self, failed: Iterable[str] = (), caption: str = "") -> rich.table.Table:
+        """For the terminal, under the caption or the title; rows of variants in `failed` are red."""
+        shown = rich.table.Table(title=caption or self.title)
+        for heading in self.headings:
+            left = heading == "variant" or self.style  # a cell of words
+            shown.add_column(heading, justify="left" if left else "right", no_wrap=heading == "variant")
+        for row in self.rows:
+            shown.add_row(*row, style="red" if row[0] in failed else None)
+        return shown
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _workload(name: str, measure: str, form: str, factor: float = 1.0) -> Cell:
-    """mean of a summary over the runs, ± half its 95 % interval when there is one."""
-
-    def cell(variant: dict[str, Any]) -> str | None:
-        summary = variant["measured"]["workloads"].get(name, {}).get(measure)
-        return None if summary is None else with_interval(summary, form, factor)
-
-    return cell
-
-
-def with_interval(summary: dict[str, Any], form: str, factor: float = 1.0) -> str:
-    """'24.5 ± 0.3': mean and half the width of the 95 % interval, in the format `form`."""
-    said = form.format(summary["mean"] * factor)
-    if summary["ci95"] is not None:
-        said += f" ± {form.format((summary['ci95'][1] - summary['mean']) * abs(factor))}"
-    return said
-
-
-def _memory(key: str) -> Cell:
-    def cell(variant: dict[str, Any]) -> str | None:
-        held = variant["measured"]["memory_bytes_of_fullest_rank"].get(key)
-        return None if held is None else f"{held / 1e6:.2f}"
-
-    return cell
+    def to_markdown(self) -> list[str]:
+        every = (self.headings, ["---"] * len(self.headings), *self.rows)
+        return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in every]
 
 
-def _per_layer(unit: str, factor: float, form: str) -> Cell:
-    def cell(variant: dict[str, Any]) -> str | None:
-        kinds = variant["measured"].get("communication_per_layer")
-        return None if kinds is None else form.format(sum(kind[unit] for kind in kinds.values()) * factor)
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of records."""
 
-    return cell
+    heading: str
+    value: str | Callable[[Record], Any]
+    form: str = "{}"
+    factor: float = 1
+
+    def format_cell(self, record: Record) -> str:
+        """A number in `form`, times `factor`; of a summary "24.5 ± 0.3": mean, half its interval."""
+        value = self.value(record) if callable(self.value) else look_up(record, self.value)
+        if isinstance(value, dict):
+            said = self.form.format(value["mean"] * self.factor)
+            half = None if value["ci95"] is None else (value["ci95"][1] - value["mean"]) * abs(self.factor)
+            return said if half is None else f"{said} ± {self.form.format(half)}"
+        if value is None or isinstance(value, str):
+            return value or "-"
+        return self.form.format(value * self.factor)
 
 
-def _last_loss(variant: dict[str, Any]) -> str | None:
-    losses = variant["measured"].get("losses")
-    return f"{losses[-1]:.5f}" if losses else None
+def look_up(record: Record, path: str) -> Any:
+    """The value at "key.key.key"; None where a key is missing."""
+    return reduce(lambda found, key: found.get(key) if found else None, path.split("."), record)
 
 
-def _loss_difference(variant: dict[str, Any]) -> str | None:
+def tabulate(title: str, records: Iterable[Record], columns: list[Column], **more: str) -> Table:
+    """A table with a row for each record."""
+    rows = [[column.format_cell(record) for column in columns] for record in records]
+    return Table(title, [column.heading for column in columns], rows, **more)
+
+
+# ---- one row for each variant
+
+
+def _loss_difference(variant: Record) -> str | None:
     check = variant.get("loss_check")
     far = check and check["max_abs_difference"]
-    return None if check is None else "n/a" if far is None else tiny(far)
+    return None if check is None else "n/a" if far is None else format_tiny(far)
 
 
-def _error(variant: dict[str, Any]) -> str | None:
-    relative = variant["measured"].get("error", {}).get("relative")
-    return None if relative is None else tiny(relative)
+def _above_one(path: str) -> Callable[[Record], Any]:
+    """A degree that most comparisons leave at 1."""
+    return lambda variant: None if (value := look_up(variant, path)) == 1 else value
 
 
-def _per_rank(variant: dict[str, Any]) -> str | None:
-    found = variant["measured"]["workloads"].get("train")
-    return None if found is None else f"{found['tokens_per_s']['mean'] / variant['world_size']:.2f}"
+def _per_layer(unit: str) -> Callable[[Record], float | None]:
+    path = "measured.communication_per_layer"
+    return lambda v: sum(kind[unit] for kind in kinds.values()) if (kinds := look_up(v, path)) else None
 
 
-def _per_user(variant: dict[str, Any]) -> str | None:
-    found = variant["measured"]["workloads"].get("decode")
-    return None if found is None else f"{1 / found['iteration_seconds']['mean']:.2f}"
+_LAYOUT, _GRID, _WORK = "measured.layout", "measured.grid", "measured.workloads"
+_HELD, _PLANNED = "measured.memory_bytes_of_fullest_rank", "predicted.memory_bytes"
+_ERROR, _SPEED = "measured.error.relative", f"{_WORK}.train.tokens_per_s.mean"
+_STEP = f"{_WORK}.decode.iteration_seconds.mean"
+SPEED = [
+    Column("TP", f"{_LAYOUT}.tensor_model_parallel_size"),
+    Column("PP", f"{_LAYOUT}.pipeline_model_parallel_size"),
+    Column("VP", _above_one(f"{_LAYOUT}.virtual_pipeline_model_parallel_size")),
+    Column("DP", f"{_LAYOUT}.data_parallel_size"),
+    Column("CP", _above_one(f"{_LAYOUT}.context_parallel_size")),
+    Column("n", f"{_GRID}.n"),
+    Column("m", f"{_GRID}.m"),
+    Column("comm", f"{_GRID}.comm"),
+    Column("queries", f"{_GRID}.placement"),
+    Column("cache", f"{_GRID}.cache"),
+    Column("loss@last", lambda v: (v["measured"].get("losses") or [None])[-1], "{:.5f}"),
+    Column("max |Δloss|", _loss_difference),
+    Column("error vs fp32", lambda v: None if (e := look_up(v, _ERROR)) is None else format_tiny(e)),
+    Column("train tok/s", f"{_WORK}.train.tokens_per_s", "{:.1f}"),
+    Column("prefill tok/s", f"{_WORK}.prefill.tokens_per_s", "{:.1f}"),
+    Column("TTFT ms", f"{_WORK}.first_token.iteration_seconds", "{:.0f}", 1e3),
+    Column("TPOT ms", f"{_WORK}.decode.iteration_seconds", "{:.0f}", 1e3),
+    Column("paper's TPOT ms", f"{_WORK}.decode.paper_tpot_ms", "{:.0f}"),
+]
+DETAILS = [
+    Column("ranks", "world_size"),
+    Column("train tok/s/rank", lambda v: (s := look_up(v, _SPEED)) and s / v["world_size"], "{:.2f}"),
+    Column("decode tok/s", f"{_WORK}.decode.tokens_per_s", "{:.2f}"),
+    Column("decode tok/s/user", lambda v: (s := look_up(v, _STEP)) and 1 / s, "{:.2f}"),
+    Column("mixed tok/s", f"{_WORK}.mixed.tokens_per_s", "{:.1f}"),
+    Column("mixed TTFT ms", f"{_WORK}.mixed.first_token_seconds", "{:.0f}", 1e3),
+    Column("mixed TPOT ms", f"{_WORK}.mixed.token_seconds", "{:.0f}", 1e3),
+    Column("train iteration s", f"{_WORK}.train.iteration_seconds", "{:.3g}"),
+    Column("train TFLOP/s/rank", f"{_WORK}.train.tflops_per_rank", "{:.3g}"),
+    Column("MFU", f"{_WORK}.train.mfu", "{:.1f} %", 100),
+    Column("comm MB/layer", _per_layer("bytes"), "{:.3f}", 1e-6),
+    Column("comm ms/layer", _per_layer("seconds"), "{:.1f}", 1e3),
+]
+MEMORY = [Column(heading, f"{_HELD}.{key}", "{:.2f}", 1e-6) for key, heading in MEMORY_PARTS.items()]
 
 
-def _mfu(variant: dict[str, Any]) -> str | None:
-    mfu = variant["measured"]["workloads"].get("train", {}).get("mfu")
-    return None if mfu is None else f"{100 * mfu:.1f} %"
-
-
-SPEED: tuple[tuple[str, Cell], ...] = (
-    ("TP", _layout("tensor_model")),
-    ("PP", _layout("pipeline_model")),
-    ("VP", _if_used("virtual_pipeline_model_parallel_size")),
-    ("DP", _layout("data")),
-    ("CP", _if_used("context_parallel_size")),
-    ("n", _grid("n")),
-    ("m", _grid("m")),
-    ("comm", _grid("comm")),
-    ("queries", _grid("placement")),
-    ("cache", _grid("cache")),
-    ("loss@last", _last_loss),
-    ("max |Δloss|", _loss_difference),
-    ("error vs fp32", _error),
-    ("train tok/s", _workload("train", "tokens_per_s", "{:.1f}")),
-    ("prefill tok/s", _workload("prefill", "tokens_per_s", "{:.1f}")),
-    ("TTFT ms", _workload("first_token", "iteration_seconds", "{:.0f}", 1e3)),
-    ("TPOT ms", _workload("decode", "iteration_seconds", "{:.0f}", 1e3)),
-    ("paper's TPOT ms", _workload("decode", "paper_tpot_ms", "{:.0f}")),
-)
-DETAILS: tuple[tuple[str, Cell], ...] = (
-    ("ranks", lambda v: str(v["world_size"])),
-    ("train tok/s/rank", _per_rank),
-    ("decode tok/s", _workload("decode", "tokens_per_s", "{:.2f}")),
-    ("decode tok/s/user", _per_user),
-    ("mixed tok/s", _workload("mixed", "tokens_per_s", "{:.1f}")),
-    ("mixed TTFT ms", _workload("mixed", "first_token_seconds", "{:.0f}", 1e3)),
-    ("mixed TPOT ms", _workload("mixed", "token_seconds", "{:.0f}", 1e3)),
-    ("train iteration s", _workload("train", "iteration_seconds", "{:.3g}")),
-    ("train TFLOP/s/rank", _workload("train", "tflops_per_rank", "{:.3g}")),
-    ("MFU", _mfu),
-    ("comm MB/layer", _per_layer("bytes", 1e-6, "{:.3f}")),
-    ("comm ms/layer", _per_layer("seconds", 1e3, "{:.1f}")),
-)
-MEMORY: tuple[tuple[str, Cell], ...] = (
-    ("parameters", _memory("parameters")),
-    ("gradients", _memory("gradients")),
-    ("optimizer", _memory("optimizer")),
-    ("activations", _memory("saved_for_backward")),
-    ("KV cache", _memory("kv_cache")),
-    ("communication buffers", _memory("communication")),
-)
-
-
-def rows(results: dict[str, Any], columns: tuple[tuple[str, Cell], ...]) -> list[list[str]]:
-    """One row for each variant: its name, then the columns; a dash where there is no value.
+def tabulate_variants(results: Record, columns: list[Column], title: str) -> Table:
+    """One row for each variant: its name, then the columns in which some variant has a value.
 
     Of a variant that did not finish the second cell says how it ended.
     """
-    found = []
-    for variant in results["variants"]:
-        if "measured" in variant:
-            cells = [cell(variant) or "-" for _, cell in columns]
-        else:
-            cells = [variant["status"], *["-"] * (len(columns) - 1)]
-        ended = "" if variant["status"] in ("ok", "not run") else f" ({variant['status']})"
-        found.append([variant["name"] + (ended if "measured" in variant else ""), *cells])
-    return found
-
-
-def used(results: dict[str, Any], columns: tuple[tuple[str, Cell], ...]) -> tuple[tuple[str, Cell], ...]:
-    """The columns in which some variant has a value."""
     measured = [variant for variant in results["variants"] if "measured" in variant]
-    return tuple(c for c in columns if any(c[1](variant) not in (None, "-") for variant in measured))
+    columns = [c for c in columns if any(c.format_cell(variant) != "-" for variant in measured)]
+    rows = []
+    for variant in results["variants"]:
+        name, status = variant["name"], variant["status"]
+        if variant in measured:
+            name += "" if status in ("ok", "not run") else f" ({status})"
+            rows.append([name, *(column.format_cell(variant) for column in columns)])
+        else:
+            rows.append([name, status, *["-"] * (len(columns) - 1)])
+    return Table(title, ["variant", *(column.heading for column in columns)], rows)
 
 
-def headings(columns: tuple[tuple[str, Cell], ...]) -> list[str]:
-    """The headings of `rows`."""
-    return ["variant", *(heading for heading, _ in columns)]
+# ---- the other tables
 
 
-def collectives(results: dict[str, Any]) -> list[list[str]]:
-    """variant, workload, collective, calls, MB, ms, algbw, busbw (GB/s) of one iteration, mean rank."""
-    found = []
+def _each_workload(results: Record) -> Iterator[tuple[Record, Record]]:
+    """(variant and workload by name, what was measured of it)."""
     for variant in (v for v in results["variants"] if "measured" in v):
-        for name, workload in variant["measured"]["workloads"].items():
-            for kind, cost in workload["communication"].items():
-                rates = [f"{cost[k] / 1e9:.4f}" if cost[k] is not None else "-" for k in ("algbw", "busbw")]
-                row = [f"{cost['calls']:.2f}", f"{cost['bytes'] / 1e6:.4f}", f"{cost['seconds'] * 1e3:.2f}"]
-                found.append([variant["name"], name.replace("_", " "), kind, *row, *rates])
-    return found
+        for name, work in variant["measured"]["workloads"].items():
+            yield {"variant": variant["name"], "workload": name.replace("_", " ")}, work
 
 
-COLLECTIVES = ["variant", "workload", "collective x ranks", "calls", "MB", "ms", "algbw GB/s", "busbw GB/s"]
+_NAMES = [Column("variant", "variant"), Column("workload", "workload")]
 
 
-def speeds(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: each variant against each of its baselines, one column for each workload."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+def tabulate_speeds(results: Record) -> Table:
+    """Each variant against each of its baselines, one column for each workload."""
+    pairs: dict[tuple[str, str], Record] = {}
     for entry in results["comparisons"]:
-        pair = cells.setdefault((entry["variant"], entry["baseline"]), {})
-        pair[entry["workload"]] = versus(entry)
-    used = [name for name in WORKLOADS if any(name in pair for pair in cells.values())]
-    rows = [[*names, *(pair.get(name, "-") for name in used)] for names, pair in cells.items()]
-    return ["variant", "against", *(WORKLOADS[name] for name in used)], rows
+        key = (entry["variant"], entry["baseline"])
+        pair = pairs.setdefault(key, {"variant": key[0], "against": key[1]})
+        pair[entry["workload"]] = format_ratio(entry)
+    used = [Column(said, name) for name, said in WORKLOADS.items() if any(name in p for p in pairs.values())]
+    words = (
+        "Above 1 the variant is faster than what it stands against. In brackets the 95 % interval over "
+        "paired runs; unclear: it crosses 1, so that these runs show no difference."
+    )
+    columns = [Column("variant", "variant"), Column("against", "against"), *used]
+    return tabulate("Speed ratios", pairs.values(), columns, words=words, style="ratios")
 
 
-def comparisons(results: dict[str, Any]) -> list[list[str]]:
-    """variant, baseline, workload, ratio, its intervals, p, Cohen's d, verdict."""
-    found = []
-    for entry in results["comparisons"]:
-        found.append(
-            [
-                entry["variant"],
-                entry["baseline"],
-                entry["workload"].replace("_", " "),
-                f"{entry['ratio']:.3f}",
-                _interval(entry["ci95"]),
-                _interval(entry["bootstrap_ci95"]),
-                "-" if entry["p_value"] is None else f"{entry['p_value']:.2g}",
-                "-" if entry["cohens_d"] is None else f"{entry['cohens_d']:.2f}",
-                entry["verdict"],
-            ]
-        )
-    return found
+def tabulate_predictions(results: Record) -> Table:
+    """Measured and predicted ms of each workload; why there is none for others."""
+    records = []
+    for variant in (v for v in results["variants"] if "predicted" in v):
+        if "cause" in variant["predicted"]:
+            records.append({"variant": variant["name"], "ratio": variant["predicted"]["cause"]})
+        for name, seconds in variant["predicted"].get("workloads", {}).items():
+            measured = variant["measured"]["workloads"][name]["iteration_seconds"]["mean"]
+            record = {"variant": variant["name"], "workload": name.replace("_", " "), "measured": measured}
+            records.append(record | {"predicted": seconds, "ratio": seconds / measured})
+    columns = [*_NAMES, Column("measured ms", "measured", "{:,.4g}", 1e3),
+               Column("predicted ms", "predicted", "{:,.4g}", 1e3),
+               Column("predicted / measured", "ratio", "{:.2f}")]  # fmt: skip
+    title, words = "Beside the planner's predictions", describe_prediction(results)
+    return tabulate(title, records, columns, tag="measured and predicted", words=words)
 
 
-COMPARISONS = [
-    *("variant", "baseline", "workload", "speed ratio"),
-    *("95 % t", "95 % bootstrap", "p", "d", "verdict"),
-]
+def _estimates(results: Record) -> Table:
+    """Weights with optimizer, activations and KV cache: measured, planned, and by Megatron's own formula."""
+
+    def total(place: str, *names: str) -> Callable[[Record], Any]:
+        def value(variant: Record) -> float | None:
+            sizes = look_up(variant, place) or {}
+            return sum(sizes.get(name, 0) for name in names) if names[0] in sizes else None
+
+        return value
+
+    weights, theirs = ("parameters", "gradients", "optimizer"), "measured.megatron_estimate_bytes"
+    columns = [
+        ("weights, gradients, optimizer", total(_HELD, *weights)),
+        ("planner", total(_PLANNED, *weights)),
+        ("Megatron estimates (for bf16)", f"{theirs}.weights_and_optimizer"),
+        ("activations", total(_HELD, "saved_for_backward")),
+        ("planner", total(_PLANNED, "saved_for_backward")),
+        ("Megatron estimates", f"{theirs}.activations"),
+        ("KV cache", total(_HELD, "kv_cache")),
+        ("planner", total(_PLANNED, "kv_cache")),
+    ]
+    measured = [v for v in results["variants"] if "measured" in v]
+    shown = [Column("variant", "name"), *(Column(*column, "{:,.2f}", 1e-6) for column in columns)]
+    return tabulate("Memory beside estimates, MB", measured, shown, tag="measured and predicted")
 
 
-def _interval(interval: list[float] | None) -> str:
-    return "-" if interval is None else " to ".join(map(bound, interval))
+def _gpu(results: Record) -> Table:
+    """What NVML said, mean rank."""
+    keys = ("gpu_busy_percent", "memory_busy_percent", "memory_bandwidth_percent", "watts")
+    headings = ("GPU busy %", "memory busy %", "memory bandwidth, % of peak", "watts")
+    columns = [Column(heading, f"measured.gpu.{key}", "{:.0f}") for heading, key in zip(headings, keys)]
+    columns.append(Column("NVLink GB received", "measured.gpu.nvlink_bytes.received", "{:.1f}", 1e-9))
+    watched = [v for v in results["variants"] if "gpu" in v.get("measured", {})]
+    return tabulate("GPU, by NVML", watched, [Column("variant", "name"), *columns])
 
 
-def spread(results: dict[str, Any]) -> list[list[str]]:
-    """variant, workload, runs, mean, sd, CV and 95 % interval of the throughput over the runs."""
-    found = []
-    for variant in (v for v in results["variants"] if "measured" in v):
-        for name, workload in variant["measured"]["workloads"].items():
-            s = workload["tokens_per_s"]
-            sd = ["-", "-", "-"]
-            if s["sd"] is not None:
-                sd = [f"{s['sd']:.3g}", f"{100 * s['cv']:.1f} %", f"{s['ci95'][0]:.4g} to {s['ci95'][1]:.4g}"]
-            found.append([variant["name"], name.replace("_", " "), str(s["n"]), f"{s['mean']:.4g}", *sd])
-    return found
+def _scaling(results: Record) -> Table:
+    records = []
+    for workload in ("train", "prefill", "decode"):
+        for family, points in scaling_points(results, workload).items():
+            for point in points:
+                grid = f"{point['grid']['n']}x{point['grid']['m']}" if point["grid"] else None
+                records.append({"variant": family, "workload": workload} | point | {"grid": grid})
+    columns = [*_NAMES, Column("ranks", "ranks"), Column("grid", "grid"),
+               Column("tokens/s", "tokens_per_s", "{:,.4g}"),
+               Column("efficiency", "efficiency", "{:.0f} %", 100)]  # fmt: skip
+    return tabulate("Scaling", records, columns)
 
 
-SPREAD = ["variant", "workload", "runs", "tok/s", "sd", "CV", "95 % interval"]
+def _comparisons(results: Record) -> Table:
+    def interval(key: str) -> Callable[[Record], str | None]:
+        return lambda entry: entry[key] and " to ".join(map(format_bound, entry[key]))
+
+    columns = [Column("variant", "variant"), Column("baseline", "baseline"),
+               Column("workload", lambda entry: entry["workload"].replace("_", " ")),
+               Column("speed ratio", "ratio", "{:.3f}"), Column("95 % t", interval("ci95")),
+               Column("95 % bootstrap", interval("bootstrap_ci95")), Column("p", "p_value", "{:.2g}"),
+               Column("d", "cohens_d", "{:.2f}"), Column("verdict", "verdict")]  # fmt: skip
+    return tabulate("Comparisons in full", results["comparisons"], columns)
 
 
-def estimate(results: dict[str, Any]) -> list[list[str]]:
-    """variant, then of weights with optimizer, of activations and of the KV cache, in MB: measured, the
-    planner's prediction, and (not of the cache) Megatron's own estimate."""
-    found = []
-    for variant in (v for v in results["variants"] if "measured" in v):
-        held = variant["measured"]["memory_bytes_of_fullest_rank"]
-        theirs = variant["measured"]["megatron_estimate_bytes"]
-        planned = variant.get("predicted", {}).get("memory_bytes", {})
-        weights = [_sum(sizes, ("parameters", "gradients", "optimizer")) for sizes in (held, planned)]
-        kept = [_sum(sizes, ("saved_for_backward",)) for sizes in (held, planned)]
-        cache = [_sum(sizes, ("kv_cache",)) for sizes in (held, planned)]
-        numbers = (*weights, theirs["weights_and_optimizer"], *kept, theirs["activations"], *cache)
-        found.append([variant["name"], *("-" if n is None else f"{n / 1e6:,.2f}" for n in numbers)])
-    return found
+def _collectives(results: Record) -> Table:
+    works = _each_workload(results)
+    records = [n | {"kind": kind} | cost for n, w in works for kind, cost in w["communication"].items()]
+    columns = [*_NAMES, Column("collective x ranks", "kind"), Column("calls", "calls", "{:.2f}"),
+               Column("MB", "bytes", "{:.4f}", 1e-6), Column("ms", "seconds", "{:.2f}", 1e3),
+               Column("algbw GB/s", "algbw", "{:.4f}", 1e-9),
+               Column("busbw GB/s", "busbw", "{:.4f}", 1e-9)]  # fmt: skip
+    return tabulate("Collectives of one iteration, mean rank", records, columns)
 
 
-def _sum(sizes: dict[str, float], names: tuple[str, ...]) -> float | None:
-    return sum(sizes.get(name, 0) for name in names) if names[0] in sizes else None
+def _paper(results: Record) -> list[Table]:
+    if not results["config"]["paper"]:
+        return []
+    smaller = " and a far smaller model" if results["config"]["host"] else ""
+    beside = Table(
+        "The paper's table", paper.BESIDE, paper.tabulate_beside(results), "published, measured",
+        "Left what the paper states for 16 H100, right what was measured here, of the model and on the "
+        f"machine named above. They are different machines{smaller}: the two sides share the layout and the "
+        "definition of the measures, not the scale.",
+    )  # fmt: skip
+    checks = Table(
+        "Can the paper's numbers be true?", ["the paper says", "arithmetic", "verdict"],
+        [list(check.values()) for check in paper.checks()], "arithmetic",
+        "Nothing here is measured. The model is the paper's: 16 layers, hidden 4096, MLP 16384, batch 128, "
+        "sequence 10000, fp16.", "words",
+    )  # fmt: skip
+    return [beside, checks]
 
 
-ESTIMATE = [
-    *("variant", "weights, gradients, optimizer", "planner", "Megatron estimates (for bf16)"),
-    *("activations", "planner", "Megatron estimates", "KV cache", "planner"),
-]
-
-
-def gpu(results: dict[str, Any]) -> list[list[str]]:
-    """variant, busy %, memory busy %, memory bandwidth %, watts, NVLink GB received: mean rank."""
-    found = []
-    for variant in (v for v in results["variants"] if "gpu" in v.get("measured", {})):
-        said = variant["measured"]["gpu"]
-        keys = ("gpu_busy_percent", "memory_busy_percent", "memory_bandwidth_percent", "watts")
-        link = said.get("nvlink_bytes")
-        row = [f"{said[key]:.0f}" if key in said else "-" for key in keys]
-        found.append([variant["name"], *row, f"{link['received'] / 1e9:.1f}" if link else "-"])
-    return found
-
-
-GPU = [
-    *("variant", "GPU busy %", "memory busy %", "memory bandwidth, % of peak", "watts"),
-    "NVLink GB received",
-]
+def tabulate_rest(results: Record) -> list[Table]:
+    """What stands below the figures, as far as it has rows."""
+    memory = tabulate_variants(results, MEMORY, "Memory of the fullest rank, MB")
+    found = [*_paper(results), tabulate_predictions(results), _estimates(results), memory,
+             _gpu(results), _scaling(results), _comparisons(results),
+             _collectives(results)]  # fmt: skip
+    return [table for table in found if table.rows]

@@ -12,20 +12,11 @@ from helix_megatron.partition.grid import AttentionShape, HelixConfigError, lega
 
 # What a variant may change without becoming another model.
 _LAYOUT_FLAGS = (
-    "--tensor-model-parallel-size",
-    "--pipeline-model-parallel-size",
-    "--context-parallel-size",
-    "--num-layers-per-virtual-pipeline-stage",
-    "--num-virtual-stages-per-pipeline-rank",
-    "--micro-batch-size",
-    "--sequence-parallel",
-    "--use-distributed-optimizer",
-    "--overlap-grad-reduce",
-    "--overlap-param-gather",
-    "--recompute-granularity",
-    "--recompute-method",
-    "--recompute-num-layers",
-    "--transformer-impl",
+    *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"),
+    *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
+    *("--micro-batch-size", "--sequence-parallel", "--use-distributed-optimizer"),
+    *("--overlap-grad-reduce", "--overlap-param-gather", "--transformer-impl"),
+    *("--recompute-granularity", "--recompute-method", "--recompute-num-layers"),
 )
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 
@@ -103,7 +94,7 @@ def attention_shape(flags: Mapping[str, Any]) -> AttentionShape | None:
     return AttentionShape(heads, groups, channels, rotary, interleaved)
 
 
-def defaults(world_size: int, flags: Mapping[str, Any]) -> tuple[Variant, ...]:
+def default_variants(world_size: int, flags: Mapping[str, Any]) -> tuple[Variant, ...]:
     """What is compared when a file names no variants.
 
     Megatron as TP=W/2 PP=2 (the paper's baseline), as TP=W and as TP=W/2 DP=2 (the honest ones: the same

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from helix_megatron import pretrain_gpt
-from helix_megatron.compare import kernels
-from helix_megatron.compare.comm import CommMeter
 from helix_megatron.compare.decode import Session
+from helix_megatron.measure import kernels
+from helix_megatron.measure.comm import CommMeter
 
 
 class Samples:
@@ -38,14 +38,13 @@ class Samples:
         """
         number = len(self.all_seconds)
         counts = self.host or number == self.warmup - 1
-        profiles = not self.host and number == self.warmup - 2
         torch.cuda.synchronize()
         start = time.perf_counter()
         if counts:
             with meter.counting(blocking=not self.host):
                 result = body()
-        elif profiles:
-            result, self.split = kernels.profiled(body)
+        elif number == self.warmup - 2:
+            result, self.split = kernels.profile_iteration(body)
         else:
             result = body()
         torch.cuda.synchronize()
@@ -81,7 +80,7 @@ class Samples:
         }
 
 
-def flops(tokens: float, squares: float) -> float:
+def count_flops(tokens: float, squares: float) -> float:
     """Floating-point operations of a forward pass, by Megatron's own count (a third of a training step's).
 
     Args:
@@ -94,13 +93,13 @@ def flops(tokens: float, squares: float) -> float:
     return num_floating_point_operations(get_args(), 1, squares, tokens) / 3
 
 
-def batches() -> Iterator[dict[str, torch.Tensor]]:
+def repeat_batch() -> Iterator[dict[str, torch.Tensor]]:
     """The same micro-batch of random tokens for ever, in the form that a data loader yields."""
     from megatron.training import get_args
 
     args = get_args()
     shape = (args.micro_batch_size, args.seq_length)  # [b, s]
-    tokens = random_tokens(*shape)
+    tokens = draw_tokens(*shape)
     batch = {
         "tokens": tokens,
         "labels": tokens.roll(-1, dims=1),
@@ -113,7 +112,7 @@ def batches() -> Iterator[dict[str, torch.Tensor]]:
     return itertools.repeat(batch)
 
 
-def random_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+def draw_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     """The same random tokens [rows, columns] (int64) on every rank and in every variant."""
     from megatron.training import get_args
 
@@ -122,7 +121,7 @@ def random_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     return torch.randint(0, args.vocab_size or args.padded_vocab_size, (rows, columns), generator=generator)
 
 
-def replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
+def draw_replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     """This data-parallel replica's share [rows / DP, columns] of random tokens. ValueError when uneven."""
     from megatron.core import parallel_state
 
@@ -131,10 +130,10 @@ def replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tensor:
     if rows % replicas:
         raise ValueError(f"batch_size {rows} cannot be split over {replicas} data-parallel replicas.")
     share = rows // replicas
-    return random_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
+    return draw_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
 
 
-def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
+def run_forward(model: list[torch.nn.Module], microbatches: int) -> None:
     """Forward `microbatches` through the whole pipeline with Megatron's own schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
@@ -143,7 +142,7 @@ def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
     chunks = len(model)
     get_forward_backward_func()(
         forward_step_func=pretrain_gpt.forward_step,
-        data_iterator=[batches() for _ in range(chunks)] if chunks > 1 else batches(),
+        data_iterator=[repeat_batch() for _ in range(chunks)] if chunks > 1 else repeat_batch(),
         model=model,
         num_microbatches=microbatches,
         seq_length=args.seq_length,
@@ -151,6 +150,16 @@ def one_pass(model: list[torch.nn.Module], microbatches: int) -> None:
         decoder_seq_length=args.decoder_seq_length,
         forward_only=True,
     )
+
+
+def _iterate(task: Any, name: str, meter: CommMeter, prepare: Callable[[], Callable[[], Any]]) -> Samples:
+    """Iterations of a workload, each begun by all ranks together; `prepare` makes what is timed."""
+    samples = task.samples(name)
+    for _ in range(task.count(name)):
+        body = prepare()
+        torch.distributed.barrier()
+        samples.iteration(body, meter)
+    return samples
 
 
 def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
@@ -161,31 +170,28 @@ def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[s
     args = get_args()
     for chunk in model:
         chunk.eval()
-    samples = task.samples("prefill")
     with torch.no_grad():
-        for _ in range(task.count("prefill")):
-            torch.distributed.barrier()
-            samples.iteration(lambda: one_pass(model, get_num_microbatches()), meter)
-    sequences = args.global_batch_size
-    tokens = sequences * args.seq_length
-    return samples.as_json(tokens, flops(tokens, sequences * args.seq_length**2))
+        samples = _iterate(task, "prefill", meter, lambda: lambda: run_forward(model, get_num_microbatches()))
+    tokens = args.global_batch_size * args.seq_length
+    return samples.as_json(tokens, count_flops(tokens, tokens * args.seq_length))
 
 
 def first_token(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
     """From a batch of prompts to the first token of each: the time to first token."""
-    prompt = replica_tokens(task.batch_size, task.prompt_length)
-    samples = task.samples("prefill")
-    for _ in range(task.count("prefill")):
-        session = Session(model, prompt, 1)
-        torch.distributed.barrier()
-        samples.iteration(session.step, meter)
+    prompt = draw_replica_tokens(task.batch_size, task.prompt_length)
+    samples = _iterate(task, "prefill", meter, lambda: Session(model, prompt, 1).step)
     return samples.as_json(*_prompt_work(task))
 
 
 def _prompt_work(task: Any) -> tuple[float, float]:
     """Tokens and operations of prefilling the batch once."""
     tokens = task.batch_size * task.prompt_length
-    return tokens, flops(tokens, tokens * task.prompt_length)
+    return tokens, count_flops(tokens, tokens * task.prompt_length)
+
+
+def _decode_flops(task: Any, tokens: float, steps: int) -> float:
+    """Operations of decoding `tokens` in the middle of so many steps after the prompts."""
+    return count_flops(tokens, tokens * 2 * (task.prompt_length + 1 + steps / 2))
 
 
 def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:
@@ -193,14 +199,11 @@ def decode(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[st
     from megatron.core import parallel_state
 
     count = task.count("decode")
-    session = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count)
+    session = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length), 1 + count)
     made, samples = [session.step()], task.samples("decode")
     torch.distributed.barrier()
-    for _ in range(count):
-        made.append(samples.iteration(session.step, meter))
-    context = task.prompt_length + 1 + count / 2  # in the middle of it
-    work = flops(task.batch_size, task.batch_size * 2 * context)
-    return samples.as_json(task.batch_size, work) | {
+    made += [samples.iteration(session.step, meter) for _ in range(count)]
+    return samples.as_json(task.batch_size, _decode_flops(task, task.batch_size, count)) | {
         "kv_cache_bytes": session.cache_bytes(),
         "tokens_chosen": torch.cat(made, dim=1).tolist(),
         "replica": parallel_state.get_data_parallel_rank(),
@@ -213,32 +216,32 @@ def mixed(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str
     Beside the iterations, the seconds of each first token and of each decode step are kept.
     """
     count, steps = task.count("mixed"), task.mixed_decode_steps
-    running = Session(model, replica_tokens(task.batch_size, task.prompt_length), 1 + count * steps)
+    running = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length), 1 + count * steps)
     running.step()
-    samples = task.samples("mixed")
     first_seconds: list[float] = []
     token_seconds: list[float] = []
 
-    def timed(session: Session, seconds: list[float]) -> None:
+    def timed_step(session: Session, seconds: list[float]) -> None:
         start = time.perf_counter()
         session.step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
 
-    for number in range(count):
-        arrived = Session(model, replica_tokens(task.batch_size, task.prompt_length, 4321 + number), 1)
+    def arrive() -> Callable[[], None]:
+        seed = 4321 + len(first_seconds)
+        arrived = Session(model, draw_replica_tokens(task.batch_size, task.prompt_length, seed), 1)
 
-        def body(arrived: Session = arrived) -> None:
-            timed(arrived, first_seconds)
+        def body() -> None:
+            timed_step(arrived, first_seconds)
             for _ in range(steps):
-                timed(running, token_seconds)
+                timed_step(running, token_seconds)
 
-        torch.distributed.barrier()
-        samples.iteration(body, meter)
+        return body
+
+    samples = _iterate(task, "mixed", meter, arrive)
     tokens, work = _prompt_work(task)
     decoded = steps * task.batch_size
-    context = task.prompt_length + 1 + count * steps / 2
-    measured = samples.as_json(tokens + decoded, work + flops(decoded, decoded * 2 * context))
+    measured = samples.as_json(tokens + decoded, work + _decode_flops(task, decoded, count * steps))
     return measured | {
         "first_token_seconds": first_seconds[samples.warmup :],
         "token_seconds": token_seconds[samples.warmup * steps :],

@@ -206,8 +206,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 when anything differs."""
-    from helix_megatron.compare import machine
     from helix_megatron.convert.check import open_model, text_tokens
+    from helix_megatron.measure import machine
 
     parser = argparse.ArgumentParser(prog="python -m helix_megatron.generate.check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -109,7 +109,7 @@ def collectives() -> dict[str, tuple[float, float]]:
     """(latency, bandwidth) of "kind xSIZE @WORLD"; every group of the size works at the same time."""
     import torch.distributed as dist
 
-    from helix_megatron.compare.measure import pin
+    from helix_megatron.measure.machine import pin
 
     pin(int(os.environ["RANK"]))
     dist.init_process_group("nccl")
@@ -185,7 +185,7 @@ def _software_layouts(kind: str) -> list[Layout]:
 def _trials(problems: Sequence[Problem]) -> list[float]:
     import torch
 
-    from helix_megatron.compare.measure import pin
+    from helix_megatron.measure.machine import pin
     from helix_megatron.plan import trial
 
     pin(int(os.environ["RANK"]))

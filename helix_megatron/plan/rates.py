@@ -70,7 +70,7 @@ def device_rates() -> dict[str, tuple[float, float, float]]:
     import torch
     import torch.distributed as dist
 
-    from helix_megatron.compare.measure import pin
+    from helix_megatron.measure.machine import pin
 
     pin(int(os.environ["RANK"]))
     dist.init_process_group("nccl")

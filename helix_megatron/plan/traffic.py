@@ -1,6 +1,6 @@
 """Collectives of one step on a rank of a pipeline stage, and the bytes it receives in them.
 
-Bytes are counted as helix_megatron.compare.comm counts them: what the rank has to receive, without any
+Bytes are counted as helix_megatron.measure.comm counts them: what the rank has to receive, without any
 algorithm's detours. In a group of p:
 
     all_gather      (p-1)/p of the output        all_reduce   2 (p-1)/p of the tensor

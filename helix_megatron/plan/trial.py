@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from helix_megatron.compare import memory
-from helix_megatron.compare.comm import CommMeter
+from helix_megatron.measure import memory
+from helix_megatron.measure.comm import CommMeter
 from helix_megatron.plan.layout import Problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -243,8 +243,8 @@ def _train(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
         with meter.counting():
             step()
         measured.comm = meter.as_json()
-        measured.memory = memory.held([model], optimizer)
-        measured.memory["activations"] = memory.saved_for_backward(
+        measured.memory = memory.state_bytes([model], optimizer)
+        measured.memory["activations"] = memory.activation_bytes(
             [model], lambda: run(num_microbatches=1, forward_only=True)
         )
     return measured

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, html, launching
+from helix_megatron.compare import harness, launch, report
 
 DOCUMENT = {
     "name": "tiny",
@@ -130,7 +130,7 @@ def variant(name, seed, **more):
 
 
 class Launcher:
-    """In place of launching.on_host: writes `answer(seed, run number of this variant)` for each rank."""
+    """In place of launch.run_on_host: writes `answer(seed, run number of this variant)` for each rank."""
 
     def __init__(self, answer=None):
         self.answer = answer or (lambda seed, run: [samples(0), samples(1)])
@@ -152,13 +152,13 @@ class Launcher:
 def install(monkeypatch, answer=None, page=False):
     """Use a Launcher instead of ranks; returns it. Figures take seconds: they are drawn only for a `page`."""
     if not page:
-        monkeypatch.setattr(html, "report", lambda results: ("", {}))
+        monkeypatch.setattr(report, "render_page", lambda results: ("", {}))
     launcher = Launcher(answer)
-    monkeypatch.setattr(launching, "on_host", launcher)
+    monkeypatch.setattr(launch, "run_on_host", launcher)
     monkeypatch.setattr(harness, "megatron_flags", lambda: None)
     monkeypatch.setattr(
         harness,
-        "argv_of",
+        "build_argv",
         lambda config, variant, out, known: ["--seed", str(variant.args.get("--seed", "0"))],
     )
     monkeypatch.setattr(configuration.CompareConfig, "model_key", lambda self, variant: "one")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from helix_megatron.compare import accuracy, harness, launching
+from helix_megatron.compare import accuracy, harness, launch
 from helix_megatron.compare import config as configuration
 from helix_megatron.compare import variants as layouts
 from helix_megatron.host.launcher import run_ranks
@@ -28,7 +28,7 @@ def collectives():
     import torch
     import torch.distributed as dist
 
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     taken_before = dist.all_gather_into_tensor
     dist.init_process_group("gloo")
@@ -100,12 +100,12 @@ def test_collectives_are_counted_exactly():
 def test_activations_are_counted_once_and_without_parameters():
     import torch
 
-    from helix_megatron.compare import memory
+    from helix_megatron.measure import memory
 
     layer = torch.nn.Linear(8, 8, bias=False)
     x = torch.ones(4, 8, requires_grad=True)
     # exp saves its output y; y * y saves y twice more; the linear layer saves y again, and its weight
-    kept = memory.saved_for_backward([layer], lambda: (y := x.exp(), layer(y * 1.0 + 0 * y), y * y))
+    kept = memory.activation_bytes([layer], lambda: (y := x.exp(), layer(y * 1.0 + 0 * y), y * y))
     assert kept == 2 * 4 * 8 * 4  # y, and the sum that enters the layer
 
 
@@ -115,14 +115,15 @@ def decoded_with_and_without_cache(argv):
     from megatron.core.utils import unwrap_model
 
     from helix_megatron import pretrain_gpt
-    from helix_megatron.compare import comm, decode, measure, workloads
+    from helix_megatron.compare import decode, rank, workloads
+    from helix_megatron.measure import comm
     from helix_megatron.megatron import entry
 
-    recorder = measure.Recorder(workloads.Samples(1, True))
+    recorder = rank.Recorder(workloads.Samples(1, True))
     argv = entry.prepare(argv)
-    with measure.recorded_training(recorder, comm.CommMeter(), lambda stage: None):
+    with rank.record_training(recorder, comm.CommMeter()):
         pretrain_gpt.train(argv)
-    prompt = workloads.random_tokens(2, 5)
+    prompt = workloads.draw_tokens(2, 5)
     session = decode.Session(recorder.model, prompt, 7)
     cached = torch.cat([session.step() for _ in range(7)], dim=1).tolist()
     args = session.args
@@ -160,7 +161,7 @@ def test_how_many_positions_are_compared():
     def positions(length, tp=1, cp=1, sequence_parallel=False):
         flags = {"sequence_parallel": sequence_parallel, "seq_length": length}
         sizes = {"tensor_model_parallel_size": tp, "context_parallel_size": cp}
-        return accuracy.positions_compared(SimpleNamespace(**flags, **sizes))
+        return accuracy.count_positions(SimpleNamespace(**flags, **sizes))
 
     assert (positions(4096), positions(100), positions(4096, tp=12)) == (128, 100, 128)
     assert positions(4096, tp=12, sequence_parallel=True) == 120
@@ -224,9 +225,10 @@ def test_which_variants_are_the_same_model():
     keys = [config.model_key(variant) for variant in config.variants]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4
-    assert layouts.per_slice_grid({**flags(config, 3), "--helix-dim-parallel-size": None}, "helix") == (2, 1)
+    unsaid = {**flags(config, 3), "--helix-dim-parallel-size": None}
+    assert layouts.per_slice_grid(unsaid, "helix") == (2, 1)
     assert [layouts.per_slice_grid(flags(config, k), "helix") for k in (1, 3)] == [None, (1, 2)]
-    found = harness.references(config)
+    found = harness.reference_variants(config)
     assert len(found) == 4  # one of each model
     assert found[keys[3]].args["--num-attention-heads"] == 8  # four heads in two slices
     assert (found[keys[3]].args["--kv-channels"], found[keys[3]].args["--num-query-groups"]) == (4, 8)
@@ -274,7 +276,7 @@ def test_the_shipped_configurations_are_valid():
 
 
 def stand_in(task):
-    """In place of measure.run: as the variant's --seed says, finish, fail, die or hang."""
+    """In place of rank.run: as the variant's --seed says, finish, fail, die or hang."""
     rank, seed = int(os.environ["RANK"]), task.argv[task.argv.index("--seed") + 1]
     if seed == "1" and rank == 1:
         error = {"time": time.time(), "rank": rank, "cause": "ValueError: no such grid", "traceback": ""}
@@ -289,10 +291,10 @@ def stand_in(task):
 
 def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, monkeypatch):
     """With real processes that raise, are killed, and hang."""
-    monkeypatch.setattr(launching, "run", stand_in)
+    monkeypatch.setattr(launch, "run", stand_in)
     monkeypatch.setattr(harness, "megatron_flags", lambda: None)
     monkeypatch.setattr(
-        harness, "argv_of", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]
+        harness, "build_argv", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]
     )
     run_ranks(os.getpid, 2, timeout_s=200)  # what is imported once shall not count against the time limit
     names = ["good", "refused", "dies", "hangs", "good too"]

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helix_megatron.compare import kernels, nvml, summary, workloads
-from helix_megatron.compare.comm import CommMeter
+from helix_megatron.compare import summary, workloads
+from helix_megatron.measure import kernels, nvml
+from helix_megatron.measure.comm import CommMeter
 
 # ---- NVML
 
@@ -137,7 +138,7 @@ def fake(monkeypatch):
 
 def test_units_and_means(fake):
     result = {}
-    with nvml.watched(result, host=False) as watch:
+    with nvml.watch_gpu(result, host=False) as watch:
         assert fake.asked == [1]
         watch.sample()
         fake.busy = fake.memory = 0  # the warm-up: forgotten
@@ -169,13 +170,13 @@ def test_the_visible_gpu_is_the_one_that_is_watched(fake, monkeypatch):
 def test_what_there_is_not_is_absent(fake):
     fake.links = fake.monitor = False
     result = {}
-    with nvml.watched(result, host=False) as watch:
+    with nvml.watch_gpu(result, host=False) as watch:
         watch.sample()
     assert set(result["gpu"]) == {"samples", "gpu_busy_percent", "memory_busy_percent", "watts"}
     fake.refuses = {"nvmlInit"}
     for host, refuses in ((False, {"nvmlInit"}), (True, set())):
         fake.refuses, result = refuses, {}
-        with nvml.watched(result, host) as watch:
+        with nvml.watch_gpu(result, host) as watch:
             assert watch is None
         assert result == {}
 
@@ -184,7 +185,7 @@ def test_a_monitor_that_answers_with_an_error(fake):
     """Of a performance monitor that is refused, or has no such metric, there is no bandwidth; all else is."""
     for refuses, answer in (({"gpm"}, fake.NVML_SUCCESS), (set(), fake.NOT_SUPPORTED)):
         fake.refuses, fake.metric_return, result = refuses, answer, {}
-        with nvml.watched(result, host=False) as watch:
+        with nvml.watch_gpu(result, host=False) as watch:
             watch.sample()
         assert "memory_bandwidth_percent" not in result["gpu"]
         assert result["gpu"]["watts"] == 300
@@ -192,7 +193,7 @@ def test_a_monitor_that_answers_with_an_error(fake):
 
 def test_what_is_refused_is_not_asked_again_and_the_end_harms_nothing(fake):
     result = {}
-    with nvml.watched(result, host=False) as watch:
+    with nvml.watch_gpu(result, host=False) as watch:
         fake.refuses = {"power", "nvmlShutdown"}
         watch.sample()
         watch.sample()
@@ -204,7 +205,7 @@ def test_what_is_refused_is_not_asked_again_and_the_end_harms_nothing(fake):
 def test_no_nvml_at_all(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     result = {}
-    with nvml.watched(result, host=False):
+    with nvml.watch_gpu(result, host=False):
         pass
     assert result == {}
 
@@ -213,7 +214,7 @@ def test_an_error_in_the_middle_of_a_run(fake, monkeypatch):
     """The run goes on, the other numbers too; what stopped is absent and said, not averaged over a part."""
     monkeypatch.setattr(nvml, "_PERIOD_S", 0.001)
     result = {}
-    with nvml.watched(result, host=False) as watch:
+    with nvml.watch_gpu(result, host=False) as watch:
 
         def wait_for(condition):
             end = time.monotonic() + 20
@@ -230,10 +231,11 @@ def test_an_error_in_the_middle_of_a_run(fake, monkeypatch):
     assert found["errors"] == {"power": "GPU is lost"}
     assert "watts" not in found and "nvlink_bytes" not in found
     assert found["gpu_busy_percent"] == 50 and found["memory_bandwidth_percent"] == 40
-    merged = summary.gpu([found, {**found, "errors": {}}])
+    merged = summary.summarise_gpu([found, {**found, "errors": {}}])
     assert merged["errors"] == ["power: GPU is lost"]
     assert merged["memory_bandwidth_percent"] == 40
-    assert "watts" not in summary.gpu([{**found, "watts": 300.0}, found])  # a mean over some is none
+    some = [{**found, "watts": 300.0}, found]
+    assert "watts" not in summary.summarise_gpu(some)  # a mean over some is none
 
 
 # ---- where a GPU's time goes
@@ -264,21 +266,21 @@ def test_kernels_that_overlap_are_split_once():
         event("gemm", 1050, 1300),  # 50 of it inside
         event("gemm", 10, 90),  # before
     ]
-    found = kernels.split(events)
+    found = kernels.split_time(events)
     expected = {"compute": 300 + 100 + 50, "communication": 200, "idle": 50 + 50 + 250}
     assert found == pytest.approx({k: 1e-6 * v for k, v in expected.items()})
     assert sum(found.values()) == pytest.approx(1000e-6)
 
 
 def test_no_kernels_no_split():
-    assert kernels.split([WHOLE, event("aten::mm", 200, 300, CPU)]) is None
-    assert kernels.split([event("gemm", 200, 300)]) is None  # no iteration
+    assert kernels.split_time([WHOLE, event("aten::mm", 200, 300, CPU)]) is None
+    assert kernels.split_time([event("gemm", 200, 300)]) is None  # no iteration
 
 
 def test_a_gpu_run_profiles_one_iteration_of_the_warm_up(monkeypatch):
     """With torch's own profiler over an iteration on the CPU, its kernels taken from what it recorded."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    whole = kernels.split
+    whole = kernels.split_time
     seen = []
 
     def split(events):
@@ -288,7 +290,7 @@ def test_a_gpu_run_profiles_one_iteration_of_the_warm_up(monkeypatch):
         middle = (ours.time_range.start + ours.time_range.end) / 2
         return whole([*events, event("gemm", ours.time_range.start, middle)])
 
-    monkeypatch.setattr(kernels, "split", split)
+    monkeypatch.setattr(kernels, "split_time", split)
     samples, meter = workloads.Samples(3, host=False), CommMeter()
     results = [samples.iteration(lambda n=n: (torch.ones(64, 64) @ torch.ones(64, 64), n)[1], meter)
                for n in range(5)]  # fmt: skip
@@ -300,7 +302,8 @@ def test_a_gpu_run_profiles_one_iteration_of_the_warm_up(monkeypatch):
     assert taken["split_seconds"]["compute"] == pytest.approx(taken["split_seconds"]["idle"])
     assert taken["split_seconds"]["communication"] == 0
     assert "split_seconds" not in workloads.Samples(1, host=False).as_json(1, 1)
-    monkeypatch.setattr(workloads.kernels, "profiled", lambda body: pytest.fail("a host has no kernels"))
+    no_kernels = "a host has no kernels"
+    monkeypatch.setattr(workloads.kernels, "profile_iteration", lambda body: pytest.fail(no_kernels))
     on_host = workloads.Samples(3, host=True)
     for _ in range(4):
         on_host.iteration(lambda: None, meter)
@@ -317,7 +320,7 @@ def test_the_split_of_ranks_and_runs_is_their_mean():
         }
 
     runs = [{"ranks": [rank(1.0), rank(2.0)]}, {"ranks": [rank(3.0), rank(6.0)]}]
-    found = summary.workload(runs, "train", 2, False, None)
+    found = summary.summarise_workload(runs, "train", 2, False, None)
     assert found["split_seconds"] == {"compute": 3.0, "communication": 1.0, "idle": 0.5}
     del runs[1]["ranks"][1]["workloads"]["train"]["split_seconds"]  # one rank's profiler saw no kernel
-    assert "split_seconds" not in summary.workload(runs, "train", 2, False, None)
+    assert "split_seconds" not in summary.summarise_workload(runs, "train", 2, False, None)

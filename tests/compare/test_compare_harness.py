@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from helix_megatron.compare import comparisons, findings, machine, nodes, records, summary, tables
+from helix_megatron.compare import comparisons, findings, launch, records, summary, tables
 from helix_megatron.compare.harness import Options
+from helix_megatron.measure import machine
 from tests.compare.compare_fakes import compare, document, install, samples, variant
 
 AB = [variant("A", "0"), variant("B", "1")]
@@ -38,7 +39,7 @@ def test_the_statistics_of_one_variant(tmp_path, monkeypatch):
     assert train["mfu"] is None  # nobody said what this machine's peak is
     assert train["paper_tpot_ms"]["mean"] == pytest.approx(1e3 * (0.25 + 0.75) / 2 / 30)
     # run 1, iteration 1: ranks take 1 and 2 s, 0.25 and 0.75 of them in collectives
-    split = summary.split(samples_of(1))
+    split = summary.split_seconds(samples_of(1))
     assert split["communication"] == 0.25
     assert split["compute"] == pytest.approx((0.75 + 1.25 + 1.75 + 2.25) / 4)
     assert split["idle"] == pytest.approx((1.0 + 0.5) / 2)
@@ -59,7 +60,7 @@ def samples_of(slower):
 
 
 def test_busbw_as_nccl_tests_defines_it():
-    from helix_megatron.compare.comm import bus_factor
+    from helix_megatron.measure.comm import bus_factor
 
     assert bus_factor("all_reduce", 4) == 1.5
     assert (
@@ -153,7 +154,8 @@ def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
     results = {"variants": [megatron, slow, near, unsure]}
     results["comparisons"] = comparisons.compare(results)
     assert [e["verdict"] for e in results["comparisons"]] == ["slower", "slower", "no difference shown"]
-    headings, rows = tables.speeds(results)
+    table = tables.tabulate_speeds(results)
+    headings, rows = table.headings, table.rows
     assert headings == ["variant", "against", "training"]
     assert rows[0] == ["A", "Megatron", "0.50x [0.49, 0.51] SLOWER"]
     assert rows[2][2].endswith("] unclear")
@@ -164,7 +166,7 @@ def test_speeds_are_said_plainly_and_noise_is_not_a_difference():
     by_name = {e["variant"]: e["verdict"] for e in results["comparisons"]}
     assert by_name["B"] == "within the noise of two equal programs"
     assert by_name["A"] == "slower"
-    assert findings.noise(results) == [
+    assert findings.describe_noise(results) == [
         "2x1 computes what Megatron computes. Their ratio is noise, and no smaller difference is shown as "
         "one: training 0.80x."
     ]
@@ -350,19 +352,19 @@ def test_machines_follow_the_first(tmp_path):
     heard, finished = [], []
 
     def first():
-        lead = nodes.Nodes(2, 0, f"127.0.0.1:{port - 1}")
+        lead = launch.Nodes(2, 0, f"127.0.0.1:{port - 1}")
         for order in (["A", 1], ["B", 1], None):
-            lead.tell(order)
-            lead.done()
+            lead.send_order(order)
+            lead.wait_for_all()
             finished.append(len(heard))
 
     def second():
-        follower = nodes.Nodes(2, 1, f"127.0.0.1:{port - 1}")
-        while (order := follower.hear()) is not None:
+        follower = launch.Nodes(2, 1, f"127.0.0.1:{port - 1}")
+        while (order := follower.receive_order()) is not None:
             time.sleep(0.05)
             heard.append(order)
-            follower.done()
-        follower.done()
+            follower.wait_for_all()
+        follower.wait_for_all()
 
     threads = [threading.Thread(target=body, daemon=True) for body in (first, second)]
     for thread in threads:
@@ -383,14 +385,13 @@ def test_machines_follow_the_first(tmp_path):
 )
 def test_machines_that_cannot_meet(arguments, words):
     with pytest.raises(ValueError, match=words):
-        nodes.Nodes(*arguments)
+        launch.Nodes(*arguments)
 
 
 def test_ranks_that_do_not_fit_the_machines():
     from helix_megatron.compare import config as configuration
-    from helix_megatron.compare import launching
 
     config = replace(configuration.parse(document(), "f"), world_size=16, nnodes=2)
-    assert [launching.nodes_of(config, ranks) for ranks in (1, 8, 16)] == [1, 1, 2]
+    assert [launch.nodes_of(config, ranks) for ranks in (1, 8, 16)] == [1, 1, 2]
     with pytest.raises(ValueError, match="32 ranks do not fit 2 machines of 8"):
-        launching.nodes_of(config, 32)
+        launch.nodes_of(config, 32)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helix_megatron.compare import command, comparisons, drawing, figures, paper, predictions, tables
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import drawing, paper, plots, predicted, scaling, tables
 from helix_megatron.compare.variants import TP
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan.layout import Layout, Problem, Workload
@@ -110,20 +110,43 @@ def test_a_variant_that_was_refused_is_a_row_that_says_why(report):
 def test_columns_that_few_comparisons_need(report):
     """Context parallelism and virtual stages have a column where some variant has them."""
     results = report[1]
-    assert "cache" in tables.headings(tables.used(results, tables.SPEED))
-    assert {"CP", "VP"}.isdisjoint(tables.headings(tables.used(results, tables.SPEED)))
+    headings = tables.tabulate_variants(results, tables.SPEED, "").headings
+    assert "cache" in headings
+    assert {"CP", "VP"}.isdisjoint(headings)
     changed = json.loads(json.dumps(results))
     changed["variants"][1]["measured"]["layout"]["context_parallel_size"] = 2
     changed["variants"][0]["measured"]["layout"]["virtual_pipeline_model_parallel_size"] = 3
-    kept = tables.used(changed, tables.SPEED)
-    cells = [dict(zip(tables.headings(kept), row)) for row in tables.rows(changed, kept)]
+    table = tables.tabulate_variants(changed, tables.SPEED, "")
+    cells = [dict(zip(table.headings, row)) for row in table.rows]
     assert [(row["CP"], row["VP"]) for row in cells[:3]] == [("-", "3"), ("2", "-"), ("-", "-")]
+
+
+def test_a_zero_is_a_number_and_what_there_is_not_is_a_dash():
+    """One model of a table for all forms: what its columns make of a record, as text and as Markdown."""
+    summary = {"mean": 2.0, "ci95": [1.5, 2.5]}
+    record = {"name": "a|b", "status": "ok", "measured": {"zero": 0.0, "none": None, "time": summary}}
+    columns = [
+        tables.Column("zero", "measured.zero", "{:.1f}"),
+        tables.Column("none", "measured.none.deeper"),
+        tables.Column("absent", "absent.deeper", "{:.1f}"),
+        tables.Column("ms", "measured.time", "{:.0f}", 1e3),
+        tables.Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
+    ]
+    cells = ["0.0", "-", "-", "2000 ± 500", "2.0"]
+    assert [column.format_cell(record) for column in columns] == cells
+    table = tables.tabulate_variants({"variants": [record]}, columns, "title")
+    assert table.headings == ["variant", "zero", "ms", "once"]  # the others have no value in any row
+    assert table.to_markdown()[2] == "| a\\|b | 0.0 | 2000 ± 500 | 2.0 |"
+    exact = {"name": "a", "status": "ok", "measured": {"error": {"relative": 0.0}}}
+    exact["loss_check"] = {"max_abs_difference": 0.0}
+    shown = [c.format_cell(exact) for c in tables.SPEED if c.heading in ("max |Δloss|", "error vs fp32")]
+    assert shown == ["0", "0"]
 
 
 def test_every_figure_is_there_and_as_png(report):
     out, _, _ = report
     text = (out / "report.html").read_text()
-    keys = [plot.key for plot in plots.PLOTS if plot.key != "scaling"]  # this is no scaling study
+    keys = [plot.key for plot in figures.PLOTS if plot.key != "scaling"]  # this is no scaling study
     for key in keys:
         assert f'<figure id="{key}">' in text
         assert (out / "figures" / f"{key}.png").read_bytes().startswith(b"\x89PNG")
@@ -133,20 +156,20 @@ def test_every_figure_is_there_and_as_png(report):
 def test_figures_are_drawn_from_the_numbers(report):
     """The error bars are two standard deviations of the runs, the bars their means."""
     _, results, _ = report
-    figure = drawing.draw(plots.PLOTS[1], results, False)
+    figure = figures.PLOTS[1].draw(results, False)
     train = results["variants"][0]["measured"]["workloads"]["train"]["tokens_per_s"]
     bars = figure.axes[0].patches
     assert bars[0].get_width() == pytest.approx(train["mean"])
     segments = figure.axes[0].collections[0].get_segments()[0]
     assert segments[1][0] - segments[0][0] == pytest.approx(4 * train["sd"])
-    split = drawing.draw(plots.PLOTS[2], results, True).axes[0]
+    split = figures.PLOTS[2].draw(results, True).axes[0]
     whole = results["variants"][0]["measured"]["workloads"]["train"]["iteration_seconds"]["mean"]
     assert sum(bar.get_width() for bar in split.patches[:3]) == pytest.approx(1e3 * whole)
 
 
 def test_bytes_and_predictions_are_drawn_from_the_numbers(report):
     _, results, _ = report
-    draw = {plot.key: drawing.draw(plot, results, False) for plot in plots.PLOTS}
+    draw = {plot.key: plot.draw(results, False) for plot in figures.PLOTS}
     helix = next(v for v in results["variants"] if v["name"] == "Helix 8x2")
     received = sum(cost["bytes"] for cost in helix["measured"]["communication_per_layer"].values())
     bars = [bar for bar in draw["communication"].axes[0].patches if round(bar.get_y() + 0.31) == 4]
@@ -160,7 +183,7 @@ def test_bytes_and_predictions_are_drawn_from_the_numbers(report):
         1e3 * helix["measured"]["workloads"]["decode"]["iteration_seconds"]["mean"]
     )
     assert marks["D"] == pytest.approx(1e3 * helix["predicted"]["workloads"]["decode"])
-    assert drawing.draw(plots.PLOTS[-1], {"variants": [helix | {"predicted": {"cause": "x"}}]}, False) is None
+    assert figures.PLOTS[-1].draw({"variants": [helix | {"predicted": {"cause": "x"}}]}, False) is None
 
 
 def test_a_picture_alone_says_what_its_numbers_are():
@@ -196,7 +219,7 @@ def test_markdown_has_the_same_numbers(report):
 def test_predictions_stand_beside_the_measured(report):
     out, results, text = report
     assert results["prediction"]["cluster"] == "dgx-h100"
-    rows = {(row[0], row[1]): row[2:] for row in predicted.rows(results)}
+    rows = {(row[0], row[1]): row[2:] for row in tables.tabulate_predictions(results).rows}
     measured, planned, ratio = rows["Helix 8x2", "train"]
     entry = next(v for v in results["variants"] if v["name"] == "Helix 8x2")
     mean = entry["measured"]["workloads"]["train"]["iteration_seconds"]["mean"]
@@ -204,7 +227,7 @@ def test_predictions_stand_beside_the_measured(report):
     assert measured == f"{1e3 * mean:,.4g}"
     assert planned == f"{1e3 * seconds:,.4g}"
     assert ratio == f"{seconds / mean:.2f}"
-    shape = predicted.inputs.model_of_flags(
+    shape = predictions.inputs.model_of_flags(
         {"--num-layers": 2, "--hidden-size": 128, "--num-attention-heads": 32, "--seq-length": 16,
          "--max-position-embeddings": 16, "--padded-vocab-size": 272, "--position-embedding-type": "rope"},
         "", "",
@@ -212,7 +235,7 @@ def test_predictions_stand_beside_the_measured(report):
     layout = Layout(16, helix=True, grid=HelixGrid(8, 2), comm_type="a2a", placement="heads",
                     kv_cache="sequence")  # fmt: skip
     problem = Problem(shape, layout, Workload("train", 2, 16, "fp32", fused=False))
-    machine = predicted.inputs.cluster("dgx-h100")
+    machine = predictions.inputs.cluster("dgx-h100")
     assert seconds == predict(problem, machine).seconds
     together = replace(layout, micro_batch=2)  # the whole batch of prompts of 4 tokens, then 3 steps
     for name, kind, length in (("first_token", "prefill", 4), ("decode", "decode", 4 + 1 + 1)):
@@ -234,12 +257,13 @@ def test_what_the_planner_cannot_predict_is_said(tmp_path, monkeypatch):
     assert "the planner does not model context parallelism." in text
     with pytest.raises(ValueError, match=r"dgx-h1000.*did you mean"):
         compare(tmp_path / "two", variants=items, cluster="dgx-h1000")
-    monkeypatch.setattr(predicted.inputs, "of_cores", lambda: predicted.inputs.of_gpus([("unknown", 1, 0)]))
+    unknown = predictions.inputs.of_gpus
+    monkeypatch.setattr(predictions.inputs, "of_cores", lambda: unknown([("unknown", 1, 0)]))
     _, results, text, _ = compare(tmp_path / "three", variants=items)
     assert "no preset fits this machine's GPUs" in results["prediction"]["cause"]
     assert "The planner predicts nothing: no preset fits this machine's GPUs" in text
     two = configuration.parse(document(world_size=16, nnodes=2, host=False, cluster="dgx-h100"), "file.yaml")
-    assert predicted.cluster(two).nodes == 2
+    assert predictions.find_cluster(two).nodes == 2
     assert "predicted" not in results["variants"][0]
 
 
@@ -276,7 +300,7 @@ def test_what_of_the_paper_is_consistent():
 
 def test_the_papers_table_stands_beside_the_same_layouts(report):
     _, results, _ = report
-    rows = {row[3]: row for row in paper.beside(results)}
+    rows = {row[3]: row for row in paper.tabulate_beside(results)}
     assert set(rows) == {"Megatron TP=8 PP=2", "Helix 8x2", "Helix 4x4, four KV heads of 8"}
     assert rows["Megatron TP=8 PP=2"][:3] == ["Baseline (TP=8, PP=2)", "1,200,000", "0.35"]
     speed = results["variants"][0]["measured"]["workloads"]["prefill"]["tokens_per_s"]["mean"]
@@ -307,18 +331,18 @@ def scaling_config(**changes):
 
 
 def test_what_grows_in_a_scaling_study():
-    strong = scaling.at_sizes(scaling_config(), "strong", [2, 8])
+    strong = command.scale_ranks(scaling_config(), "strong", [2, 8])
     names = ["Megatron on 2", "Helix 2x4 on 2", "Megatron on 8", "Helix 2x4 on 8"]
     assert [v.name for v in strong.variants] == names  # both Helix variants choose the same grid: one is kept
     assert [v.args[TP] for v in strong.variants] == [1, 2, 4, 8]
     assert [v.ranks for v in strong.variants] == [2, 2, 8, 8]
     assert all("--global-batch-size" not in v.args for v in strong.variants)
-    weak = scaling.at_sizes(scaling_config(), "weak", [2, 8])
+    weak = command.scale_ranks(scaling_config(), "weak", [2, 8])
     assert [v.args["--global-batch-size"] for v in weak.variants] == [2, 2, 8, 8]
-    assert scaling.at_sizes(scaling_config(), "strong").world_size == 8
-    assert len(scaling.at_sizes(scaling_config(), "strong").variants) == 8
-    gpus = scaling_config(host=False, nnodes=1)
-    assert (scaling.at_sizes(gpus, "strong").world_size, scaling.at_sizes(gpus, "strong").nnodes) == (32, 4)
+    assert command.scale_ranks(scaling_config(), "strong").world_size == 8
+    assert len(command.scale_ranks(scaling_config(), "strong").variants) == 8
+    gpus = command.scale_ranks(scaling_config(host=False, nnodes=1), "strong")
+    assert (gpus.world_size, gpus.nnodes) == (32, 4)
 
 
 def test_a_scaling_study_from_end_to_end(tmp_path, monkeypatch):
@@ -332,12 +356,12 @@ def test_a_scaling_study_from_end_to_end(tmp_path, monkeypatch):
     install(monkeypatch, scaled, page=True)
     code, results, text, _ = compare(tmp_path, variants=items, runs=2, world_size=8)
     assert code == 0
-    points = scaling.study(results, "train")["V"]
+    points = comparisons.scaling_points(results, "train")["V"]
     assert [(p["ranks"], round(p["efficiency"], 6)) for p in points] == [(2, 1.0), (4, 1.0)]
     assert "| V | train | 4 | - |" in text
     assert '<figure id="scaling">' in (tmp_path / "report.html").read_text()
     results["variants"][2]["status"] = "ok"
-    assert scaling.study(results, "train")["V"][2]["efficiency"] == pytest.approx(0.5)
+    assert comparisons.scaling_points(results, "train")["V"][2]["efficiency"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +461,7 @@ def test_the_page_in_a_browser(report, width, tmp_path):
     found = looked_at(report[0] / "report.html", width, tmp_path)
     assert found["width"] == width
     assert found["page"] <= width  # tables scroll by themselves, the page does not
-    assert set(found["figures"]) == {plot.key for plot in plots.PLOTS} - {"scaling"}
+    assert set(found["figures"]) == {plot.key for plot in figures.PLOTS} - {"scaling"}
     for key, figure in found["figures"].items():
         assert figure["overlaps"] == [], key
         assert figure["outside"] == [], key

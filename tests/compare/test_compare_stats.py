@@ -13,7 +13,7 @@ T4, T2 = 2.776445, 4.302653
 
 
 def test_summary_by_hand():
-    found = stats.summary([10.0, 12.0, 11.0, 13.0, 14.0])
+    found = stats.summarise([10.0, 12.0, 11.0, 13.0, 14.0])
     assert found["n"] == 5
     assert found["mean"] == 12.0
     assert found["sd"] == pytest.approx(math.sqrt(10 / 4))
@@ -23,7 +23,7 @@ def test_summary_by_hand():
 
 
 def test_one_run_has_a_mean_and_nothing_else():
-    assert stats.summary([3.0]) == {"n": 1, "mean": 3.0, "sd": None, "cv": None, "ci95": None}
+    assert stats.summarise([3.0]) == {"n": 1, "mean": 3.0, "sd": None, "cv": None, "ci95": None}
     found = stats.compare([2.0], [1.0])
     assert found["ratio"] == 2.0
     assert found["differs"] is None
@@ -111,4 +111,4 @@ def test_what_cannot_be_compared(own, other):
 def test_what_cannot_be_summarised():
     for values in ([], [1.0, math.nan]):
         with pytest.raises(ValueError, match="finite values"):
-            stats.summary(values)
+            stats.summarise(values)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helix_megatron.compare.comm import CommMeter
 from helix_megatron.exchange import levels
 from helix_megatron.host.launcher import run_ranks
+from helix_megatron.measure.comm import CommMeter
 from helix_megatron.megatron import integrate
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixGrid

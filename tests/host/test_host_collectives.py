@@ -7,9 +7,9 @@ import subprocess
 import pytest
 import torch
 
-from helix_megatron.compare.comm import CommMeter
 from helix_megatron.host.launcher import RankError, run_ranks
 from helix_megatron.host.shared_memory import SLOT_BYTES, Meeting, _mapped
+from helix_megatron.measure.comm import CommMeter
 
 RANKS = 3
 LARGE = 2 * SLOT_BYTES // 4 + 3  # in floats: several rounds

@@ -64,7 +64,7 @@ def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int)
     """Collectives of every step."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     start(tp)
     layer, _ = make(case, helix, tp, Groups())
@@ -169,7 +169,7 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
     """
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     texts = ["a", "hello", "exactly8", "the quick brown f", "one prompt that takes four pages"[:30]]
     lengths = [12, 3, 9, 20, 6]

@@ -91,7 +91,7 @@ def _run(arguments: list[str]) -> dict:
     """{"losses", "norms"}: of each step, on the last rank; "begun": steps; "plan": Helix's line, on rank 0;
     "error", "trace": what ended it."""
     from helix_megatron import pretrain_gpt
-    from helix_megatron.compare.start import same_weights_at_any_layout
+    from helix_megatron.measure.start import same_weights_at_any_layout
 
     printed = io.StringIO()
     result: dict = {"losses": [], "norms": [], "begun": 0}

@@ -70,7 +70,7 @@ def test_per_slice_is_megatrons_layer_with_more_and_smaller_heads():
 # ---- collectives ----
 def _count(tp: int, jobs: list) -> list[dict]:
     """Collectives of one layer, forward and then forward + backward, besides those Megatron makes itself."""
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     start(tp)
     groups, found = Groups(), []
@@ -142,7 +142,7 @@ def test_layer_adds_no_other_collective():
 
 def _count_context_parallel(tp: int, cp: int, jobs: list) -> list[dict]:
     """Bytes that this rank receives over the context-parallel group: forward, and forward + backward."""
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     start(tp, cp)
     groups, found = Groups(), []

@@ -144,7 +144,7 @@ def test_half_precision_is_as_good_as_megatrons():
 # ---- collectives ----
 def _count(tp: int, case: Case, helix: HelixConfig) -> dict:
     """Collectives of one layer, forward alone and with its backward, over the dim group of two."""
-    from helix_megatron.compare.comm import CommMeter
+    from helix_megatron.measure.comm import CommMeter
 
     start(tp)
     case.draw()

@@ -17,10 +17,15 @@ from typing import Any
 _PERIOD_S = 0.2
 _ALL_LINKS = 0xFFFFFFFF
 _KIB = 1024
+_GIVES = {  # what is asked → what its answer is called
+    "utilization": ("gpu_busy_percent", "memory_busy_percent"),
+    "power": ("watts",),
+    "memory bandwidth": ("memory_bandwidth_percent",),
+}
 
 
 @contextmanager
-def watched(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
+def watch_gpu(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
     """Sample this rank's GPU while entered; at the end result["gpu"] holds what `Watch.summary` gives.
 
     Yields the watch, whose `restart` forgets what was before (set-up, warm-up). Nothing is added in host
@@ -76,19 +81,16 @@ class Watch:
 
     def sample(self) -> None:
         """One sample of everything that this GPU gives."""
+        queries = (self._utilization, self._power, self._bandwidth)
         with self.lock:
-            self._ask("utilization", self._utilization)
-            self._ask("power", self._power)
-            self._ask("memory bandwidth", self._bandwidth)
-
-    def _ask(self, what: str, query: Any) -> None:
-        if what in self.errors:
-            return
-        try:
-            for name, value in query().items():
-                self.samples.setdefault(name, []).append(value)
-        except self.nvml.NVMLError as error:
-            self.errors[what] = str(error)
+            for what, query in zip(_GIVES, queries):
+                if what in self.errors:
+                    continue
+                try:
+                    for name, value in query().items():
+                        self.samples.setdefault(name, []).append(value)
+                except self.nvml.NVMLError as error:
+                    self.errors[what] = str(error)
 
     def _utilization(self) -> dict[str, float]:
         rates = self.nvml.nvmlDeviceGetUtilizationRates(self.gpu)
@@ -125,20 +127,15 @@ class Watch:
 
     def _link_bytes(self) -> dict[str, int] | None:
         """Bytes that all NVLinks have sent and received since the driver started; None where not counted."""
-        ids = {
-            "sent": self.nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
-            "received": self.nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
-        }
-        counted = {}
-        for direction, field in ids.items():
-            try:
-                value = self.nvml.nvmlDeviceGetFieldValues(self.gpu, [(field, _ALL_LINKS)])[0]
-            except self.nvml.NVMLError:
-                return None
-            if value.nvmlReturn != self.nvml.NVML_SUCCESS:
-                return None
-            counted[direction] = value.value.ullVal * _KIB
-        return counted
+        tx, rx = "NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX", "NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX"
+        asked = [(getattr(self.nvml, field), _ALL_LINKS) for field in (tx, rx)]
+        try:
+            values = self.nvml.nvmlDeviceGetFieldValues(self.gpu, asked)
+        except self.nvml.NVMLError:
+            return None
+        if any(value.nvmlReturn != self.nvml.NVML_SUCCESS for value in values):
+            return None
+        return {key: value.value.ullVal * _KIB for key, value in zip(("sent", "received"), values)}
 
     def summary(self) -> dict[str, Any]:
         """Means over the samples; what NVML did not give, or not to the end, is absent.
@@ -164,10 +161,3 @@ class Watch:
             self.nvml.nvmlShutdown()
         except self.nvml.NVMLError:  # the driver has gone; the numbers are taken
             pass
-
-
-_GIVES = {
-    "utilization": ("gpu_busy_percent", "memory_busy_percent"),
-    "power": ("watts",),
-    "memory bandwidth": ("memory_bandwidth_percent",),
-}

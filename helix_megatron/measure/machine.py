@@ -1,4 +1,4 @@
-"""What ran where: hardware, versions and source. Runs that differ in it are not compared unasked."""
+"""What ran where: hardware, versions and source; and where a rank runs: its core."""
 
 from __future__ import annotations
 
@@ -40,30 +40,23 @@ def hardware() -> dict[str, Any]:
     import psutil
     import torch
 
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    cpu = names[0] if names else platform.processor() or platform.machine()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": cpu, "cores": cores, "memory_bytes": psutil.virtual_memory().total, "gpus": gpus}
 
 
 def git_revision() -> str:
-    """Commit of the source, marked when the tree has changes; 'unknown' outside a checkout."""
+    """Commit of the source, marked when tracked files have changes; 'unknown' outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with local changes"]
     here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        revision, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return revision + (" with local changes" if changed else "")
 
 
 def source_digest() -> str:
@@ -72,3 +65,14 @@ def source_digest() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def pin(rank: int) -> None:
+    """Keep this process on one core, neighbours on different ones.
+
+    Work goes from neighbour to neighbour in gloo's rings and in pipelines; with 16 ranks on two cores gloo's
+    all-reduce of 64 kB takes 45 ms like this and 70 ms when ranks wander between the cores.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})

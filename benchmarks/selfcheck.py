@@ -1,4 +1,6 @@
-"""Can the harness tell a difference, and can it tell none?  python -m helix_megatron.compare.selfcheck
+"""Can `helix compare` tell a difference, and can it tell none?
+
+    python benchmarks/selfcheck.py [--resume]
 
 Three variants of one tiny model run in turn through the harness itself: A, the same again, and A slowed by a
 known share (each iteration sleeps). Every `runs` rounds are one try. In at least 90 % of the tries the 95 %
@@ -70,8 +72,8 @@ def overhead(calls: int, iteration_s: float, repeat: int = 2000) -> dict[str, fl
     """
     import torch
 
-    from helix_megatron.compare.comm import CommMeter
     from helix_megatron.compare.workloads import Samples
+    from helix_megatron.measure.comm import CommMeter
 
     class Group:
         def size(self) -> int:
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     from helix_megatron.compare import harness
     from helix_megatron.host.mode import enable_host_mode
 
-    parser = argparse.ArgumentParser(prog="python -m helix_megatron.compare.selfcheck")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--runs", type=int, default=8, help="runs of each variant in a try")
     parser.add_argument("--iterations", type=int, default=20)

@@ -11,18 +11,21 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from helix_megatron import pretrain_gpt
-from helix_megatron.compare import accuracy, memory, nvml, workloads
-from helix_megatron.compare.comm import CommMeter
-from helix_megatron.compare.start import same_weights_at_any_layout
+from helix_megatron.compare import accuracy, workloads
+from helix_megatron.measure import memory, nvml
+from helix_megatron.measure.comm import CommMeter
+from helix_megatron.measure.machine import pin
+from helix_megatron.measure.start import same_weights_at_any_layout
 from helix_megatron.megatron import entry
 
 
@@ -33,7 +36,7 @@ class Task:
     argv: list[str]
     """Flags for helix_megatron.pretrain_gpt."""
     folder: str
-    """Where rank r writes rank-<r>.json, or error-<r>.json, and rank 0 its progress."""
+    """Where rank r writes rank-<r>.json, or error-<r>.json."""
     host: bool
     workloads: dict[str, list[int]]
     """Name → [warm-up iterations, measured iterations]."""
@@ -74,34 +77,21 @@ def run(task: Task) -> None:
         pin(rank)
     folder = Path(task.folder)
     try:
-        result = measure(task, folder if rank == 0 else None)
+        result = measure(task)
         (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     except BaseException as error:
-        cause = entry.configuration_error(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        cause = entry.configuration_error(error) or _describe(error)
         report = {"time": time.time(), "rank": rank, "cause": cause, "traceback": traceback.format_exc()}
         (folder / f"error-{rank}.json").write_text(json.dumps(report))
         raise
 
 
-def pin(rank: int) -> None:
-    """Keep this process on one core, neighbours on different ones.
-
-    Work goes from neighbour to neighbour in gloo's rings and in pipelines; with 16 ranks on two cores gloo's
-    all-reduce of 64 kB takes 45 ms like this and 70 ms when ranks wander between the cores.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def measure(task: Task, progress: Path | None) -> dict[str, Any]:
+def measure(task: Task) -> dict[str, Any]:
     """Train, then measure the trained model. Returns this rank's samples as JSON types."""
-
-    def say(stage: str) -> None:
-        if progress is not None:
-            (progress / "progress").write_text(stage)
-
-    say("starting")
     argv = entry.prepare(task.argv)
     meter = CommMeter()
     recorder = Recorder(workloads.Samples(task.workloads.get("train", [1, 0])[0], task.host, task.slow_down))
@@ -109,121 +99,93 @@ def measure(task: Task, progress: Path | None) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with (
         same_weights_at_any_layout(seed),
-        accuracy.compared_at_start(task, result, workloads.random_tokens),
-        nvml.watched(result, task.host) as watch,
-        recorded_training(recorder, meter, say, watch),
+        accuracy.compare_at_start(task, result),
+        nvml.watch_gpu(result, task.host) as watch,
+        record_training(recorder, meter, watch),
     ):
         try:
             pretrain_gpt.train(argv)
         except accuracy.ReferenceDone:
             return {"reference": task.reference}
-        measured = after_training(task, recorder, meter, say)
+        measured = measure_trained(task, recorder, meter)
     return result | measured
 
 
-def after_training(
-    task: Task, recorder: Recorder, meter: CommMeter, say: Callable[[str], None]
-) -> dict[str, Any]:
+def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[str, Any]:
     """Everything measured once the model is there and trained."""
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.training import get_args
 
     get_rerun_state_machine().set_mode(RerunMode.DISABLED)  # it watches training steps only
     args, model = get_args(), recorder.model
-    held = memory.held(model, recorder.optimizer)
-    say("activations")
+    held = memory.state_bytes(model, recorder.optimizer)
     # Megatron's interleaved schedule takes no fewer micro-batches than there are stages.
     together = args.pipeline_model_parallel_size if len(model) > 1 else 1
-    held["saved_for_backward"] = memory.saved_for_backward(
-        model, lambda: workloads.one_pass(model, together), together
+    held["saved_for_backward"] = memory.activation_bytes(
+        model, lambda: workloads.run_forward(model, together), together
     )
     measured: dict[str, Any] = {}
     if "train" in task.workloads:
         tokens = args.global_batch_size * args.seq_length
-        work = 3 * workloads.flops(tokens, tokens * args.seq_length)
-        measured["train"] = recorder.samples.as_json(tokens, work)
-        measured["train"]["losses"] = recorder.losses
-    steps: list[tuple[str, str, Callable[..., dict[str, Any]]]] = [
-        ("prefill", "prefill", workloads.prefill),
-        ("prefill", "first_token", workloads.first_token),
-        ("decode", "decode", workloads.decode),
-        ("mixed", "mixed", workloads.mixed),
-    ]
-    for asked, name, body in steps:
-        if asked in task.workloads:
-            say(name.replace("_", " "))
+        work = 3 * workloads.count_flops(tokens, tokens * args.seq_length)
+        measured["train"] = recorder.samples.as_json(tokens, work) | {"losses": recorder.losses}
+    for body in (workloads.prefill, workloads.first_token, workloads.decode, workloads.mixed):
+        name = body.__name__
+        if ("prefill" if name == "first_token" else name) in task.workloads:
             try:
                 measured[name] = body(model, task, meter)
             except (NotImplementedError, ValueError, AssertionError) as error:  # the rest still counts
-                measured[name] = {"cause": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+                measured[name] = {"cause": _describe(error)}
     if "kv_cache_bytes" in measured.get("decode", {}):
         held["kv_cache"] = measured["decode"]["kv_cache_bytes"]
     kinds = [kind for one in measured.values() for kind in one.get("comm", {}).values()]
     held["communication"] = max((kind["largest"] for kind in kinds), default=0)
     if torch.cuda.max_memory_allocated():
         held["device_peak"] = torch.cuda.max_memory_allocated()
-    say("done")
     return {
-        "layers": len(layer_numbers(model)),
-        "args": chosen_args(args),
-        "helix": helix_plan(model),
+        "layers": sum(isinstance(m, TransformerLayer) for chunk in model for m in chunk.modules()),
+        "args": layout_of(args),
+        "helix": grid_of(model),
         "workloads": measured,
         "memory_bytes": held,
-        "megatron_estimate_bytes": memory.megatron_estimate(),
+        "megatron_estimate_bytes": memory.estimate_bytes(),
     }
 
 
-def chosen_args(args: Any) -> dict[str, Any]:
+_LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("data_parallel_size", "context_parallel_size", "num_layers", "hidden_size", "ffn_hidden_size"),
+    *("num_attention_heads", "num_query_groups", "kv_channels", "seq_length", "micro_batch_size"),
+    *("global_batch_size", "padded_vocab_size", "world_size"),
+)
+
+
+def layout_of(args: Any) -> dict[str, Any]:
     """What Megatron and Helix settled on, for the row."""
-    names = [
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "data_parallel_size",
-        "context_parallel_size",
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "seq_length",
-        "micro_batch_size",
-        "global_batch_size",
-        "padded_vocab_size",
-        "world_size",
-        *sorted(name for name in vars(args) if name.startswith("helix_")),
-    ]
+    names = [*_LAYOUT, *sorted(name for name in vars(args) if name.startswith("helix_"))]
     plain = (str, int, float, bool, type(None))
     return {name: value for name in names if isinstance(value := getattr(args, name, None), plain)}
 
 
-def helix_plan(model: list[torch.nn.Module]) -> dict[str, Any] | None:
+def grid_of(model: list[torch.nn.Module]) -> dict[str, Any] | None:
     """The grid and the choices that Helix has settled on, from a layer; None without Helix."""
-    for plan in (getattr(m, "helix_plan", None) for chunk in model for m in chunk.modules()):
-        if plan is not None:
-            sliced, per_slice = not plan.is_megatron, plan.layout.per_slice
-            return {
-                "n": plan.grid.head_parallel_size,
-                "m": plan.grid.dim_parallel_size,
-                "comm": plan.comm_type if sliced and not per_slice else None,
-                "placement": plan.layout.query_placement if sliced else None,
-                "cache": plan.kv_cache if sliced and not per_slice else None,
-            }
-    return None
-
-
-def layer_numbers(model: list[torch.nn.Module]) -> list[int]:
-    """Numbers (from 1, in the whole model) of the transformer layers on this rank."""
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    return [m.layer_number for chunk in model for m in chunk.modules() if isinstance(m, TransformerLayer)]
+    plans = (getattr(module, "helix_plan", None) for chunk in model for module in chunk.modules())
+    plan = next((plan for plan in plans if plan is not None), None)
+    if plan is None:
+        return None
+    sliced, per_slice = not plan.is_megatron, plan.layout.per_slice
+    return {
+        "n": plan.grid.head_parallel_size,
+        "m": plan.grid.dim_parallel_size,
+        "comm": plan.comm_type if sliced and not per_slice else None,
+        "placement": plan.layout.query_placement if sliced else None,
+        "cache": plan.kv_cache if sliced and not per_slice else None,
+    }
 
 
 @contextmanager
-def recorded_training(
-    recorder: Recorder, meter: CommMeter, say: Callable[[str], None], watch: nvml.Watch | None = None
-) -> Iterator[None]:
+def record_training(recorder: Recorder, meter: CommMeter, watch: nvml.Watch | None = None) -> Iterator[None]:
     """Wrap Megatron's `train_step` while entered: each call is one iteration of the recorder's samples.
 
     `watch` begins anew with the first measured one.
@@ -233,7 +195,6 @@ def recorded_training(
     original = training.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        say(f"training step {len(recorder.samples.all_seconds) + 1}")
         recorder.model, recorder.optimizer = args[2], args[3]
         if watch is not None and len(recorder.samples.all_seconds) == recorder.samples.warmup:
             watch.restart()
@@ -242,15 +203,12 @@ def recorded_training(
             recorder.losses.append(result[0]["lm loss"].item())
         return result
 
-    training.train_step = train_step
-    try:
+    with mock.patch.object(training, "train_step", train_step):
         yield
-    finally:
-        training.train_step = original
 
 
 def main() -> None:
-    """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.measure TASK`, as JSON."""
+    """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.rank TASK`, as JSON."""
     from helix_megatron.host.processes import die_with_parent
 
     die_with_parent()  # a harness that is killed leaves no ranks on the GPUs

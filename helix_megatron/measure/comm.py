@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -50,85 +51,43 @@ def bus_factor(kind: str, ranks: int) -> float:
     return 1.0
 
 
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _sum(tensors: Any) -> int:
+def _bytes(tensors: Any) -> int:
     """Bytes of a tensor or of all tensors in nested lists; other things have none."""
     if isinstance(tensors, torch.Tensor):
-        return _size(tensors)
-    return sum(map(_sum, tensors)) if isinstance(tensors, list | tuple) else 0
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_bytes, tensors)) if isinstance(tensors, list | tuple) else 0
 
 
-def _first(tensors: Any, *_: Any) -> int:
-    return _sum(tensors)
-
-
-def _second(_output: Any, source: Any, *_: Any) -> int:
-    return _sum(source)
-
-
-def _nothing(*_: Any) -> int:
-    return 0
-
-
-def _even(group: Any, kind: str, payload: int, *_: Any) -> float:
+def _received(method: str, group: Any, payload: int, given: tuple[Any, ...]) -> float:
+    """Bytes that this rank receives in a call with the arguments `given`."""
+    kind = _METHODS[method][0]
+    if kind in ("send", "barrier"):
+        return 0.0
+    if kind in ("broadcast", "reduce"):
+        at_root = group.rank() == getattr(given[1], "rootRank", given[1])
+        if kind == "broadcast":
+            return 0.0 if at_root else payload
+        return payload * (group.size() - 1) if at_root else 0.0
+    splits = list(given[2]) if method in _WITH_SPLITS and len(given) > 2 else []
+    if splits:
+        return payload * (1 - splits[group.rank()] / max(1, sum(splits)))
     return payload * bus_factor(kind, group.size())
 
 
-def _broadcast(group: Any, _kind: str, payload: int, _tensors: Any, options: Any, *_: Any) -> float:
-    root = getattr(options, "rootRank", options)
-    return 0.0 if group.rank() == root else payload
-
-
-def _to_root(group: Any, _kind: str, payload: int, _tensors: Any, options: Any, *_: Any) -> float:
-    root = getattr(options, "rootRank", options)
-    return payload * (group.size() - 1) if group.rank() == root else 0.0
-
-
-def _split(
-    group: Any, kind: str, payload: int, _output: Any, _input: Any, output_splits: Any = (), *_: Any
-) -> float:
-    splits = list(output_splits)
-    if not splits:
-        return _even(group, kind, payload)
-    return payload * (1 - splits[group.rank()] / max(1, sum(splits)))
-
-
-def _sent(*_: Any) -> float:
-    return 0.0
-
-
-_ALL_REDUCE = ("all_reduce", _first, _even)
-_ALL_GATHER = ("all_gather", _first, _even)
-_REDUCE_SCATTER = ("reduce_scatter", _second, _even)
-# ProcessGroup method → (name in the report, payload of the arguments, bytes received by this rank). torch
-# renamed some over time.
-_METHODS: dict[str, tuple[str, Callable[..., int], Callable[..., float]]] = {
-    "allreduce": _ALL_REDUCE,
-    "allreduce_coalesced": _ALL_REDUCE,
-    "allgather": _ALL_GATHER,
-    "_allgather_base": _ALL_GATHER,
-    "all_gather_single": _ALL_GATHER,
-    "allgather_coalesced": _ALL_GATHER,
-    "allgather_into_tensor_coalesced": _ALL_GATHER,
-    "all_gather_single_coalesced": _ALL_GATHER,
-    "reduce_scatter": _REDUCE_SCATTER,
-    "_reduce_scatter_base": _REDUCE_SCATTER,
-    "reduce_scatter_single": _REDUCE_SCATTER,
-    "reduce_scatter_tensor_coalesced": _REDUCE_SCATTER,
-    "reduce_scatter_single_coalesced": _REDUCE_SCATTER,
-    "alltoall": ("all_to_all", _first, _even),
-    "alltoall_base": ("all_to_all", _first, _split),
-    "all_to_all_single": ("all_to_all", _first, _split),
-    "broadcast": ("broadcast", _first, _broadcast),
-    "reduce": ("reduce", _first, _to_root),
-    "send": ("send", _first, _sent),
-    "recv": ("recv", _first, _even),
-    "barrier": ("barrier", _nothing, _sent),
+# ProcessGroup method → (name in the report, the argument that is the payload). torch renamed some over time.
+_METHODS = {
+    **dict.fromkeys(("allreduce", "allreduce_coalesced"), ("all_reduce", 0)),
+    **dict.fromkeys(("allgather", "_allgather_base", "all_gather_single"), ("all_gather", 0)),
+    **dict.fromkeys(("allgather_coalesced", "allgather_into_tensor_coalesced"), ("all_gather", 0)),
+    **dict.fromkeys(("all_gather_single_coalesced",), ("all_gather", 0)),
+    **dict.fromkeys(("reduce_scatter", "_reduce_scatter_base"), ("reduce_scatter", 1)),
+    **dict.fromkeys(("reduce_scatter_single", "reduce_scatter_tensor_coalesced"), ("reduce_scatter", 1)),
+    **dict.fromkeys(("reduce_scatter_single_coalesced",), ("reduce_scatter", 1)),
+    **dict.fromkeys(("alltoall", "alltoall_base", "all_to_all_single"), ("all_to_all", 0)),
+    **{kind: (kind, 0) for kind in ("broadcast", "reduce", "send", "recv")},
+    "barrier": ("barrier", None),
 }
-_POINT_TO_POINT = ("send", "recv")
+_WITH_SPLITS = ("alltoall_base", "all_to_all_single")
 
 
 class CommMeter:
@@ -143,25 +102,18 @@ class CommMeter:
     def counting(self, blocking: bool = False) -> Iterator[CommMeter]:
         """Count from here on, from nothing; `blocking` as the module's docstring says."""
         self.tallies, self._pending = {}, {}
-        group_class = torch.distributed.ProcessGroup
-        work_class = torch._C._distributed_c10d.Work
-        # The entries of the class itself: what getattr returns would no longer bind `self` when put back.
-        kept = {name: vars(group_class)[name] for name in _METHODS if name in vars(group_class)}
-        wait = vars(work_class)["wait"]
-        try:
-            for name, original in kept.items():
-                setattr(group_class, name, self._counted(name, original, blocking))
-            work_class.wait = self._timed_wait(wait)
+        group, work = torch.distributed.ProcessGroup, torch._C._distributed_c10d.Work
+        with ExitStack() as patches:
+            for name in (name for name in _METHODS if name in vars(group)):
+                counted = self._counted(name, vars(group)[name], blocking)
+                patches.enter_context(mock.patch.object(group, name, counted))
+            patches.enter_context(mock.patch.object(work, "wait", self._timed_wait(vars(work)["wait"])))
             yield self
-        finally:
-            work_class.wait = wait
-            for name, original in kept.items():
-                setattr(group_class, name, original)
-            self._pending = {}
+        self._pending = {}
 
     def _counted(self, method: str, original: Callable[..., Any], blocking: bool) -> Callable[..., Any]:
-        kind, payload_of, received = _METHODS[method]
-        blocking = blocking and method not in _POINT_TO_POINT
+        kind, where = _METHODS[method]
+        blocking = blocking and kind not in ("send", "recv")
 
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
             # A method that calls another one is one collective; a group of one rank has none.
@@ -170,10 +122,10 @@ class CommMeter:
             tally = self.tallies.setdefault(f"{kind} x{group.size()}", Tally())
             tally.calls += 1
             given = (*args, *kwargs.values())
-            payload = payload_of(*given)
+            payload = 0 if where is None else _bytes(given[where])
             tally.payload += payload
-            tally.bytes += received(group, kind, payload, *given)
-            tally.largest = max(tally.largest, _sum(args))
+            tally.bytes += _received(method, group, payload, given)
+            tally.largest = max(tally.largest, _bytes(args))
             if blocking:
                 torch.cuda.synchronize()
             self._depth += 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def held(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
+def state_bytes(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
     """Bytes of parameters, their gradients and the optimizer's state.
 
     Optimizer state is what its inner optimizers keep per parameter, and main parameters that are not the
@@ -31,7 +31,7 @@ def held(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
     return sizes
 
 
-def megatron_estimate() -> dict[str, float]:
+def estimate_bytes() -> dict[str, float]:
     """Megatron's own theoretical bytes of the fullest rank, of one micro-batch in flight.
 
     Its formula is for bf16 training (18 bytes a parameter with its gradient and Adam's state), whatever runs.
@@ -51,7 +51,7 @@ def megatron_estimate() -> dict[str, float]:
     }
 
 
-def saved_for_backward(
+def activation_bytes(
     model: list[torch.nn.Module], one_pass: Callable[[], None], microbatches: int = 1
 ) -> int:
     """Bytes that autograd keeps for backward of one of the micro-batches that `one_pass` runs forward.

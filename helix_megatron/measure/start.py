@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -27,29 +28,26 @@ def same_weights_at_any_layout(seed: int) -> Iterator[None]:
     embedding, block = LanguageModelEmbedding.__init__, TransformerBlock.__init__
     layer = TransformerLayer.__init__
 
-    def reseed(number: int) -> None:
+    def seed_anew(number: int) -> None:
         torch.manual_seed(seed * 10_000_019 + number)
 
-    def seeded_embedding(self: Any, *args: Any, **kwargs: Any) -> None:
-        reseed(0)
+    def build_embedding(self: Any, *args: Any, **kwargs: Any) -> None:
+        seed_anew(0)
         embedding(self, *args, **kwargs)
 
-    def seeded_layer(
+    def build_layer(
         self: Any, config: Any, submodules: Any, layer_number: int = 1, *args: Any, **kwargs: Any
     ) -> None:
-        reseed(layer_number + get_transformer_layer_offset(config, kwargs.get("vp_stage")))
+        seed_anew(layer_number + get_transformer_layer_offset(config, kwargs.get("vp_stage")))
         layer(self, config, submodules, layer_number, *args, **kwargs)
 
-    def seeded_block(self: Any, *args: Any, **kwargs: Any) -> None:
+    def build_block(self: Any, *args: Any, **kwargs: Any) -> None:
         block(self, *args, **kwargs)
-        reseed(_AFTER_LAYERS)
+        seed_anew(_AFTER_LAYERS)
 
-    LanguageModelEmbedding.__init__ = seeded_embedding
-    TransformerLayer.__init__ = seeded_layer
-    TransformerBlock.__init__ = seeded_block
-    try:
+    with (
+        mock.patch.object(LanguageModelEmbedding, "__init__", build_embedding),
+        mock.patch.object(TransformerLayer, "__init__", build_layer),
+        mock.patch.object(TransformerBlock, "__init__", build_block),
+    ):
         yield
-    finally:
-        LanguageModelEmbedding.__init__ = embedding
-        TransformerLayer.__init__ = layer
-        TransformerBlock.__init__ = block

@@ -31,7 +31,7 @@ _NOT_MODELLED = {
 }
 
 
-def cluster(config: CompareConfig) -> Cluster:
+def find_cluster(config: CompareConfig) -> Cluster:
     """The cluster that `config` names, by default this machine. ValueError for one that is not known."""
     cores = config.host and not config.cluster  # a host's ranks do not use its GPUs
     return replace(
@@ -39,13 +39,13 @@ def cluster(config: CompareConfig) -> Cluster:
     )
 
 
-def add(config: CompareConfig, results: dict[str, Any]) -> None:
+def add_predictions(config: CompareConfig, results: dict[str, Any]) -> None:
     """Add `prediction` (of which cluster, or the cause why there is none) and `predicted` to each variant.
 
     A variant's `predicted` has `workloads` (name → seconds of an iteration), `memory_bytes`, or a `cause`.
     """
     try:
-        machine = cluster(config)
+        machine = find_cluster(config)
     except ValueError as error:
         results["prediction"] = {"cause": str(error)}
         return
@@ -53,13 +53,13 @@ def add(config: CompareConfig, results: dict[str, Any]) -> None:
     for variant, entry in zip(config.variants, results["variants"], strict=True):
         if "measured" in entry:
             try:
-                entry["predicted"] = of_variant(config, variant, entry, machine)
+                entry["predicted"] = predict_variant(config, variant, entry["measured"], machine)
             except (HelixConfigError, ValueError) as error:
                 entry["predicted"] = {"cause": str(error)}
 
 
-def of_variant(
-    config: CompareConfig, variant: Variant, entry: dict[str, Any], machine: Cluster
+def predict_variant(
+    config: CompareConfig, variant: Variant, measured: dict[str, Any], machine: Cluster
 ) -> dict[str, Any]:
     """Seconds of each workload that the planner knows, and bytes of the fullest rank in `measured`'s names.
 
@@ -73,24 +73,22 @@ def of_variant(
     if flags.get("--helix-softmax") == "per-slice":
         raise ValueError("the planner does not model per-slice softmax.")
     shape = inputs.model_of_flags(flags, variant.name, config.name)
-    layout = _layout(variant, entry["measured"], flags)
+    layout = _find_layout(measured, flags)
     found: dict[str, Any] = {"workloads": {}, "memory_bytes": {}}
-    for name, work in _workloads(config, entry["measured"], flags).items():
+    for name, work in _find_workloads(config, measured, flags).items():
         here = layout if name == "train" else replace(layout, micro_batch=max(1, work.batch // layout.dp))
         problem = Problem(shape, here, work)
         found["workloads"][name] = predict(problem, machine).seconds
-        found["memory_bytes"] |= _bytes(problem)
+        found["memory_bytes"] |= _predict_bytes(problem)
     return found
 
 
-def _layout(variant: Variant, measured: dict[str, Any], flags: dict[str, Any]) -> Layout:
+def _find_layout(measured: dict[str, Any], flags: dict[str, Any]) -> Layout:
     sizes, grid = measured["layout"], measured["grid"]
-    chosen: dict[str, Any] = {}
-    if grid is not None:
-        chosen = {"helix": True, "grid": HelixGrid(grid["n"], grid["m"])}
-        if grid["m"] > 1:
-            chosen |= {"comm_type": grid["comm"], "placement": grid["placement"]}
-            chosen["kv_cache"] = grid.get("cache") or "sequence"
+    chosen: dict[str, Any] = {"helix": True, "grid": HelixGrid(grid["n"], grid["m"])} if grid else {}
+    if grid and grid["m"] > 1:
+        chosen |= {"comm_type": grid["comm"], "placement": grid["placement"]}
+        chosen["kv_cache"] = grid.get("cache") or "sequence"
     return Layout(
         sizes["tensor_model_parallel_size"],
         sizes["pipeline_model_parallel_size"],
@@ -102,60 +100,44 @@ def _layout(variant: Variant, measured: dict[str, Any], flags: dict[str, Any]) -
     )
 
 
-def _workloads(config: CompareConfig, measured: dict[str, Any], flags: dict[str, Any]) -> dict[str, Workload]:
+def _find_workloads(
+    config: CompareConfig, measured: dict[str, Any], flags: dict[str, Any]
+) -> dict[str, Workload]:
     """Those that were measured and that the planner knows."""
-    sizes = measured["layout"]
-    dtype = "bf16" if flags.get("--bf16") else "fp16" if flags.get("--fp16") else "fp32"
+    sizes, decode = measured["layout"], config.workload("decode")
     common: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": "bf16" if flags.get("--bf16") else "fp16" if flags.get("--fp16") else "fp32",
         "distributed_optimizer": flags.get("--use-distributed-optimizer") is True,
         "fused": flags.get("--transformer-impl", "transformer_engine") != "local",
     }
+    steps = decode.warmup_iterations + decode.iterations if decode else 0
     lengths = {
         "train": ("train", sizes["global_batch_size"], sizes["seq_length"]),
         "first_token": ("prefill", config.batch_size, config.prompt_length),
+        "decode": ("decode", config.batch_size, config.prompt_length + 1 + steps // 2),
     }
-    decode = config.workload("decode")
-    if decode is not None:
-        middle = config.prompt_length + 1 + (decode.warmup_iterations + decode.iterations) // 2
-        lengths["decode"] = ("decode", config.batch_size, middle)
     return {k: Workload(*v, **common) for k, v in lengths.items() if k in measured["workloads"]}
 
 
-def _bytes(problem: Problem) -> dict[str, float]:
+def _predict_bytes(problem: Problem) -> dict[str, float]:
     """Bytes of the fullest rank in `measured`'s names, each part's own; activations of one micro-batch."""
-    stages = [memory.of_stage(problem, stage) for stage in range(problem.layout.pp)]
+    stages = range(problem.layout.pp)
+    held = [memory.of_stage(problem, stage) for stage in stages]
     if problem.workload.kind == "decode":
-        return {"kv_cache": max(total(held.kv_cache) for held in stages)}
-    if problem.workload.kind != "train":
-        return {}
-    activations = [memory.activations(problem, stage) for stage in range(problem.layout.pp)]
-    parts = {
-        "parameters": [held.weights for held in stages],
-        "gradients": [held.gradients for held in stages],
-        "optimizer": [held.optimizer for held in stages],
-        "saved_for_backward": activations,
-    }
+        parts = {"kv_cache": [one.kv_cache for one in held]}
+    elif problem.workload.kind == "train":
+        parts = {
+            "parameters": [one.weights for one in held],
+            "gradients": [one.gradients for one in held],
+            "optimizer": [one.optimizer for one in held],
+            "saved_for_backward": [memory.activations(problem, stage) for stage in stages],
+        }
+    else:
+        parts = {}
     return {name: max(map(total, terms)) for name, terms in parts.items()}
 
 
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """variant, workload, measured ms, predicted ms, predicted / measured; why there is none for others."""
-    found = []
-    for variant in (v for v in results["variants"] if "predicted" in v):
-        if "cause" in variant["predicted"]:
-            found.append([variant["name"], "-", "-", "-", variant["predicted"]["cause"]])
-        for name, seconds in variant["predicted"].get("workloads", {}).items():
-            measured = variant["measured"]["workloads"][name]["iteration_seconds"]["mean"]
-            times = [f"{1e3 * measured:,.4g}", f"{1e3 * seconds:,.4g}", f"{seconds / measured:.2f}"]
-            found.append([variant["name"], name.replace("_", " "), *times])
-    return found
-
-
-ROWS = ["variant", "workload", "measured ms", "predicted ms", "predicted / measured"]
-
-
-def said(results: dict[str, Any]) -> str:
+def describe_prediction(results: dict[str, Any]) -> str:
     """Of what the predictions are, in one sentence; empty where there are none."""
     prediction = results.get("prediction", {})
     if "cause" in prediction:

@@ -25,7 +25,7 @@ import torch
 _COMMUNICATION = ("nccl", "rccl")
 
 
-def profiled(body: Callable[[], Any]) -> tuple[Any, dict[str, float] | None]:
+def profile_iteration(body: Callable[[], Any]) -> tuple[Any, dict[str, float] | None]:
     """Run `body` under torch.profiler: what it returns, and its split in seconds; None without a kernel."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
@@ -33,13 +33,13 @@ def profiled(body: Callable[[], Any]) -> tuple[Any, dict[str, float] | None]:
         with torch.profiler.record_function(_ITERATION):
             result = body()
             torch.cuda.synchronize()
-    return result, split(profile.events())
+    return result, split_time(profile.events())
 
 
 _ITERATION = "helix iteration"
 
 
-def split(events: Iterable[Any]) -> dict[str, float] | None:
+def split_time(events: Iterable[Any]) -> dict[str, float] | None:
     """Seconds of compute, communication and idle in the iteration; None when no kernel ran in it.
 
     events: torch.profiler's FunctionEvent, or what has its name, device_type, time_range (microseconds) and
