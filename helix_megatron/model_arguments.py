@@ -29,27 +29,27 @@ class Group:
 
     reason: str
     arguments: dict[str, Any]
-    when: Callable[[Namespace], bool] = lambda args: True
+    when: Callable[[Namespace], Any] = lambda args: True
     sizes: bool = False
 
 
-def _rotates(args: Namespace) -> bool:
+def _rotates(args: Namespace) -> Any:
     return args.position_embedding_type in ("rope", "mrope", "yarn") or args.multi_latent_attention
 
 
-def _plain_rope(args: Namespace) -> bool:
+def _plain_rope(args: Namespace) -> Any:
     return args.position_embedding_type == "rope" and not args.multi_latent_attention
 
 
-def _yarn(args: Namespace) -> bool:
+def _yarn(args: Namespace) -> Any:
     return args.position_embedding_type == "yarn" and not args.multi_latent_attention
 
 
-def _mla_yarn(args: Namespace) -> bool:
+def _mla_yarn(args: Namespace) -> Any:
     return args.multi_latent_attention and args.rope_type == "yarn"
 
 
-def _has_layers(letter: str, variant: str | None = None) -> Callable[[Namespace], bool]:
+def _has_layers(letter: str, variant: str | None = None) -> Callable[[Namespace], Any]:
     """Whether a hybrid model has layers of a letter, or every layer is an attention variant."""
     return lambda args: (
         letter in (args.hybrid_layer_pattern or "")
