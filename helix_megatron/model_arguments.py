@@ -154,8 +154,7 @@ FUNCTION = (
         dict(add_bias_linear=True, add_qkv_bias=False, untie_embeddings_and_output_weights=False),
     ),
     Group("multi-token prediction", dict(mtp_num_layers=None)),
-    Group("layers of multi-token prediction",
-          dict(mtp_use_repeated_layer=False, mtp_hybrid_override_pattern=None), lambda a: a.mtp_num_layers),
+    Group("layers of multi-token prediction", dict(mtp_use_repeated_layer=False), lambda a: a.mtp_num_layers),
     Group("muP: scale of the logits, which Megatron applies without --use-mup too",
           dict(use_mup=False, mup_output_mult=1.0)),
     Group(
@@ -212,9 +211,10 @@ FUNCTION = (
 # Reason why weights mean the same whatever these are → their names.
 OTHER = {
     "another spelling, or derived: what it means is compared above by another name":
-        """mup_width_mult is_hybrid_model encoder_num_layers decoder_num_layers group_query_attention
-        use_rotary_position_embeddings add_position_embedding make_vocab_size_divisible_by vocab_size
-        pad_vocab_size heterogeneous_layers_config_path hybrid_override_pattern yaml_cfg""",
+        """mup_width_mult is_hybrid_model mtp_hybrid_override_pattern encoder_num_layers decoder_num_layers
+        group_query_attention use_rotary_position_embeddings add_position_embedding
+        make_vocab_size_divisible_by vocab_size pad_vocab_size heterogeneous_layers_config_path
+        hybrid_override_pattern yaml_cfg""",
     "read by nothing in Megatron 0.19, or refused by it":
         """fp8_interval onnx_safe batch_size checkpoint_activations deprecated_use_mcore_models warmup
         model_parallel_size test_mode moe_token_dropping""",

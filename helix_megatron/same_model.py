@@ -117,6 +117,9 @@ def _all_meanings(args: Namespace) -> Namespace:
         found.num_query_groups = found.num_attention_heads
     if getattr(args, "heterogeneous_layers_config_path", None) is None:  # without it Megatron reads no JSON
         found.heterogeneous_layers_config_encoded_json = None
+    of_predictions = getattr(args, "mtp_hybrid_override_pattern", None)  # of older Megatrons
+    if of_predictions and found.hybrid_layer_pattern and "/" not in found.hybrid_layer_pattern:
+        found.hybrid_layer_pattern += f"/{of_predictions}" * (found.mtp_num_layers or 0)
     for name, meaning in _MEANING.items():
         setattr(found, name, meaning(getattr(found, name), found))
     return found

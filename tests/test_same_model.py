@@ -200,6 +200,10 @@ SAME = [
     (LINEAR, dict(linear_attention_freq=[1, 0, 1, 0])),
     (YARN, dict(yarn_original_max_position_embeddings=4096, yarn_beta_fast=32, yarn_beta_slow=1)),
     (MAMBA, dict(hybrid_layer_pattern="M*|M*")),
+    (
+        dict(hybrid_layer_pattern="M*M*/MM/MM", mtp_num_layers=2),  # as older Megatrons wrote it
+        dict(hybrid_layer_pattern=None, hybrid_override_pattern="M*M*", mtp_hybrid_override_pattern="MM"),
+    ),
     (MUP | dict(mup_base_hidden_size=64), dict(mup_base_hidden_size=None)),
     (dict(group_query_attention=False), dict(num_query_groups=8, group_query_attention=True)),
     (dict(add_bias_linear=True), dict(add_qkv_bias=True)),  # as older Megatrons left it
