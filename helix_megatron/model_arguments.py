@@ -217,7 +217,7 @@ OTHER = {
         hybrid_override_pattern yaml_cfg""",
     "read by nothing in Megatron 0.19, or refused by it":
         """fp8_interval onnx_safe batch_size checkpoint_activations deprecated_use_mcore_models warmup
-        model_parallel_size test_mode moe_token_dropping""",
+        model_parallel_size moe_token_dropping""",
     "floating point: the same function, rounded otherwise":
         """fp16 bf16 deterministic_mode fp32_residual_connection dsa_indexer_k_norm_fp32
         apply_query_key_layer_scaling disable_bf16_reduced_precision_matmul fp8 fp8_recipe
@@ -417,8 +417,8 @@ OTHER = {
         dino_bottleneck_size dino_freeze_last_layer dino_norm_last_layer dino_warmup_teacher_temp
         dino_teacher_temp dino_warmup_teacher_temp_epochs""",
     "watching, logging, tests and restarts":
-        """help moe_enable_routing_replay moe_per_layer_logging config_logger_dir profile profile_step_start
-        profile_step_end use_pytorch_profiler pytorch_profiler_collect_shapes
+        """test_mode help moe_enable_routing_replay moe_per_layer_logging config_logger_dir profile
+        profile_step_start profile_step_end use_pytorch_profiler pytorch_profiler_collect_shapes
         pytorch_profiler_collect_callstack pytorch_profiler_collect_chakra profile_ranks
         record_memory_history memory_snapshot_path record_shapes nvtx_ranges
         check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval
