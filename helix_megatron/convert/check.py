@@ -87,15 +87,14 @@ def reference(model: Any, tokens: list[int], new_tokens: int, logits_file: Path)
 
 
 def model_flags(checkpoint: Path, tp: int, sequence: int, more: list[str] = ()) -> list[str]:
-    """Flags that load a checkpoint in host mode: everything that `--use-checkpoint-args` restores, and the
-    three settings it does not.
+    """Flags that load a checkpoint in host mode: sizes by `--use-checkpoint-args`, which restores a part of
+    what else the weights mean, and all of that as flags.
     """
-    from helix_megatron.convert import families
+    from helix_megatron.checkpoint import compatibility
     from helix_megatron.convert.torch_dist import Checkpoint
 
     args = Checkpoint(checkpoint).args
-    flags = families.flags(args, torch.float32)
-    own = families.words(families.not_restored(flags))
+    own = compatibility.flags(compatibility.unlike_default(args))
     return [
         *HOST_FLAGS,
         *(HELIX_FLAGS if tp > 1 else []),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from helix_megatron.checkpoint import compatibility
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Families people will try, and the first thing in the way.
@@ -252,6 +254,12 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
             raise ValueError(
                 f"the checkpoint's {name} is {value!r}; a model of the Llama family has "
                 f"{' or '.join(map(repr, fine))}, so it cannot be converted to Hugging Face."
+            )
+    for name, value in compatibility.unlike_default(args).items():
+        if name not in {*_PLAIN, *_FLAGS, "add_bias_linear"}:
+            raise ValueError(
+                f"the checkpoint's {name} is {value!r}, which no model of the Llama family has, so it cannot "
+                "be converted to Hugging Face."
             )
     if args.qk_layernorm and (args.add_qkv_bias or args.add_bias_linear):
         raise ValueError("the checkpoint has qk_layernorm and biases; Qwen3 has no biases, Qwen2 no QK-norm.")

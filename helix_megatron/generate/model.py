@@ -9,21 +9,30 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.convert import command, families
+from helix_megatron.checkpoint import compatibility
+from helix_megatron.checkpoint.model_arguments import flag_of
+from helix_megatron.convert import command
 from helix_megatron.convert.check import HOST_FLAGS
 from helix_megatron.convert.torch_dist import Checkpoint
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "config.json", "tokenizer*", "*.index.json")
-# Of a Megatron model that is no Llama: what --use-checkpoint-args restores.
-_RESTORED = (
-    "normalization", "position_embedding_type", "swiglu", "rotary_percent", "rotary_interleaved",
-    "apply_layernorm_1p", "helix_slices_as_heads",
-)  # fmt: skip
+# What a model run here may have unlike Megatron's defaults; all of it is given back as flags, since
+# --use-checkpoint-args restores a part.
+_SERVED = set(
+    """normalization layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm
+    position_embedding_type no_rope_freq rotary_base rotary_percent rotary_interleaved
+    rotary_seq_len_interpolation_factor use_rope_scaling rotary_scaling_factor mscale mscale_all_dim
+    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+    swiglu squared_relu quick_geglu
+    add_bias_linear add_qkv_bias untie_embeddings_and_output_weights""".split()
+)
+_POSITIONS = ("learned_absolute", "rope", "yarn", "none")
 
 
 def default_cache() -> Path:
@@ -101,17 +110,10 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
     """The command line that builds and loads the model for sequences of up to `sequence` tokens.
 
     Raises:
-        ValueError: the checkpoint has a feature that Megatron would not restore from it.
+        ValueError: the checkpoint has a feature that this command does not serve.
     """
     args = Checkpoint(checkpoint).args
-    for name, fine in families._PLAIN.items():
-        value = getattr(args, name, fine[-1])
-        if name not in _RESTORED and value not in fine:
-            raise ValueError(
-                f"{checkpoint} has {name} {value!r}, which --use-checkpoint-args does not restore; this "
-                "command runs dense models with full causal attention."
-            )
-    own = families.words(families.not_restored(families.flags(args, command.DTYPES[layout.dtype])))
+    own = compatibility.flags(_served(checkpoint, args))
     half = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(layout.dtype, [])
     local = layout.on_host or find_spec("transformer_engine") is None
     return [
@@ -129,6 +131,33 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
     ]
 
 
+def _served(checkpoint: Path, args: Namespace) -> dict[str, Any]:
+    """What is unlike Megatron's defaults in a checkpoint's arguments. ValueError for what is not served."""
+    if unsaid := compatibility.left_out(args):
+        raise ValueError(
+            f"the arguments in {checkpoint} lack {', '.join(unsaid)}, so which model it is is unknown."
+        )
+    unlike = compatibility.unlike_default(args)
+    for name, value in unlike.items():
+        if name not in _SERVED or (name == "position_embedding_type" and value not in _POSITIONS):
+            raise ValueError(
+                f"{checkpoint} has {name} {value!r}, which is not served; this command runs dense models "
+                "with full causal attention."
+            )
+    return unlike
+
+
+def _refuse_other_function(checkpoint: Path, asked: tuple[str, ...]) -> None:
+    """ValueError when this run's arguments are not the checkpoint's, save for those that the user gave."""
+    from megatron.training import get_args
+
+    given = {word.partition("=")[0] for word in asked}
+    known, _ = compatibility.differences(Checkpoint(checkpoint).args, get_args())
+    differ = [words for name, words in known.items() if flag_of(name) not in given]
+    if differ:
+        raise ValueError(f"{checkpoint} was not restored as it was trained: {'; '.join(differ)}.")
+
+
 def load(
     checkpoint: Path, layout: Layout, tokenizer: str | None, sequence: int, more: list[str] = ()
 ) -> tuple[Any, Any]:
@@ -142,6 +171,7 @@ def load(
 
     opened = open_tokenizer(checkpoint, tokenizer)
     (model,) = build_and_load([*flags(checkpoint, layout, sequence), *more])
+    _refuse_other_function(checkpoint, layout.more)
     mask_padding(model, vocabulary(checkpoint, opened))
     return model, opened
 

@@ -91,10 +91,14 @@ def install() -> None:
         ) -> Any:
             loaded = original(load_dir, args, rank0, *rest, **kwargs)
             saved = (loaded[0] or {}).get("args")
+            helix_loads = args.attention_impl == "helix" and not rank0  # rank0: --use-checkpoint-args reads
             if saved is not None:
                 refuse_other_softmax(saved, args)
-                if args.attention_impl == "helix" and not rank0:  # rank0: --use-checkpoint-args reads them
+                if helix_loads:
                     refuse_other_function(saved, args)
+            elif loaded[0] and helix_loads and args.rank == 0:
+                print("> Helix warning: the checkpoint holds no arguments, so whether its weights mean this "
+                      "model is not known", flush=True)  # fmt: skip
             standard = args.ckpt_format == "torch_dist" and loaded[3] is checkpointing.CheckpointType.GLOBAL
             if loaded[0] and getattr(args, "helix_sliced", False) and not standard:
                 raise HelixConfigError(

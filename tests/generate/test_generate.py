@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
+from helix_megatron.convert import check, mapping, torch_dist
 from helix_megatron.generate import generate, model
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
@@ -122,12 +125,37 @@ def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
     assert model._fingerprint(folder, "float32") != before
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch):
-    args = model.Checkpoint(tiny[1]).args
-    args.window_size = (8, 0)
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"window_size": (8, 0)}, "window_size (8, 0)"),
+        ({"num_experts": 4}, "num_experts 4"),
+        ({"mup_output_mult": 0.5}, "mup_output_mult 0.5"),
+        ({"softmax_scale": 0.5}, "softmax_scale 0.5"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor 32.0"),
+        ({"position_embedding_type": "mrope"}, "position_embedding_type 'mrope'"),
+        ({"normalization": None}, "lack normalization"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch, changed, message):
+    args = Namespace(**vars(model.Checkpoint(tiny[1]).args) | changed)
     monkeypatch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
-    with pytest.raises(ValueError, match=r"window_size \(8, 0\)"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         model.flags(tiny[1], model.Layout(2, "helix", "float32", True), 64)
+
+
+@pytest.mark.training
+def test_what_was_not_restored_is_refused_unless_it_was_asked_for(tiny, monkeypatch):
+    import megatron.training
+
+    saved = model.Checkpoint(tiny[1]).args
+    ours = Namespace(**vars(saved) | {"layernorm_epsilon": 0.1, "no_rope_freq": 2})
+    monkeypatch.setattr(megatron.training, "get_args", lambda: ours)
+    with pytest.raises(ValueError, match=r"as it was trained: --norm-epsilon is .*; --no-rope-freq is "):
+        model._refuse_other_function(tiny[1], ())
+    with pytest.raises(ValueError, match=r"as it was trained: --no-rope-freq is [^;]*$"):
+        model._refuse_other_function(tiny[1], ("--norm-epsilon=0.1",))
+    model._refuse_other_function(tiny[1], ("--norm-epsilon", "0.1", "--no-rope-freq", "2"))
 
 
 # ---- in ranks: many jobs with one model ----
@@ -202,6 +230,52 @@ def test_kv_bytes_are_one_part_in_t_and_megatrons_are_not(reports):
     assert reports[4][0][0]["kv_cache"]["peak_blocks"] == 4
     longest = len(PROMPTS[2].encode()) + NEW  # one prompt at a time, blocks of 16; the last token is not kept
     assert reports[4][0][4]["kv_cache"]["peak_blocks"] == -(-(longest - 1) // 16)
+
+
+# ---- a model that --use-checkpoint-args does not restore ----
+POSITIONS = dict(
+    position_embedding_type="yarn",
+    rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=16,
+    no_rope_freq=[0, 1],
+)
+TRAINED_WITH = """--num-layers 2 --hidden-size 96 --ffn-hidden-size 96 --num-attention-heads 6
+    --group-query-attention --num-query-groups 2 --kv-channels 16 --max-position-embeddings 512
+    --seq-length 512 --position-embedding-type yarn --rotary-scaling-factor 4
+    --yarn-original-max-position-embeddings 16 --no-rope-freq 2 --normalization RMSNorm --norm-epsilon 1e-6
+    --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --micro-batch-size 1
+    --tokenizer-type NullTokenizer --vocab-size 259""".split()
+
+
+@pytest.fixture(scope="module")
+def stretched(tiny, tmp_path_factory):
+    """The same weights, as a training with YaRN and a layer without RoPE saves them."""
+    source = model.Checkpoint(tiny[1])
+    args = Namespace(**vars(source.args) | POSITIONS)
+    folder = tmp_path_factory.mktemp("stretched")
+    torch_dist.write(folder, mapping.entries(args, args.vocab_size), args, source.read)
+    return folder
+
+
+def rank_greedy(argv, prompts):
+    """The most likely tokens by whole forward passes of vanilla Megatron, one prompt at a time."""
+    (network,) = check.build_and_load(argv)
+    answers = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            tokens.append(int(check.forward(network, tokens)[-1, : tiny_model.VOCABULARY].argmax()))
+        answers.append(tokens[len(prompt) :])
+    return answers
+
+
+def test_yarn_and_layers_without_rope_are_generated_with_as_they_were_trained(stretched, expected):
+    job = job_of(stretched, 2, "helix")
+    flags = [*check.HOST_FLAGS, *TRAINED_WITH, "--load", str(stretched)]
+    (trained,) = run_ranks(rank_greedy, 1, flags, job.tokens, timeout_s=300)
+    assert all(ours[:8] != plain[:8] for ours, plain in zip(trained, expected, strict=True))
+    for (found,) in run_ranks(rank_jobs, 2, job, [{"ignore_eos": True}], timeout_s=300):
+        assert [output["tokens"] for output in found["outputs"]] == trained
 
 
 # ---- pieces ----
