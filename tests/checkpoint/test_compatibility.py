@@ -282,8 +282,9 @@ def test_flags_give_every_meaning_back(parser, changed):
     sizes += " --group-query-attention --num-query-groups 2 --max-position-embeddings 64"
     parsed = parser.parse_args([*sizes.split(), *words])
     assert compatibility.differences(saved, parsed) == ({}, {})
-    for name in compatibility.unlike_default(saved):  # none of them is for nothing
-        fewer = {other: value for other, value in compatibility.unlike_default(saved).items() if other != name}
+    unlike = compatibility.unlike_default(saved)
+    for name in unlike:  # none of them is for nothing
+        fewer = {other: value for other, value in unlike.items() if other != name}
         forgotten = parser.parse_args([*sizes.split(), *compatibility.flags(fewer)])
         assert name in compatibility.differences(saved, forgotten)[0]
 
