@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from helix_megatron import integrate
 from helix_megatron.attention import HelixParallelSelfAttention
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError
@@ -40,6 +41,7 @@ def with_helix_attention(
     module = getattr(attention, "module", attention)
     if not (isinstance(module, type) and issubclass(module, SelfAttention)):
         raise HelixConfigError(f"Helix replaces Megatron's SelfAttention; this layer spec has {module!r}")
+    integrate.teach_tools()
     params: dict[str, Any] = {**attention.params, "helix": helix, "helix_groups": helix_groups}
     helix_attention = ModuleSpec(
         module=HelixParallelSelfAttention, params=params, submodules=attention.submodules
