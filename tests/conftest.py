@@ -10,6 +10,7 @@ from helix_megatron import compat
 LACKS = {
     "training": ("megatron.training", compat.has_training()),
     "dynamic_engine": ("a dynamic engine that Helix serves", compat.megatron().dynamic_engine),
+    "resharding": ("a planner of resharding that Helix knows", compat.megatron().resharding),
 }
 
 

@@ -66,6 +66,10 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--helix-hierarchical-allreduce", "needs two levels, but Helix grid 1x2 has one"),
         ("--optimizer muon", "does not support --optimizer muon"),
         ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
+        (
+            "--load nowhere --ckpt-convert-format torch --ckpt-convert-save nowhere",
+            "does not support --ckpt-convert-format torch (",
+        ),
     ],
 )
 def test_one_line_and_exit_code_2(flags, message):

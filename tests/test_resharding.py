@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layout import layouts
 
+from helix_megatron import compat, integrate
+from helix_megatron.attention import refuse_unsupported
 from helix_megatron.config import HelixConfig
 from helix_megatron.grid import HelixConfigError, HelixGrid, legal_grids
 from helix_megatron.launch import run_ranks
 from helix_megatron.layout import HelixLayout
 from helix_megatron.resharding import transfers
-from helix_megatron.sliced_linear import slices_of
+from helix_megatron.sliced_linear import Slices, mark, slices_of
+from helix_megatron.weight_readers import describe_sliced, plan_sliced
 
 
 # ---- the arithmetic ----
@@ -178,8 +182,6 @@ def rank_main() -> dict:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from helix_megatron import integrate
-
     dist.init_process_group("nccl")
     parallel_state.initialize_model_parallel(4)
     rank, found = dist.get_rank(), {"logits": {}}
@@ -237,7 +239,7 @@ def outcome():
     return run_ranks(rank_main, 4, timeout_s=240)
 
 
-@pytest.mark.dynamic_engine
+@pytest.mark.resharding
 def test_logits_after_every_swap_are_those_of_one_rank(outcome):
     for rank in outcome:
         assert rank["largest logit"] > 0.3
@@ -246,13 +248,13 @@ def test_logits_after_every_swap_are_those_of_one_rank(outcome):
             assert difference < 2e-6, name
 
 
-@pytest.mark.dynamic_engine
+@pytest.mark.resharding
 @pytest.mark.parametrize("way", ["back", "pipeline", "elsewhere", "renewed"])
 def test_weights_come_back_bit_for_bit(outcome, way):
     assert all(rank[way] for rank in outcome)
 
 
-@pytest.mark.dynamic_engine
+@pytest.mark.resharding
 def test_per_slice_softmax_goes_to_as_many_slices_alone(outcome):
     for rank in outcome:
         assert rank["per-slice"] < 2e-6 and rank["per-slice, another function"] > 1e-2
@@ -261,8 +263,127 @@ def test_per_slice_softmax_goes_to_as_many_slices_alone(outcome):
             assert "per-slice softmax over 2 slices" in rank["errors"][way]
 
 
-@pytest.mark.dynamic_engine
+@pytest.mark.resharding
 def test_a_planner_that_was_not_told_stops(outcome):
     for rank in outcome:
         for way in ("to", "from"):
             assert "integrate.teach_tools()" in rank["errors"][f"untaught, {way} vanilla"]
+
+
+# ---- who would take a rank's part for a chunk ----
+def _marked(dim: int = 0, layout: HelixLayout | None = None) -> torch.nn.Module:
+    """A linear layer of rank 0 of a 1 x 2 grid: `linear_qkv` (dim 0) or `linear_proj` (dim 1)."""
+    layout = layout or helix(1, 2).resolve(HEADS, GROUPS, DIM, 2).layout
+    sizes = [HIDDEN, HIDDEN]
+    sizes[1 - dim] = len(layout.held(dim, 0))
+    return mark(torch.nn.Linear(*sizes), Slices(layout, 0, dim, None))
+
+
+READERS = {
+    "resharding": lambda weight: int(weight.partition_dim),
+    "Muon": lambda weight: weight.partition_dim == -1,
+    "FSDP": lambda weight: weight.partition_dim >= 0,
+    "size[partition_dim]": lambda weight: [1, 2][weight.partition_dim],
+    "assert partition_stride == 1": lambda weight: weight.partition_stride == 1,
+    "max(1, partition_stride)": lambda weight: max(1, weight.partition_stride),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("dim, what", [(0, "rows of linear_qkv"), (1, "columns of linear_proj")])
+def test_readers_of_a_chunk_are_stopped(reader, dim, what):
+    from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
+
+    copied = torch.nn.Parameter(torch.zeros(1))  # as an optimizer's own copy
+    copy_tensor_model_parallel_attributes(copied, _marked(dim).weight)
+    for weight in (_marked(dim).weight, copied):
+        with pytest.raises(HelixConfigError, match=f"the {what} on a rank of Helix grid 1x2 are slices"):
+            READERS[reader](weight)
+
+
+def test_megatrons_own_readers():
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import utils
+    from megatron.core.resharding.utils import extract_param_metadata
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+    rows, columns = _marked(0), _marked(1)
+    for sliced in (rows.weight, rows.bias, columns.weight):
+        assert param_is_not_tensor_parallel_duplicate(sliced)  # every rank's entries count
+        with pytest.raises(HelixConfigError, match="slices of heads"):
+            utils.get_mcore_tensor_parallel_partition_dim(sliced)
+        with pytest.raises(HelixConfigError, match="slices of heads"):
+            extract_param_metadata(sliced, "weight", 0, None)
+    assert not hasattr(columns.bias, "partition_dim")  # whole on every rank
+
+
+def test_tools_that_ask_no_parameter_are_refused():
+    import importlib
+
+    from megatron.core.export.trtllm.trtllm_weights_converter import (
+        distributed_trtllm_model_weights_converter as trtllm,
+    )
+
+    module, name = compat.megatron().matrix_optimizer
+    muon = SimpleNamespace(optimizer="muon", use_layer_wise_distributed_optimizer=False)
+    integrate.teach_tools()
+    try:
+        build = getattr(importlib.import_module(module), name)
+        with pytest.raises(HelixConfigError, match="does not support optimizer 'muon'"):
+            build(muon, [torch.nn.Sequential(_marked())])
+        with pytest.raises(ImportError, match="emerging"):  # Megatron's own word on a model without slices
+            build(muon, [torch.nn.Linear(2, 2)])
+        with pytest.raises(HelixConfigError, match="TensorRT-LLM"):
+            trtllm.DistributedTRTLLMModelWeightsConverter.convert(None, {}, {}, 1)
+    finally:
+        integrate.disable()
+    plan = helix(1, 2).resolve(HEADS, GROUPS, DIM, 2)
+    with pytest.raises(HelixConfigError, match="--tensor-parallel-num-weight-shards"):
+        refuse_unsupported(SimpleNamespace(gtp_weight_remat_size=2), plan)
+
+
+# ---- what fits by size alone ----
+def _metadata(parameter, ranks: int, dim: int = 0):
+    from megatron.core.resharding.utils import ParameterMetadata
+
+    return ParameterMetadata(
+        "linear", tuple(parameter.shape), torch.float32, 4, is_tp=True, owner_rank=0,
+        partition_dim=getattr(parameter, "partition_dim", dim),
+        partition_stride=getattr(parameter, "partition_stride", 1),
+        tensor_parallel_group_ranks=list(range(ranks)),
+    )  # fmt: skip
+
+
+@pytest.mark.resharding
+def test_another_model_is_refused():
+    plan = plan_sliced(lambda *_: pytest.fail("left to Megatron"))
+    ours = _metadata(_marked().weight, 2)
+    whole = ours.shape[0] * 2
+    vanilla = _metadata(torch.empty(whole // 4, HIDDEN), 4)
+    assert plan("linear", ours, vanilla, 3) and plan("linear", vanilla, ours, 1)
+    heads = helix(1, 2).resolve(HEADS // 2, GROUPS // 2, 2 * DIM, 2).layout  # as many rows
+    gates = helix(1, 2).resolve(HEADS // 2, GROUPS, DIM, 2, False, True).layout
+    interleaved = helix(1, 2).resolve(HEADS, GROUPS, DIM, 2, True).layout
+    half = helix(1, 2, rotary_percent=0.5).resolve(HEADS, GROUPS, DIM, 2).layout
+    for other in (heads, gates, interleaved, half):
+        theirs = _metadata(_marked(0, other).weight, 2)
+        assert theirs.shape == ours.shape
+        for pair in ((ours, theirs), (theirs, ours)):
+            with pytest.raises(HelixConfigError, match="another model, in which they mean nothing"):
+                plan("linear", *pair, 0)
+    for other in (
+        _metadata(torch.empty(whole // 2 + 1, HIDDEN), 2),
+        _metadata(torch.empty(whole, HIDDEN), 2),  # whole on both ranks
+        _metadata(torch.empty(whole // 2, HIDDEN), 2, dim=1),
+        replace(vanilla, partition_stride=2),
+        replace(vanilla, partition_sizes=[whole // 8, whole // 8]),
+        replace(ours, tensor_parallel_group_ranks=[0, 1, 2, 3]),
+    ):
+        with pytest.raises(HelixConfigError, match="must be the same model"):
+            plan("linear", other, ours, 0)
+
+
+def test_what_attention_itself_learns_is_refused():
+    extract = describe_sliced(lambda *_: "extracted")
+    assert extract(torch.zeros(1), "decoder.layers.0.self_attention.q_layernorm.weight") == "extracted"
+    with pytest.raises(HelixConfigError, match="--softmax-type learnable"):
+        extract(torch.zeros(1), "decoder.layers.0.self_attention.core_attention.core.softmax_offset")
