@@ -48,12 +48,12 @@ def transfers(source: Sequence[Indices], destination: Indices) -> list[Transfer]
         destination: those that this rank is to hold.
     """
     whole = sum(len(rows) for rows in source)
-    place = np.empty(whole, dtype=np.int64)  # of each standard row: rank * (whole + 1) + local row
+    place = np.empty(whole, dtype=np.int64)  # of each standard row: rank * whole + local row
     for rank, rows in enumerate(source):
-        place[rows] = rank * (whole + 1) + np.arange(len(rows))
+        place[rows] = rank * whole + np.arange(len(rows))
     found, filled = [], 0
     for first, length in contiguous_runs(place[destination]):  # of two ranks' places none are consecutive
-        found.append(Transfer(*divmod(first, whole + 1), filled, length))
+        found.append(Transfer(*divmod(first, whole), filled, length))
         filled += length
     return found
 
