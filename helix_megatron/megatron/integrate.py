@@ -4,6 +4,7 @@
                              Megatron's validated arguments switch it on
     enable(helix, grid)      the switch itself, for code that builds models without Megatron's arguments
     read_checkpoints()       read checkpoints in one verified pass (install() does it for Helix runs)
+    teach_tools()            tell Megatron's tools that read weights of sliced heads (enable() does it)
     uninstall() / disable()  put everything back
 
 With `--attention-impl megatron` nothing of Megatron's model code is changed.
@@ -21,6 +22,7 @@ from typing import Any
 
 from helix_megatron import compat
 from helix_megatron.checkpoint.compatibility import refuse_other_function, refuse_other_softmax
+from helix_megatron.megatron import weight_readers
 from helix_megatron.megatron.arguments import (
     add_helix_arguments,
     helix_config_from_args,
@@ -34,6 +36,7 @@ from helix_megatron.partition.tensor_sizes import refuse_indivisible
 _installed: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
 _enabled: list[tuple[Any, str, Any]] = []
 _reading: list[tuple[Any, str, Any]] = []
+_taught: list[tuple[Any, str, Any]] = []
 _active: HelixConfig | None = None
 _store: Any = None  # rank 0 serves the rendezvous store as long as this lives
 
@@ -175,6 +178,15 @@ def read_checkpoints(verify: bool = True) -> None:
     _replace(_reading, dist_checkpointing, "load", in_plain_words)
 
 
+def teach_tools() -> None:
+    """Have Megatron's tools that read a rank's weights know of sliced heads; see weight_readers.py.
+
+    enable() and the layer specs do it. Call it on ranks that take part in resharding and use neither.
+    """
+    if not _taught:
+        weight_readers.teach(functools.partial(_replace, _taught))
+
+
 def uninstall() -> None:
     """Undo install() and enable()."""
     disable()
@@ -269,6 +281,8 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
             saves and args.ckpt_format != "torch_dist"
         ),
+        f"--ckpt-convert-format {args.ckpt_convert_format} (slices mean nothing to another layout; convert "
+        "with --attention-impl megatron)": args.ckpt_convert_format not in (None, "torch_dist"),
         "--non-persistent-ckpt-type local (use global)": args.non_persistent_ckpt_type == "local",
         f"--optimizer {args.optimizer}, which treats the QKV weight as whole heads (use adam)": (
             args.optimizer not in ("adam", "sgd", "lion")
@@ -387,6 +401,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         return destroy_model_parallel
 
     _active = helix
+    teach_tools()
     _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
     _replace(_enabled, Attention, "__init__", only_helix)
     _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
@@ -478,6 +493,7 @@ def disable() -> None:
     """Undo enable(). Models built meanwhile keep working."""
     global _active
     _restore(_enabled)
+    _restore(_taught)
     _active = None
 
 

@@ -17,6 +17,7 @@ def touched():
     """Everything of Megatron's that integrate.py may replace."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.resharding import planner
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -26,6 +27,7 @@ def touched():
         TransformerConfig.__post_init__,
         parallel_state.initialize_model_parallel,
         parallel_state.destroy_model_parallel,
+        *([planner._determine_source_ranks_for_dst_param] if compat.megatron().resharding else []),
     ]
     if not compat.has_training():
         return model, []
