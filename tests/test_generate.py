@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
+from helix_megatron.config import HelixConfig
 from helix_megatron.generate import generate, model
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
@@ -91,6 +92,17 @@ def test_a_grid_that_cannot_work_is_one_line(tiny):
         ),
         (["x", "--tensor-model-parallel-size", "0"], "at least one rank"),
         (["x", "--temperature", "-1"], "negative"),
+        (["x", "--temperature", "1e-40"], "--temperature 1e-40: logits divided by it"),
+        (["x", "--temperature", "0.009"], "give 0 (greedy), or 0.01 to 1e+38"),
+        (["x", "--temperature", "1e300"], "logits divided by it"),
+        (["x", "--temperature", "nan"], "logits divided by it"),
+        (["x", "--temperature", "inf"], "logits divided by it"),
+        (["x", "--temperature", "1", "--top-p", "1e-46"], "less than 1e-06"),
+        (["x", "--temperature", "1", "--top-p", "nan"], "a probability up to 1"),
+        (["x", "--temperature", "1", "--top-k", "259"], "this model has 259 tokens"),
+        (["x", "--seed", "0"], "--seed 0: a number from 1"),
+        (["x", "--seed", str(10**30)], "a number from 1"),
+        (["caf\udce9"], "prompt 0 is not text"),
         (["x", "--temperature", "1", "--top-k", "3", "--top-p", "0.5"], "together"),
         (["x", "--top-p", "0.5"], "do nothing at --temperature 0"),
         (["x", "--temperature", "1", "--top-p", "1.5"], "a probability up to 1"),
@@ -128,6 +140,43 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
     with pytest.raises(ValueError, match=r"window_size \(8, 0\)"):
         model.flags(tiny[1], model.Layout(2, "helix", "float32", True), 64)
+
+
+@pytest.mark.dynamic_engine
+@pytest.mark.parametrize("version, m, refused", [
+    (None, 1, "here is none"), ("2.7.2", 1, "here is 2.7.2"), ("2.7.3", 1, None), (None, 2, None)
+])  # fmt: skip
+def test_whole_heads_on_a_gpu_need_flash_attention_before_the_model_is_built(
+    tiny, monkeypatch, version, m, refused
+):
+    from megatron.core import utils
+    from megatron.core.transformer import attention
+    from packaging.version import Version
+
+    from helix_megatron import entry, integrate, pretrain_gpt
+
+    config = SimpleNamespace(
+        num_attention_heads=6, num_query_groups=2, kv_channels=16, rotary_interleaved=False,
+        tensor_model_parallel_size=2 * m,
+    )  # fmt: skip
+    container = SimpleNamespace(model=SimpleNamespace(transformer=config))
+    monkeypatch.setattr(pretrain_gpt, "build_config", lambda: container)
+    monkeypatch.setattr(entry, "use_built_helpers", lambda: None)
+    monkeypatch.setattr(integrate, "install", lambda: None)
+    monkeypatch.setattr(integrate, "_active", HelixConfig())
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(utils, "_fa_version", version and Version(version))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    for name, value in [("HAVE_FA3", False), ("HAVE_FA4", False), ("flash_attn_with_kvcache", version)]:
+        monkeypatch.setattr(attention, name, value)
+
+    def built(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron.training.initialize.initialize_megatron", built)
+    with pytest.raises(ValueError if refused else KeyboardInterrupt, match=refused) as error:
+        model.load(tiny[1], model.Layout(2 * m, "helix", "bfloat16", on_host=False), None, 64)
+    assert not refused or "pip install 'flash-attn>=2.7.3'" in str(error.value)
 
 
 # ---- in ranks: many jobs with one model ----
@@ -234,6 +283,15 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]
     (tmp_path / "a.jsonl").write_text('"one\\n"\n{"prompt": "two", "id": 3}\n')
     assert read_prompts([], tmp_path / "a.jsonl") == ["one\n", "two"]
+    # a line ends at \\n or \\r\\n, nowhere else, and a byte-order mark is not text
+    inside = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei\rj"
+    for name, write in [("b.txt", str), ("b.jsonl", lambda text: json.dumps(text, ensure_ascii=False))]:
+        lines = [write(inside), write("second"), write(inside)]
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n")
+        assert read_prompts([], tmp_path / name) == [inside, "second", inside]
+    (tmp_path / "a.jsonl").write_text('"\\ud800"')
+    with pytest.raises(ValueError, match="prompt 0 is not text"):
+        read_prompts([], tmp_path / "a.jsonl")
     for line, message in [
         ("{", ":1 is not JSON"),
         ("[1]", ":1 is neither"),

@@ -57,10 +57,11 @@ class EngineClient:
         client: Megatron's.
         tokenizer: Megatron's.
         limits: of a prompt.
+        ends: tokens at which an answer ends.
     """
 
-    def __init__(self, client: Any, tokenizer: Any, limits: Limits):
-        self._client, self._tokenizer, self._limits = client, tokenizer, limits
+    def __init__(self, client: Any, tokenizer: Any, limits: Limits, ends: frozenset[int]):
+        self._client, self._tokenizer, self._limits, self._ends = client, tokenizer, limits, ends
 
     @property
     def waiting(self) -> int:
@@ -94,22 +95,36 @@ class EngineClient:
     async def _ended(self, future: Any, asked: Asked, number: int) -> dict[str, Any]:
         reply = await future
         if reply.get("status") != "FAILED":
-            asked.finished[number] = end(reply, asked.stop, self._tokenizer)
+            asked.finished[number] = end(reply, asked.stop, self._ends, self._tokenizer)
         return reply
 
 
-def end(reply: dict[str, Any], stop: list[str], tokenizer: Any) -> str:
+def end(reply: dict[str, Any], stop: list[str], ends: frozenset[int], tokenizer: Any) -> str:
     """Let an answer of the engine end before its first stop; why it has ended, `stop` or `length`."""
-    last = reply["sampling_params"]["termination_id"]
-    tokens = reply["generated_tokens"]
+    tokens, params = reply["generated_tokens"], reply["sampling_params"]
+    ended = len(tokens) < params["num_tokens_to_generate"] or (
+        tokens[-1:] and tokens[-1] in ends and params["termination_id"] in ends
+    )
     found = Stops.of(stop, tokenizer).cut(tokens, decoder(tokenizer)) if stop else None
     if found is not None:
         kept, reply["generated_text"] = found
         for name in ("generated_tokens", "generated_log_probs", "generated_top_n_logprobs"):
             if reply.get(name):
                 reply[name] = reply[name][:kept]
+    _keep_chosen(reply, tokenizer)
     reply["log_probs"] = reply.get("generated_log_probs")  # the chat handler asks for it by this name
-    return "stop" if found is not None or (tokens and tokens[-1] == last) else "length"
+    return "stop" if found is not None or ended else "length"
+
+
+def _keep_chosen(reply: dict[str, Any], tokenizer: Any) -> None:
+    """Let the chosen token have its text's place among the most likely: several may have that text, as half a
+    character, and Megatron keeps the last of them.
+    """
+    rows = reply.get("generated_top_n_logprobs") or []
+    for token, own, row in zip(reply["generated_tokens"], reply["generated_log_probs"] or [], rows):
+        text = tokenizer.detokenize([token])
+        if text in row:
+            row[text] = max(row[text], own)
 
 
 def put_right(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
@@ -124,11 +139,12 @@ def put_right(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
     return document
 
 
-def blueprint(limits: Limits, engine_lives: tuple[int, int]) -> Any:
+def blueprint(limits: Limits, ends: frozenset[int], engine_lives: tuple[int, int]) -> Any:
     """What is registered with Megatron's app.
 
     Args:
         limits: of requests.
+        ends: tokens at which an answer ends.
         engine_lives: the two ends of a pipe; the other one's writing end is rank 0's.
     """
     from quart import Blueprint, current_app, g, jsonify, request
@@ -143,7 +159,7 @@ def blueprint(limits: Limits, engine_lives: tuple[int, int]) -> Any:
     @found.before_app_serving
     async def prepare() -> None:
         config = current_app.config
-        client = EngineClient(config["client"], config["tokenizer"], limits)
+        client = EngineClient(config["client"], config["tokenizer"], limits, ends)
         config.update(client=client, tokenizer=FrontTokenizer(config["tokenizer"]))
         loop = asyncio.get_running_loop()
 

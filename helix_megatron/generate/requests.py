@@ -1,9 +1,9 @@
 """What the text-generation server takes, field by field: all else is refused before Megatron's handlers run.
 
 Megatron 0.19 checks little of a request's body, and what its engine cannot compute (a temperature that makes
-a logit infinite, more top log-probabilities than there are tokens) ends the server for everybody. Here are all
-fields that a request may have, each with a type and a range that the engine takes. `checked` returns the body
-that the handlers see: fields that are null or mean nothing here are left out of it.
+a logit infinite, more top log-probabilities than there are tokens) ends the server for everybody. Here are
+all fields that a request may have, each with a type and a range that the engine takes. `checked` returns the
+body that the handlers see: fields that are null or mean nothing here are left out of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ HEALTH = ("/health", "/v1/health")
 
 # fp32, and fp16 with logits up to 655, divide by this without an infinite result.
 COLDEST, HOTTEST = 0.01, 1e38
+LEAST_TOP_P = 1e-6  # as fp32, smaller ones may be 0, which is all tokens
 _MOST_TOKENS = 2**31 - 1  # of an answer; the engine stops at --max-sequence-length
 _MOST_LOGPROBS, _MOST_STOPS = 20, 64
 
@@ -150,7 +151,7 @@ def _fields(limits: Limits, chat: bool) -> dict[str, _Field]:
     """Every field of an endpoint."""
     both = {
         "temperature": _zero_or(COLDEST, HOTTEST, "greedy"),
-        "top_p": _zero_or(1e-6, 1, "all tokens"),
+        "top_p": _zero_or(LEAST_TOP_P, 1, "all tokens"),
         "top_k": _count(0, limits.vocabulary - 1),
         "max_tokens": _count(1, _MOST_TOKENS),
         "stop": _STOP,

@@ -80,7 +80,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     size = engines.CacheSize(block, blocks, server.at_once, server.sequence, max(2048, server.sequence))
     lives = os.pipe()
     limits = Limits(server.sequence, vocabulary, server.queue)
-    endpoints.__all__.append(front_end.blueprint(limits, lives))
+    endpoints.__all__.append(front_end.blueprint(limits, frozenset([tokenizer.eod]), lives))
     default = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the coordinator, which starts now
     llm = MegatronAsyncLLM(
         model=model,

@@ -94,15 +94,19 @@ def obey(engine: Any, tokenizer: Any) -> None:
     from helix_megatron.generate.engine import tokens_of
 
     searches: dict[int, Search] = {}
+    before = engine._check_stop_words_for_request_post_append
 
     def stopped(request: Any) -> tuple[bool, int]:
         number, words = request.request_id, request.sampling_params.stop_words
+        request.stop_word_ids = None  # Megatron's own search has nothing to do
         if not words:
-            return False, 0
+            return before(request)
         if number not in searches:
             for ended in set(searches) - set(engine.requests):
                 del searches[ended]
             searches[number] = Search(Stops.of(words, tokenizer), decoder(tokenizer))
-        return searches[number].found(tokens_of(engine.requests[number].record)), 0
+        if searches[number].found(tokens_of(engine.requests[number].record)):
+            return True, 0
+        return before(request)
 
     engine._check_stop_words_for_request_post_append = stopped
