@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from helix_megatron import cli
 from helix_megatron.config import HelixConfig
-from helix_megatron.generate import generate, model
+from helix_megatron.generate import engine as engines
+from helix_megatron.generate import generate, model, stops
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
@@ -180,12 +181,27 @@ def test_whole_heads_on_a_gpu_need_flash_attention_before_the_model_is_built(
 
 
 # ---- in ranks: many jobs with one model ----
+class Stopping(generate.Sampling):
+    """Greedy, to the text that $STOP names."""
+
+    def params(self, new_tokens, ignore_eos):
+        found = super().params(new_tokens, ignore_eos)
+        found.stop_words = [os.environ["STOP"]]
+        return found
+
+
 def rank_jobs(job, variants):
-    """The report of each variant of a job."""
+    """The report of each variant of a job; in the first, `stopped`: the tokens up to a stop text."""
     from dataclasses import replace
 
     loaded = model.load(job.checkpoint, job.layout, None, job.sequence)
-    return [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    found = [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    with torch.inference_mode():
+        engine = engines.build(*loaded, size_for([len(tokens) for tokens in job.tokens], NEW, 64, 64))
+        stops.obey(engine, loaded[1])
+        answers, _, _ = generate.serve_all(engine, replace(job, sampling=Stopping()))
+    found[0]["stopped"] = [answer.tokens for answer in answers]
+    return found
 
 
 def job_of(checkpoint, tp, attention):
@@ -196,7 +212,20 @@ def job_of(checkpoint, tp, attention):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny):
+def stop(tiny, expected):
+    """(a stop text that lies within the first answer, the tokens of all answers up to it)."""
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tiny[0]).decode
+    text = decode(expected[0])
+    pairs = [text[k : k + 2] for k in range(4, len(text))]
+    word = next(pair for pair in pairs if "\N{REPLACEMENT CHARACTER}" not in pair)
+    ends = [next((k for k in range(len(all_)) if word in decode(all_[:k])), None) for all_ in expected]
+    return word, [tokens[:end] for tokens, end in zip(expected, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reports(tiny, stop):
     """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time."""
     variants = [
         {},
@@ -206,8 +235,9 @@ def reports(tiny):
         {"at_once": 1, "block_tokens": 16},
         {"ignore_eos": True},
     ]
-    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, timeout_s=300)
-    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, timeout_s=300)
+    more = {"timeout_s": 300, "env": {"STOP": stop[0]}}
+    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, **more)
+    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, **more)
     return {1: vanilla, 4: ours}
 
 
@@ -221,6 +251,12 @@ def test_tokens_are_those_of_transformers_and_of_every_size(reports, expected):
                 assert [o["tokens"] for o in mine["outputs"]] == [o["tokens"] for o in alone["outputs"]]
     sampled = [[tuple(o["tokens"]) for o in report["outputs"]] for report in reports[1][0]]
     assert len({tuple(answers) for answers in sampled[:4]}) == 4  # the seed and the settings matter
+
+
+def test_the_engine_ends_a_request_with_the_token_that_ends_its_stop_text(reports, stop, expected):
+    assert 4 < len(stop[1][0]) < len(expected[0])
+    for ranks in reports.values():
+        assert [rank[0]["stopped"] for rank in ranks] == [stop[1]] * len(ranks)
 
 
 def test_reports_say_what_happened(reports):
