@@ -1,5 +1,6 @@
 """`helix serve`: Megatron's own text-generation server on several ranks, asked by a real HTTP client."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
@@ -449,6 +451,57 @@ def test_a_failed_engine_is_said_and_leaves_no_process(folder, chat_tokenizer, t
 
 
 # ---- without ranks ----
+class Loop:
+    """The task of an engine's loop: running, or ended by SystemExit in an except block, as Megatron does."""
+
+    def __init__(self, error=None):
+        self._end = error and SystemExit(1)
+        if error:
+            self._end.__context__ = error
+
+    def done(self):
+        return self._end is not None
+
+    def cancelled(self):
+        return False
+
+    def exception(self):
+        return self._end
+
+
+def test_every_rank_hears_of_a_failure_on_one(monkeypatch):
+    from torch.distributed import HashStore, distributed_c10d
+
+    store = HashStore()
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(serve, "_front_ends", list)
+    alive = SimpleNamespace(is_alive=lambda: True)
+
+    def watch(primary, error=None, coordinator=alive):
+        engine = SimpleNamespace(engine_loop_task=Loop(error), inference_coordinator_process=coordinator)
+        return serve.Watch(SimpleNamespace(engine=engine, is_primary_rank=primary))
+
+    async def ended(*watches):
+        return await asyncio.wait_for(asyncio.gather(*(one.failure() for one in watches)), 60)
+
+    async def still_running(one):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(one.failure(), 1.5)
+
+    dead = SimpleNamespace(is_alive=lambda: False)
+    told = watch(True, coordinator=dead)
+    told.told = True
+    asyncio.run(still_running(told))  # its coordinator was told to end
+    assert asyncio.run(ended(watch(True, coordinator=dead))) == ["the engine's coordinator has ended"]
+    store.delete_key(serve.Watch._KEY)
+    first, second, third = watch(True), watch(False, ZeroDivisionError("planted")), watch(False)
+    message = "the engine has failed: ZeroDivisionError: planted"
+    other = f"the server has failed on another rank: {message}"
+    assert asyncio.run(ended(first, second, third)) == [other, message, other]
+    assert [one.mine for one in (first, second, third)] == [False, True, False]
+    assert repr(second.cause) == "ZeroDivisionError('planted')"
+
+
 def test_what_cannot_be_served_is_refused_before_a_rank_starts(folder, tmp_path, capsys):
     given = ["serve", "--model", str(folder), "--cache-dir", str(tmp_path)]
     with socket.socket() as taken:

@@ -105,7 +105,9 @@ def obey(engine: Any, tokenizer: Any) -> None:
             for ended in set(searches) - set(engine.requests):
                 del searches[ended]
             searches[number] = Search(Stops.of(words, tokenizer), decoder(tokenizer))
-        if searches[number].found(tokens_of(engine.requests[number].record)):
+        record = engine.requests[number].record
+        one = len(record.requests) == 1  # it was never evicted
+        if searches[number].found(request.generated_tokens if one else tokens_of(record)):
             return True, 0
         return before(request)
 
