@@ -63,6 +63,28 @@ def slices(config: Any) -> int:
     return 1 if plan is None else plan.grid.dim_parallel_size
 
 
+def refuse_without_flash_attention(config: Any) -> None:
+    """ValueError where heads are whole (m = 1) and Megatron's dynamic engine lacks its attention.
+
+    That is flash-attn: 2.7.3 or newer, 3, or 4. In host mode kernels of Helix take its place.
+    """
+    from megatron.core import utils
+    from megatron.core.transformer import attention
+
+    if slices(config) > 1 or attention.HAVE_FA3 or attention.HAVE_FA4:
+        return
+    try:
+        found = str(utils.get_fa_version())
+    except ImportError:
+        found = ""
+    if not found or not utils.is_fa_min_version("2.7.3") or attention.flash_attn_with_kvcache is None:
+        raise ValueError(
+            "with whole heads (m = 1) Megatron's dynamic engine needs flash-attn 2.7.3 or newer, here is "
+            f"{found or 'none'}: pip install 'flash-attn>=2.7.3' --no-build-isolation, or take a grid with "
+            "m > 1 (more ranks than KV heads, or --helix-dim-parallel-size), which Helix's own kernels serve."
+        )
+
+
 def default_block_tokens(config: Any, on_host: bool) -> int:
     """Tokens of a block: a multiple of m, so that its ranks share a block evenly; flash-attn wants pages of
     256 on each rank."""

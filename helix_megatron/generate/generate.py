@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from helix_megatron.generate import model as models
 from helix_megatron.generate.kv_bytes import readable
 from helix_megatron.generate.prompts import TextStream
+from helix_megatron.generate.requests import COLDEST, HOTTEST, LEAST_TOP_P
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,20 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature} is negative; 0 is greedy.")
+        if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(
+                f"--temperature {self.temperature:g}: logits divided by it may not be numbers; give 0 "
+                f"(greedy), or {COLDEST:g} to {HOTTEST:g}."
+            )
         if self.top_k < 0 or not 0 <= self.top_p <= 1:
             raise ValueError(
                 f"--top-k {self.top_k} --top-p {self.top_p}: a count from 0, and a probability up to 1."
+            )
+        if not 1 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed}: a number from 1 to {2**31 - 1}.")
+        if 0 < self.top_p < LEAST_TOP_P:
+            raise ValueError(
+                f"--top-p {self.top_p:g} is less than {LEAST_TOP_P:g}; 0 is all tokens, --top-k 1 the best."
             )
         if self.top_k and self.top_p:
             raise ValueError("--top-k and --top-p together are not supported by Megatron; give one of them.")
@@ -148,6 +160,18 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
         **summary(answers, seconds, tokenizer),
         "kv_cache": kv_report(engine, peak),
     }
+
+
+def refuse_vocabulary(prompts: list[list[int]], top_k: int, vocabulary: int) -> None:
+    """ValueError for a prompt with a token that the model has not, or for more top tokens than it has."""
+    if top_k >= vocabulary:
+        raise ValueError(f"--top-k {top_k}: this model has {vocabulary} tokens; give fewer, or 0 for all.")
+    for number, tokens in enumerate(prompts):
+        if tokens and not 0 <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"prompt {number} has token {max(tokens)}, this model has {vocabulary}: the tokenizer is "
+                "another model's (--tokenizer)."
+            )
 
 
 def refuse_too_long(prompts: list[list[int]], new_tokens: int, limit: int) -> None:

@@ -168,9 +168,12 @@ def load(
         more: flags.
     """
     from helix_megatron.convert.check import build_and_load
+    from helix_megatron.generate.engine import refuse_without_flash_attention
 
     opened = open_tokenizer(checkpoint, tokenizer)
-    (model,) = build_and_load([*flags(checkpoint, layout, sequence), *more])
+    (model,) = build_and_load(
+        [*flags(checkpoint, layout, sequence), *more], refuse_without_flash_attention
+    )
     _refuse_other_function(checkpoint, layout.more)
     mask_padding(model, vocabulary(checkpoint, opened))
     return model, opened

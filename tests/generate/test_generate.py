@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from helix_megatron import cli
 from helix_megatron.convert import check, mapping, torch_dist
-from helix_megatron.generate import generate, model
+from helix_megatron.generate import engine as engines
+from helix_megatron.generate import generate, model, stops
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
 from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.config import HelixConfig
 from tests.generate import tiny_model
 
 PROMPTS = [
@@ -94,6 +96,17 @@ def test_a_grid_that_cannot_work_is_one_line(tiny):
         ),
         (["x", "--tensor-model-parallel-size", "0"], "at least one rank"),
         (["x", "--temperature", "-1"], "negative"),
+        (["x", "--temperature", "1e-40"], "--temperature 1e-40: logits divided by it"),
+        (["x", "--temperature", "0.009"], "give 0 (greedy), or 0.01 to 1e+38"),
+        (["x", "--temperature", "1e300"], "logits divided by it"),
+        (["x", "--temperature", "nan"], "logits divided by it"),
+        (["x", "--temperature", "inf"], "logits divided by it"),
+        (["x", "--temperature", "1", "--top-p", "1e-46"], "less than 1e-06"),
+        (["x", "--temperature", "1", "--top-p", "nan"], "a probability up to 1"),
+        (["x", "--temperature", "1", "--top-k", "259"], "this model has 259 tokens"),
+        (["x", "--seed", "0"], "--seed 0: a number from 1"),
+        (["x", "--seed", str(10**30)], "a number from 1"),
+        (["caf\udce9"], "prompt 0 is not text"),
         (["x", "--temperature", "1", "--top-k", "3", "--top-p", "0.5"], "together"),
         (["x", "--top-p", "0.5"], "do nothing at --temperature 0"),
         (["x", "--temperature", "1", "--top-p", "1.5"], "a probability up to 1"),
@@ -158,13 +171,66 @@ def test_what_was_not_restored_is_refused_unless_it_was_asked_for(tiny, monkeypa
     model._refuse_other_function(tiny[1], ("--norm-epsilon", "0.1", "--no-rope-freq", "2"))
 
 
+@pytest.mark.dynamic_engine
+@pytest.mark.parametrize("version, m, refused", [
+    (None, 1, "here is none"), ("2.7.2", 1, "here is 2.7.2"), ("2.7.3", 1, None), (None, 2, None)
+])  # fmt: skip
+def test_whole_heads_on_a_gpu_need_flash_attention_before_the_model_is_built(
+    tiny, monkeypatch, version, m, refused
+):
+    from megatron.core import utils
+    from megatron.core.transformer import attention
+    from packaging.version import Version
+
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry, integrate
+
+    config = SimpleNamespace(
+        num_attention_heads=6, num_query_groups=2, kv_channels=16, rotary_interleaved=False,
+        tensor_model_parallel_size=2 * m,
+    )  # fmt: skip
+    container = SimpleNamespace(model=SimpleNamespace(transformer=config))
+    monkeypatch.setattr(pretrain_gpt, "build_config", lambda: container)
+    monkeypatch.setattr(entry, "use_built_helpers", lambda: None)
+    monkeypatch.setattr(integrate, "install", lambda: None)
+    monkeypatch.setattr(integrate, "_active", HelixConfig())
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(utils, "_fa_version", version and Version(version))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    for name, value in [("HAVE_FA3", False), ("HAVE_FA4", False), ("flash_attn_with_kvcache", version)]:
+        monkeypatch.setattr(attention, name, value)
+
+    def built(*args):
+        raise FileExistsError
+
+    monkeypatch.setattr("megatron.training.initialize.initialize_megatron", built)
+    with pytest.raises(ValueError if refused else FileExistsError, match=refused) as error:
+        model.load(tiny[1], model.Layout(2 * m, "helix", "bfloat16", on_host=False), None, 64)
+    assert not refused or "pip install 'flash-attn>=2.7.3'" in str(error.value)
+
+
 # ---- in ranks: many jobs with one model ----
+class Stopping(generate.Sampling):
+    """Greedy, to the text that $STOP names."""
+
+    def params(self, new_tokens, ignore_eos):
+        found = super().params(new_tokens, ignore_eos)
+        found.stop_words = [os.environ["STOP"]]
+        return found
+
+
 def rank_jobs(job, variants):
-    """The report of each variant of a job."""
+    """The report of each variant of a job; in the first, `stopped`: the tokens up to a stop text."""
     from dataclasses import replace
 
     loaded = model.load(job.checkpoint, job.layout, None, job.sequence)
-    return [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    found = [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    with torch.inference_mode():
+        engine = engines.build(*loaded, size_for([len(tokens) for tokens in job.tokens], NEW, 64, 64))
+        stops.obey(engine, loaded[1])
+        answers, _, _ = generate.serve_all(engine, replace(job, sampling=Stopping()))
+    found[0]["stopped"] = [answer.tokens for answer in answers]
+    return found
 
 
 def job_of(checkpoint, tp, attention):
@@ -175,7 +241,20 @@ def job_of(checkpoint, tp, attention):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny):
+def stop(tiny, expected):
+    """(a stop text that lies within the first answer, the tokens of all answers up to it)."""
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tiny[0]).decode
+    text = decode(expected[0])
+    pairs = [text[k : k + 2] for k in range(4, len(text))]
+    word = next(pair for pair in pairs if "\N{REPLACEMENT CHARACTER}" not in pair)
+    ends = [next((k for k in range(len(all_)) if word in decode(all_[:k])), None) for all_ in expected]
+    return word, [tokens[:end] for tokens, end in zip(expected, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reports(tiny, stop):
     """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time."""
     variants = [
         {},
@@ -185,8 +264,9 @@ def reports(tiny):
         {"at_once": 1, "block_tokens": 16},
         {"ignore_eos": True},
     ]
-    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, timeout_s=300)
-    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, timeout_s=300)
+    more = {"timeout_s": 300, "env": {"STOP": stop[0]}}
+    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, **more)
+    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, **more)
     return {1: vanilla, 4: ours}
 
 
@@ -200,6 +280,12 @@ def test_tokens_are_those_of_transformers_and_of_every_size(reports, expected):
                 assert [o["tokens"] for o in mine["outputs"]] == [o["tokens"] for o in alone["outputs"]]
     sampled = [[tuple(o["tokens"]) for o in report["outputs"]] for report in reports[1][0]]
     assert len({tuple(answers) for answers in sampled[:4]}) == 4  # the seed and the settings matter
+
+
+def test_the_engine_ends_a_request_with_the_token_that_ends_its_stop_text(reports, stop, expected):
+    assert 4 < len(stop[1][0]) < len(expected[0])
+    for ranks in reports.values():
+        assert [rank[0]["stopped"] for rank in ranks] == [stop[1]] * len(ranks)
 
 
 def test_reports_say_what_happened(reports):
@@ -308,6 +394,15 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]
     (tmp_path / "a.jsonl").write_text('"one\\n"\n{"prompt": "two", "id": 3}\n')
     assert read_prompts([], tmp_path / "a.jsonl") == ["one\n", "two"]
+    # a line ends at \\n or \\r\\n, nowhere else, and a byte-order mark is not text
+    inside = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei\rj"
+    for name, write in [("b.txt", str), ("b.jsonl", lambda text: json.dumps(text, ensure_ascii=False))]:
+        lines = [write(inside), write("second"), write(inside)]
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n")
+        assert read_prompts([], tmp_path / name) == [inside, "second", inside]
+    (tmp_path / "a.jsonl").write_text('"\\ud800"')
+    with pytest.raises(ValueError, match="prompt 0 is not text"):
+        read_prompts([], tmp_path / "a.jsonl")
     for line, message in [
         ("{", ":1 is not JSON"),
         ("[1]", ":1 is neither"),
