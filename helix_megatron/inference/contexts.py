@@ -273,7 +273,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         raise HelixConfigError(
             f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
             f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
-            "(helix_megatron.megatron.integrate.enable), with the model's own configuration"
+            "(helix_megatron.integrate.enable), with the model's own configuration"
         )
 
 

@@ -72,7 +72,7 @@ class SlicedDimension:
             f"the {what} on a rank of Helix grid {self.layout.grid} are slices of heads, no contiguous "
             "chunk; what reads partition_dim or partition_stride here would scramble the heads. Resharding "
             "between models (megatron.core.resharding) is served with Megatron core 0.19 on ranks that have "
-            "called helix_megatron.megatron.integrate.teach_tools(), as enable() and the layer specs do. Otherwise "
+            "called helix_megatron.integrate.teach_tools(), as enable() and the layer specs do. Otherwise "
             "go by a torch_dist checkpoint, which every layout reads, or use a grid with m = 1"
         )
 
