@@ -84,7 +84,7 @@ def test_configuration_keeps_its_heads_and_loses_only_the_divisibility_check():
     made = config()
     assert (made.num_attention_heads, made.num_query_groups, made.kv_channels) == (9, 3, 16)
     assert config(num_query_groups=None).num_query_groups == 9
-    with pytest.raises(HelixConfigError, match="tensor-parallel sizes that work"):
+    with pytest.raises(HelixConfigError, match=r"16 of them rotary .* tensor-parallel sizes that work"):
         config(tensor_model_parallel_size=17)  # of a head of 16; RoPE is the layer's affair
     with pytest.raises(ValueError, match="fp16"):  # Megatron's other checks still run
         config(fp16=True, bf16=True)
@@ -107,7 +107,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("helix", SETTINGS, ids=str)
+@pytest.mark.parametrize("helix", SETTINGS)
 @pytest.mark.parametrize("other", OTHERS)
 def test_models_on_one_rank_are_megatrons(helix, other):
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
