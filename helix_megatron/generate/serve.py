@@ -82,6 +82,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
+    engines.stop_at(llm.engine, models.stop_tokens(server.checkpoint, tokenizer, server.tokenizer))
     signal.signal(signal.SIGTERM, default)
     asyncio.run(_serve(llm, server, terminal))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
