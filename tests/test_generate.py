@@ -1,7 +1,9 @@
 """`helix generate` against transformers: the same tokens at any size, sampled alike, and KV bytes counted."""
 
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,6 +46,14 @@ def helix(*arguments, **environment):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
+
+
+@pytest.fixture(scope="module")
+def two_ends(tiny, expected, tmp_path_factory):
+    """(folder, checkpoint) of the same model, which may end at a token of the third answer too."""
+    folder = shutil.copytree(tiny[0], tmp_path_factory.mktemp("two") / "ends")
+    tiny_model.end_at(folder, tiny_model.EOS, next(t for t in expected[2] if t not in expected[0]))
+    return folder, model.prepared(folder, "float32", tiny[1].parent)
 
 
 # ---- the command ----
@@ -117,9 +127,9 @@ def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
     assert model.prepared(folder, "float32", checkpoint.parent) == checkpoint
     assert model.prepared(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
     assert model._fingerprint(folder, "float32") != model._fingerprint(folder, "bfloat16")
-    before, path = model._fingerprint(folder, "float32"), folder / "config.json"
+    before, path = model._fingerprint(folder, "float32"), folder / "model.safetensors"
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    assert model._fingerprint(folder, "float32") != before
+    assert model._fingerprint(folder, "float32") != before  # the other files: test_convert_sources.py
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch):
@@ -147,8 +157,9 @@ def job_of(checkpoint, tp, attention):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny):
-    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time."""
+def reports(tiny, two_ends):
+    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time, with no
+    end, with two ends and with neither of them."""
     variants = [
         {},
         {"sampling": generate.Sampling(0.9, top_k=40)},
@@ -156,6 +167,8 @@ def reports(tiny):
         {"sampling": generate.Sampling(3.0, top_p=0.8)},
         {"at_once": 1, "block_tokens": 16},
         {"ignore_eos": True},
+        {"checkpoint": two_ends[1]},
+        {"checkpoint": two_ends[1], "ignore_eos": True},
     ]
     vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, timeout_s=300)
     ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, timeout_s=300)
@@ -172,6 +185,57 @@ def test_tokens_are_those_of_transformers_and_of_every_size(reports, expected):
                 assert [o["tokens"] for o in mine["outputs"]] == [o["tokens"] for o in alone["outputs"]]
     sampled = [[tuple(o["tokens"]) for o in report["outputs"]] for report in reports[1][0]]
     assert len({tuple(answers) for answers in sampled[:4]}) == 4  # the seed and the settings matter
+
+
+def test_an_answer_ends_at_any_of_the_models_ends(reports, expected, two_ends):
+    """The list of generation_config.json, which transformers obeys; Megatron's requests have one end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(two_ends[0])
+    theirs = tiny_model.greedy(two_ends[0], PROMPTS, NEW)
+    length = len(theirs[2])
+    assert [len(answer) for answer in theirs] == [NEW, 1, length] and length < NEW
+    for ranks in reports.values():
+        outputs = ranks[0][6]["outputs"]
+        assert [output["tokens"] for output in outputs] == theirs
+        assert [output["finish_reason"] for output in outputs] == ["length", "stop", "stop"]
+        assert outputs[2]["text"] == tokenizer.decode(expected[2][: length - 1])  # without its end
+        assert [len(output["tokens"]) for output in ranks[0][7]["outputs"]] == [NEW] * 3
+
+
+def test_the_ends_of_a_text_are_not_streamed(tiny):
+    tokenizer = model.open_tokenizer(tiny[1], None)
+    ends = tokenizer.tokenize("x")
+    shown = io.StringIO()
+    shower = generate._Shower(shown, tokenizer, 1, tuple(ends))
+    shower.step(0, tokenizer.tokenize("ab"), False)
+    shower.step(0, ends, True)
+    assert shown.getvalue() == "ab\n"
+
+
+@pytest.mark.parametrize(
+    "generation, config, stops",
+    [
+        ([7, 8], 9, (7, 8)),
+        (7, [8, 9], (7,)),
+        (None, [8, 9], (8, 9)),
+        (None, None, (tiny_model.EOS,)),  # the tokenizer's
+    ],
+)
+def test_where_the_ends_of_a_text_are_looked_for(tiny, tmp_path, generation, config, stops):
+    checkpoint = shutil.copytree(tiny[1], tmp_path / "checkpoint")
+    for name, told in (("generation_config.json", generation), ("config.json", config)):
+        (checkpoint / "hf" / name).write_text(json.dumps({"eos_token_id": told}))
+    args = model.Checkpoint(checkpoint).args
+    args.eos_token_id = None
+    tokenizer = model.open_tokenizer(checkpoint, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
+        assert model.stop_tokens(checkpoint, tokenizer, None) == stops
+        given = tmp_path / "given"
+        given.mkdir()
+        (given / "generation_config.json").write_text('{"eos_token_id": 5}')
+        assert model.stop_tokens(checkpoint, tokenizer, str(given)) == (5,)
 
 
 def test_reports_say_what_happened(reports):
