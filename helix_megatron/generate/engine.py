@@ -145,13 +145,12 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
 def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
     """Let requests end at any of these tokens, but those that asked not to end (termination_id -1).
 
-    Megatron's requests have one such token. At another the request ends as at a stop word, which is kept, as
-    the one is; none of them is in the text.
+    Megatron's requests have one such token. At another the request ends as at a stop word, and keeps it, as
+    it keeps the one.
     """
     if not tokens:
         return
     add, stops = engine._add_request, engine._check_stop_words_for_request_post_append
-    detokenize = engine.controller.detokenize
 
     def add_request(request: Any) -> Any:
         if request.sampling_params.termination_id is None:
@@ -164,13 +163,7 @@ def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
             return True, 0
         return stops(request)
 
-    def text(tokenizer: Any, ids: list[int], remove_EOD: bool = True, **more: Any) -> str:
-        while remove_EOD and ids and ids[-1] in tokens:
-            ids = ids[:-1]
-        return detokenize(tokenizer, ids, remove_EOD=remove_EOD, **more)
-
     engine._add_request, engine._check_stop_words_for_request_post_append = add_request, check
-    engine.controller.detokenize = text
 
 
 def tokens_of(record: Any) -> list[int]:
