@@ -8,9 +8,9 @@ from itertools import product
 from math import isfinite
 from typing import Any
 
+from helix_megatron.megatron.yaml_config import check_keys
 from helix_megatron.plan.hardware import Line, Rate, overhead_key
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS
-from helix_megatron.yaml_config import check_keys
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
 _OVERHEADS = sorted(

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from helix_megatron.megatron.yaml_config import check_keys, nearest
 from helix_megatron.plan import cluster_fields
 from helix_megatron.plan.hardware import Cluster, Line, Rate
-from helix_megatron.yaml_config import check_keys, nearest
 
 GB = 1e9
 

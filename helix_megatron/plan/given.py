@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from helix_megatron.grid import HelixConfigError
-from helix_megatron.yaml_config import nearest
+from helix_megatron.megatron.yaml_config import nearest
+from helix_megatron.partition.grid import HelixConfigError
 
 MODEL = frozenset(
     """--num-layers --hidden-size --num-attention-heads --group-query-attention --num-query-groups
@@ -198,7 +198,7 @@ def _known() -> dict[str, tuple[argparse.Action, str]] | None:
             return None
         finally:
             logging.disable(logging.NOTSET)
-    from helix_megatron.arguments import add_helix_arguments
+    from helix_megatron.megatron.arguments import add_helix_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     arguments.add_megatron_arguments(parser)

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from helix_megatron.models.presets import ModelShape
 from helix_megatron.plan import given
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Workload
-from helix_megatron.presets import ModelShape
 
 _DATA = ("--mock-data", "--data-path", "--train-data-path", "--data-args-path", "--per-split-data-args-path")
 _TRAINING = {"--lr": 1e-4, "--eval-iters": 0, "--eval-interval": 1000, "--log-interval": 1}

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from helix_megatron.grid import HelixGrid
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import clusters, inputs, probe_gpu, rates, timing
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import Layout, Problem, Workload
-from helix_megatron.presets import ModelShape
 
 KINDS = probe_gpu.KINDS
 SMALL, LARGE = 4096, 4 << 20  # bytes that a rank receives, about
@@ -81,7 +81,7 @@ def _largest(cluster: Cluster) -> int:
 
 def measured(base: Cluster, ranks: int | None = None) -> Cluster:
     """`base` with what this host's cores and gloo really do."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     cores = base.slots
     most = ranks or 2 * cores

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
+from helix_megatron.models.presets import ModelShape
 from helix_megatron.plan import advice, compute, pasted, traffic
 from helix_megatron.plan.clusters import to_dict
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Workload
 from helix_megatron.plan.search import Candidate, Plan
-from helix_megatron.presets import ModelShape
 
 _PARTS = {  # shown name → parts of the prediction
     "compute": ("compute",),

@@ -13,7 +13,7 @@ Note [Tensor parallelism in a layer]             plain              sequence par
     after proj and fc2      forward              all_reduce t h     reduce_scatter t h
                             backward             -                  all_gather t h
     attention               Megatron, tp > G: all_gather t (H+2G) d, backward reduce_scatter
-                            Helix: see helix_megatron.exchange and kv_cache; only inside the dim group
+                            Helix: see exchange/ and inference/position_cache.py; only inside the dim group
 
 What Megatron's training script adds (broadcasts of the batch, sums of the logged loss) is left out.
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from helix_megatron.layout import part_length
+from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total
@@ -143,7 +143,7 @@ def _hidden(problem: Problem) -> dict[str, float]:
 
 
 def _attention(found: _List, rank: int, train: bool) -> None:
-    """What attention exchanges; see helix_megatron.exchange and helix_megatron.kv_cache."""
+    """What attention exchanges; see exchange/ and inference/position_cache.py."""
     problem = found.problem
     shape, layout = problem.shape, problem.layout
     calls = problem.layers * problem.micro_batches
