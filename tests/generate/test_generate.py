@@ -52,7 +52,8 @@ def helix(*arguments, **environment):
 def two_ends(tiny, expected, tmp_path_factory):
     """(folder, checkpoint) of the same model, which may end at a token of the third answer too."""
     folder = shutil.copytree(tiny[0], tmp_path_factory.mktemp("two") / "ends")
-    tiny_model.end_at(folder, tiny_model.EOS, next(t for t in expected[2] if t not in expected[0]))
+    later = next(t for t in expected[2][2:] if t not in [*expected[0], *expected[2][:2]])
+    tiny_model.end_at(folder, tiny_model.EOS, later)
     return folder, model.prepared(folder, "float32", tiny[1].parent)
 
 
@@ -194,7 +195,7 @@ def test_an_answer_ends_at_any_of_the_models_ends(reports, expected, two_ends):
     tokenizer = AutoTokenizer.from_pretrained(two_ends[0])
     theirs = tiny_model.greedy(two_ends[0], PROMPTS, NEW)
     length = len(theirs[2])
-    assert [len(answer) for answer in theirs] == [NEW, 1, length] and length < NEW
+    assert [len(answer) for answer in theirs] == [NEW, 1, length] and 2 < length < NEW
     for ranks in reports.values():
         outputs = ranks[0][6]["outputs"]
         assert [output["tokens"] for output in outputs] == theirs
