@@ -279,8 +279,9 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         "rope_parameters": rope,
         "rms_norm_eps": args.layernorm_epsilon,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "vocab_size": getattr(args, "vocab_size", None) or args.padded_vocab_size,
+        "vocab_size": _vocabulary(args),
         "dtype": dtype,
+        **{name: getattr(args, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     if args.qk_layernorm:
         return Qwen3Config(**settings, attention_bias=False, architectures=["Qwen3ForCausalLM"])
@@ -288,6 +289,17 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         return Qwen2Config(**settings, architectures=["Qwen2ForCausalLM"])
     biases = {"attention_bias": args.add_bias_linear, "mlp_bias": args.add_bias_linear}
     return LlamaConfig(**settings, **biases, architectures=["LlamaForCausalLM"])
+
+
+def _vocabulary(args: Namespace) -> int:
+    """Tokens without padding, as far as the checkpoint knows. ValueError when there are more than rows."""
+    tokens = getattr(args, "vocab_size", None) or args.padded_vocab_size
+    if tokens > args.padded_vocab_size:
+        raise ValueError(
+            f"the checkpoint's tokenizer has {tokens} tokens, its embedding only {args.padded_vocab_size} "
+            "rows; give the folder of the model's own config.json and tokenizer with --like."
+        )
+    return tokens
 
 
 def check_like(config: Any, args: Namespace) -> None:

@@ -164,6 +164,30 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
 
 
+def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
+    """Let requests end at any of these tokens, but those that asked not to end (termination_id -1).
+
+    Megatron's requests have one such token. At another the request ends as at a stop word, and keeps it, as
+    it keeps the one.
+    """
+    if not tokens:
+        return
+    add, stops = engine._add_request, engine._check_stop_words_for_request_post_append
+
+    def add_request(request: Any) -> Any:
+        if request.sampling_params.termination_id is None:
+            request.sampling_params.termination_id = tokens[0]
+        return add(request)
+
+    def check(request: Any) -> tuple[bool, int]:
+        ends = request.sampling_params.termination_id == tokens[0]
+        if ends and request.generated_tokens and request.generated_tokens[-1] in tokens:
+            return True, 0
+        return stops(request)
+
+    engine._add_request, engine._check_stop_words_for_request_post_append = add_request, check
+
+
 def tokens_of(record: Any) -> list[int]:
     """The tokens generated so far; a request that was evicted goes on as a new one in its record."""
     return [int(token) for request in record.requests for token in request.generated_tokens]

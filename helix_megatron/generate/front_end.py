@@ -102,9 +102,10 @@ class EngineClient:
 def end(reply: dict[str, Any], stop: list[str], ends: frozenset[int], tokenizer: Any) -> str:
     """Let an answer of the engine end before its first stop; why it has ended, `stop` or `length`."""
     tokens, params = reply["generated_tokens"], reply["sampling_params"]
-    ended = len(tokens) < params["num_tokens_to_generate"] or (
-        tokens[-1:] and tokens[-1] in ends and params["termination_id"] in ends
-    )
+    at_end = bool(tokens) and tokens[-1] in ends and params["termination_id"] in ends
+    ended = at_end or len(tokens) < params["num_tokens_to_generate"]
+    if at_end:  # Megatron leaves out the tokenizer's own end alone
+        reply["generated_text"] = decoder(tokenizer)(tokens[:-1])
     found = Stops.of(stop, tokenizer).cut(tokens, decoder(tokenizer)) if stop else None
     if found is not None:
         kept, reply["generated_text"] = found

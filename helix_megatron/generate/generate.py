@@ -72,7 +72,7 @@ class Sampling:
             top_k=1 if greedy else self.top_k,
             top_p=0.0 if greedy else self.top_p,
             num_tokens_to_generate=new_tokens,
-            termination_id=-1 if ignore_eos else None,  # None: the tokenizer's
+            termination_id=-1 if ignore_eos else None,  # None: the model's
         )
 
 
@@ -146,9 +146,11 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
     model.config.inference_sampling_seed = job.sampling.seed
     block = job.block_tokens or engines.default_block_tokens(model.config, job.layout.on_host)
     size = engines.size_for([len(tokens) for tokens in job.tokens], job.new_tokens, job.at_once, block)
+    stop = models.stop_tokens(job.checkpoint, tokenizer, job.tokenizer)
     with torch.inference_mode():
         engine = engines.build(model, tokenizer, size)
-        show = None if terminal is None else _Shower(terminal, tokenizer, len(job.prompts))
+        engines.stop_at(engine, stop)
+        show = None if terminal is None else _Shower(terminal, tokenizer, len(job.prompts), stop)
         answers, seconds, peak = serve_all(engine, job, show)
     agree(answers)
     return {
@@ -157,7 +159,7 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
         "attention": _attention(model.config, job.layout.attention),
         "dtype": job.layout.dtype,
         "device": "host" if job.layout.on_host else torch.cuda.get_device_name(),
-        **summary(answers, seconds, tokenizer),
+        **summary(answers, seconds, tokenizer, stop),
         "kv_cache": kv_report(engine, peak),
     }
 
@@ -230,9 +232,8 @@ def _held(record: Any) -> int:
 class _Shower:
     """Prints answers in the order of their prompts, each as it comes."""
 
-    def __init__(self, terminal: TextIO, tokenizer: Any, count: int):
-        self._terminal, self._headings = terminal, count > 1
-        self._eod = tokenizer.eod
+    def __init__(self, terminal: TextIO, tokenizer: Any, count: int, stop: tuple[int, ...]):
+        self._terminal, self._headings, self._stop = terminal, count > 1, stop
         decode = lambda tokens: tokenizer.detokenize(tokens, skip_special_tokens=True)  # noqa: E731
         self._streams = [TextStream(decode) for _ in range(count)]
         self._text = [""] * count
@@ -243,7 +244,7 @@ class _Shower:
     def step(self, number: int, tokens: list[int], ended: bool) -> None:
         """New tokens of an answer."""
         stream = self._streams[number]
-        self._text[number] += "".join(stream.push(token) for token in tokens if token != self._eod)
+        self._text[number] += "".join(stream.push(token) for token in tokens if token not in self._stop)
         if ended:
             self._text[number] += stream.close()
             self._ended[number] = True
@@ -272,11 +273,13 @@ def agree(answers: list[Answer]) -> None:
         raise RuntimeError("the ranks have chosen different tokens; please report this with the command used")
 
 
-def summary(answers: list[Answer], seconds: float, tokenizer: Any) -> dict[str, Any]:
-    """What the report says of the answers."""
+def summary(
+    answers: list[Answer], seconds: float, tokenizer: Any, stop: tuple[int, ...]
+) -> dict[str, Any]:
+    """What the report says of the answers; `stop` are the tokens that end one."""
     outputs = []
     for answer in answers:
-        stopped = bool(answer.tokens) and answer.tokens[-1] == tokenizer.eod
+        stopped = bool(answer.tokens) and answer.tokens[-1] in stop
         kept = answer.tokens[:-1] if stopped else answer.tokens
         outputs.append(
             {

@@ -17,11 +17,11 @@ from typing import Any
 
 from helix_megatron.checkpoint import compatibility
 from helix_megatron.checkpoint.model_arguments import flag_of
-from helix_megatron.convert import command
+from helix_megatron.convert import command, files
 from helix_megatron.convert.check import HOST_FLAGS
 from helix_megatron.convert.torch_dist import Checkpoint
 
-_WEIGHTS = ("*.safetensors", "*.gguf", "config.json", "tokenizer*", "*.index.json")
+_CONVERSION = 2  # counts up when the same files are converted into something else
 # What a model run here may have unlike Megatron's defaults; all of it is given back as flags, since
 # --use-checkpoint-args restores a part.
 _SERVED = set(
@@ -46,17 +46,16 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _fingerprint(source: Path, dtype: str) -> str:
-    """Of the source's files by name, size and time, and of what they are converted into."""
-    folder = source if source.is_dir() else source.parent
-    files = (
-        sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
-        if source.is_dir()
-        else [source]
-    )
-    digest = hashlib.sha256(f"1 {source.resolve()} {dtype}".encode())
-    for path in files:
+    """Of every file that conversion reads or copies, and of what they are converted into.
+
+    Weights count by size and time, all others by what is in them.
+    """
+    digest = hashlib.sha256(f"{_CONVERSION} {source.resolve()} {dtype}".encode())
+    for path in files.used(source):
         found = path.stat()
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}".encode())
+        weights = path.suffix in (".safetensors", ".gguf")
+        state = f"{found.st_size} {found.st_mtime_ns}".encode() if weights else path.read_bytes()
+        digest.update(f"\n{path.name} {hashlib.sha256(state).hexdigest()}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -198,6 +197,28 @@ def mask_padding(model: Any, vocabulary: int) -> None:
 
     if model.vocab_size > vocabulary:
         model.register_forward_hook(mask)
+
+
+def stop_tokens(checkpoint: Path, tokenizer: Any, given: str | None) -> tuple[int, ...]:
+    """The tokens at which an answer ends: those of generation_config.json, else of config.json, else the
+    tokenizer's one.
+
+    Args:
+        checkpoint: a converted model, or one whose arguments name a tokenizer's folder.
+        tokenizer: Megatron's.
+        given: folder of a tokenizer that the user chose, or None.
+    """
+    args = Checkpoint(checkpoint).args
+    trained = command.trained_tokenizer(args)
+    for folder in (given and Path(given), checkpoint / command.HF_FOLDER, trained):
+        found = files.token_ids(folder)["eos_token_id"] if folder else None
+        if found is not None:
+            break
+    else:
+        found = getattr(args, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eod
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def open_tokenizer(checkpoint: Path, given: str | None) -> Any:

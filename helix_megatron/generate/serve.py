@@ -80,7 +80,8 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     size = engines.CacheSize(block, blocks, server.at_once, server.sequence, max(2048, server.sequence))
     lives = os.pipe()
     limits = Limits(server.sequence, vocabulary, server.queue)
-    endpoints.__all__.append(front_end.blueprint(limits, frozenset([tokenizer.eod]), lives))
+    ends = models.stop_tokens(server.checkpoint, tokenizer, server.tokenizer)
+    endpoints.__all__.append(front_end.blueprint(limits, frozenset(ends), lives))
     default = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the coordinator, which starts now
     llm = MegatronAsyncLLM(
         model=model,
@@ -88,6 +89,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
+    engines.stop_at(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
     stops.obey(llm.engine, tokenizer)
     asyncio.run(_serve(llm, server, terminal, lives[1]))

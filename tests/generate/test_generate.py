@@ -1,8 +1,10 @@
 """`helix generate` against transformers: the same tokens at any size, sampled alike, and KV bytes counted."""
 
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -49,6 +51,15 @@ def helix(*arguments, **environment):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
+
+
+@pytest.fixture(scope="module")
+def two_ends(tiny, expected, tmp_path_factory):
+    """(folder, checkpoint) of the same model, which may end at a token of the third answer too."""
+    folder = shutil.copytree(tiny[0], tmp_path_factory.mktemp("two") / "ends")
+    later = next(t for t in expected[2][2:] if t not in [*expected[0], *expected[2][:2]])
+    tiny_model.end_at(folder, tiny_model.EOS, later)
+    return folder, model.prepared(folder, "float32", tiny[1].parent)
 
 
 # ---- the command ----
@@ -133,9 +144,9 @@ def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
     assert model.prepared(folder, "float32", checkpoint.parent) == checkpoint
     assert model.prepared(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
     assert model._fingerprint(folder, "float32") != model._fingerprint(folder, "bfloat16")
-    before, path = model._fingerprint(folder, "float32"), folder / "config.json"
+    before, path = model._fingerprint(folder, "float32"), folder / "model.safetensors"
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    assert model._fingerprint(folder, "float32") != before
+    assert model._fingerprint(folder, "float32") != before  # the other files: test_convert_sources.py
 
 
 @pytest.mark.parametrize(
@@ -254,8 +265,9 @@ def stop(tiny, expected):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny, stop):
-    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time."""
+def reports(tiny, stop, two_ends):
+    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time, with no
+    end, with two ends and with neither of them."""
     variants = [
         {},
         {"sampling": generate.Sampling(0.9, top_k=40)},
@@ -263,6 +275,8 @@ def reports(tiny, stop):
         {"sampling": generate.Sampling(3.0, top_p=0.8)},
         {"at_once": 1, "block_tokens": 16},
         {"ignore_eos": True},
+        {"checkpoint": two_ends[1]},
+        {"checkpoint": two_ends[1], "ignore_eos": True},
     ]
     more = {"timeout_s": 300, "env": {"STOP": stop[0]}}
     vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, **more)
@@ -286,6 +300,57 @@ def test_the_engine_ends_a_request_with_the_token_that_ends_its_stop_text(report
     assert 4 < len(stop[1][0]) < len(expected[0])
     for ranks in reports.values():
         assert [rank[0]["stopped"] for rank in ranks] == [stop[1]] * len(ranks)
+
+
+def test_an_answer_ends_at_any_of_the_models_ends(reports, expected, two_ends):
+    """The list of generation_config.json, which transformers obeys; Megatron's requests have one end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(two_ends[0])
+    theirs = tiny_model.greedy(two_ends[0], PROMPTS, NEW)
+    length = len(theirs[2])
+    assert [len(answer) for answer in theirs] == [NEW, 1, length] and 2 < length < NEW
+    for ranks in reports.values():
+        outputs = ranks[0][6]["outputs"]
+        assert [output["tokens"] for output in outputs] == theirs
+        assert [output["finish_reason"] for output in outputs] == ["length", "stop", "stop"]
+        assert outputs[2]["text"] == tokenizer.decode(expected[2][: length - 1])  # without its end
+        assert [len(output["tokens"]) for output in ranks[0][7]["outputs"]] == [NEW] * 3
+
+
+def test_the_ends_of_a_text_are_not_streamed(tiny):
+    tokenizer = model.open_tokenizer(tiny[1], None)
+    ends = tokenizer.tokenize("x")
+    shown = io.StringIO()
+    shower = generate._Shower(shown, tokenizer, 1, tuple(ends))
+    shower.step(0, tokenizer.tokenize("ab"), False)
+    shower.step(0, ends, True)
+    assert shown.getvalue() == "ab\n"
+
+
+@pytest.mark.parametrize(
+    "generation, config, stops",
+    [
+        ([7, 8], 9, (7, 8)),
+        (7, [8, 9], (7,)),
+        (None, [8, 9], (8, 9)),
+        (None, None, (tiny_model.EOS,)),  # the tokenizer's
+    ],
+)
+def test_where_the_ends_of_a_text_are_looked_for(tiny, tmp_path, generation, config, stops):
+    checkpoint = shutil.copytree(tiny[1], tmp_path / "checkpoint")
+    for name, told in (("generation_config.json", generation), ("config.json", config)):
+        (checkpoint / "hf" / name).write_text(json.dumps({"eos_token_id": told}))
+    args = model.Checkpoint(checkpoint).args
+    args.eos_token_id = None
+    tokenizer = model.open_tokenizer(checkpoint, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
+        assert model.stop_tokens(checkpoint, tokenizer, None) == stops
+        given = tmp_path / "given"
+        given.mkdir()
+        (given / "generation_config.json").write_text('{"eos_token_id": 5}')
+        assert model.stop_tokens(checkpoint, tokenizer, str(given)) == (5,)
 
 
 def test_reports_say_what_happened(reports):

@@ -95,7 +95,12 @@ BOS = 257
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_model.make(tmp_path_factory.mktemp("tiny"))
+    """A model that may also end at a token of its third answer, but of no other."""
+    folder = tiny_model.make(tmp_path_factory.mktemp("tiny"))
+    first, _, third = tiny_model.greedy(folder, PROMPTS, NEW)
+    later = next(token for token in third[2:] if token not in [*first, *third[:2]])
+    tiny_model.end_at(folder, tiny_model.EOS, later)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +264,17 @@ def test_an_answer_ends_before_its_first_stop_text(server, reference):
     status, found = client.post({"prompt": PROMPTS[1], "max_tokens": 1, "temperature": 0})
     assert found["choices"][0]["generation_token_ids"] == [tiny_model.EOS]
     assert found["choices"][0]["finish_reason"] == "stop"
+
+def test_an_answer_ends_at_any_of_the_models_ends(server, folder, expected):
+    from transformers import AutoTokenizer
+
+    assert 1 < len(expected[2]) < NEW and expected[2][-1] != tiny_model.EOS
+    status, found = server[1].post({"prompt": PROMPTS[2], "max_tokens": NEW, "temperature": 0})
+    (choice,) = found["choices"]
+    assert (status, choice["finish_reason"], choice["generation_token_ids"]) == (200, "stop", expected[2])
+    assert choice["text"].startswith(AutoTokenizer.from_pretrained(folder).decode(expected[2][:-1]))
+    (goes_on,) = server[1].tokens(PROMPTS[2], ignore_eos=True)
+    assert len(goes_on) == NEW and goes_on[: len(expected[2])] == expected[2]
 
 
 def test_concurrent_requests(server, expected):
