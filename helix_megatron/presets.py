@@ -59,6 +59,7 @@ class ModelShape:
     """Biases of q, k and v alone."""
     max_position_embeddings: int = 8192
     make_vocab_size_divisible_by: int = 128
+    """0: `vocab_size` is the padded size, whatever the tensor-parallel size."""
     notes: tuple[str, ...] = ()
     """What the model has and `model_args` does not say."""
 
@@ -89,7 +90,7 @@ class ModelShape:
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embeddings at tensor-parallel size `tp`, as Megatron pads them."""
-        multiple = self.make_vocab_size_divisible_by * tp
+        multiple = self.make_vocab_size_divisible_by * tp or 1
         return -(-self.vocab_size // multiple) * multiple
 
     def scaled(self, factor: float, num_layers: int | None = None) -> ModelShape:

@@ -100,11 +100,6 @@ class Layout:
     def sliced(self) -> bool:
         return self.m > 1
 
-    def helix_layout(self, shape: ModelShape) -> HelixLayout:
-        """Heads and slices of a rank; only when sliced."""
-        assert self.grid is not None
-        return HelixLayout(shape.attention, self.grid, self.placement)
-
     def helix_config(self, shape: ModelShape) -> HelixConfig | None:
         """The settings that give this layout; None for Megatron's own attention."""
         if not self.helix or self.grid is None:
@@ -192,8 +187,9 @@ class Problem:
 
     @cached_property
     def heads(self) -> HelixLayout:
-        """Heads and slices of a rank when sliced."""
-        return self.layout.helix_layout(self.shape)
+        """Heads and slices of a rank; only when sliced."""
+        assert self.layout.grid is not None
+        return HelixLayout(self.shape.attention, self.layout.grid, self.layout.placement)
 
     @property
     def gathers_qkv(self) -> bool:
@@ -201,13 +197,22 @@ class Problem:
         return not self.layout.sliced and self.layout.tp > self.shape.num_query_groups
 
 
+def uneven_size(shape: ModelShape, tp: int) -> str | None:
+    """Which size that Megatron deals evenly, attention's apart, `tp` ranks do not divide; None where all."""
+    if shape.ffn_hidden_size % tp:
+        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    if shape.padded_vocab_size(tp) % tp:
+        return f"tensor-parallel size {tp} does not divide the padded vocabulary of {shape.vocab_size}"
+    return None
+
+
 def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
     """Why this layout cannot do this work, from arithmetic alone (memory apart); None when it can."""
     tp, heads, groups = layout.tp, shape.num_attention_heads, shape.num_query_groups
     if shape.num_layers % layout.pp:
         return f"{layout.pp} pipeline stages do not divide {shape.num_layers} layers"
-    if shape.ffn_hidden_size % tp:
-        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    if reason := uneven_size(shape, tp):
+        return reason
     if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
         return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"
     if workload.batch % layout.dp:

@@ -139,14 +139,14 @@ class _Stage:
         size = 2 if item.group == "pp" else item.size  # a message passes between two ranks
         if item.group == "pp" and self.cluster.lines:
             size = item.size
-        way = self.cluster.way(item.kind, size, stride, item.bytes, busy)
+        algorithm = self.cluster.algorithm(item.kind, size, stride, item.bytes, busy)
         part = "gradients" if item.phase == STEP and item.what != "optimizer" else item.what
-        formula = f"({way.formula(item.bytes)}); {item.kind} over {item.size} ({item.group}) of {item.term}"
-        return Line(part, item.name, way.seconds(item.bytes), formula)
+        formula = f"({algorithm.formula(item.bytes)}); {item.kind} over {item.size} ({item.group}) of {item.term}"
+        return Line(part, item.name, algorithm.seconds(item.bytes), formula)
 
     def _micro_batch(self, busy: int) -> list[Line]:
         """One micro-batch while `busy` ranks are at work."""
-        share = self.cluster.share(busy)
+        share = self.cluster.slowdown(busy)
         lines = [line.times({SHARE: share}) for line in self.computing]
         for item in self.collectives:
             calls = item.calls / self.problem.micro_batches
@@ -172,7 +172,7 @@ class _Stage:
     def _step_end(self) -> list[Line]:
         """Once in a step, with all ranks at work."""
         world = self.problem.layout.world
-        share = {SHARE: self.cluster.share(world)}
+        share = {SHARE: self.cluster.slowdown(world)}
         software = self.cluster.step_overhead.get(self.problem.workload.kind, 0.0)
         part = "optimizer" if self.train else "compute"
         lines = []
