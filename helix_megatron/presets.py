@@ -317,6 +317,12 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}."
         )
+    hidden = config.get("hidden_size")
+    if hidden and heads and not config.get("head_dim") and hidden % heads:
+        raise ValueError(
+            f"{where}: num_attention_heads {heads} does not divide hidden_size {hidden}, and there is no "
+            "head_dim, the dimension of a head; give one."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

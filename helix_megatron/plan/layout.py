@@ -185,6 +185,16 @@ class Problem:
         """New tokens of a micro-batch in one forward pass."""
         return self.layout.micro_batch * (1 if self.workload.kind == "decode" else self.workload.length)
 
+    @property
+    def own_tokens(self) -> int:
+        """Of these, those that a rank keeps between layers: 1/tp with sequence parallelism."""
+        return self.tokens // self.layout.tp if self.layout.sequence_parallel else self.tokens
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the QKV projection over all ranks, (H + 2G) d."""
+        return (self.shape.num_attention_heads + 2 * self.shape.num_query_groups) * self.shape.kv_channels
+
     @cached_property
     def heads(self) -> HelixLayout:
         """Heads and slices of a rank; only when sliced."""
