@@ -24,7 +24,8 @@ GB = 10**9
 def cluster_of(name, *sets, memory=80 * GB):
     """A machine whose GPUs NVLink joins in these sets."""
     found = [(f"NVIDIA {name}", memory, tuple(joined)) for joined in sets for _ in joined]
-    return machine.gpu_cluster([found[k] for k in sorted(range(len(found)), key=[i for s in sets for i in s].index)])
+    order = sorted(range(len(found)), key=[i for s in sets for i in s].index)
+    return machine.gpu_cluster([found[k] for k in order])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,8 @@ def test_the_probe_measures_gpus_in_the_ranks_of_torchrun(probed):
     cluster, preset = inputs.cluster(str(probed)), clusters.find("dgx-h100")
     assert (cluster.gpus_per_node, cluster.nodes, cluster.domain, cluster.slots) == (2, 2, 2, 0)
     assert cluster.memory == 80 * GB and cluster.fused and cluster.reserve == preset.reserve
-    expected = {f"{kind} {shape}" for kind in clusters.COLLECTIVES for shape in ("1x2", "2x1", "2x2")} - {"recv 2x2"}
+    kinds, shapes = clusters.COLLECTIVES, ("1x2", "2x1", "2x2")
+    expected = {f"{kind} {shape}" for kind in kinds for shape in shapes} - {"recv 2x2"}
     assert set(cluster.links) == expected | {f"{key} small" for key in expected}
     for key in expected:
         assert cluster.links[key].latency >= cluster.links[f"{key} small"].latency
@@ -285,7 +287,8 @@ def test_lines_pass_through_what_was_timed(monkeypatch):
 
     monkeypatch.setattr(probe_collectives, "collective_seconds", seconds)
     for kind in ("all_reduce", "recv"):
-        assert probe_collectives.link_line(kind, None, (1000, 5_000_000)) == (pytest.approx(1e-5), pytest.approx(1e11))
+        line = probe_collectives.link_line(kind, None, (1000, 5_000_000))
+        assert line == (pytest.approx(1e-5), pytest.approx(1e11))
     assert asked == [("all_reduce", 1000), ("all_reduce", 5_000_000), ("recv", 500), ("recv", 2_500_000)]
     noise = {1000: 2e-5, 5_000_000: 1e-5}
     timed = lambda kind, group, received, calls: noise[received]  # noqa: E731

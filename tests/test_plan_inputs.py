@@ -234,7 +234,7 @@ def test_a_padded_vocabulary_is_dealt_evenly_or_not_at_all(padded, capsys):
     assert code == 0
     sizes = {candidate["layout"]["tp"] for candidate in json.loads(out)["candidates"]}
     assert sizes == {tp for tp in (1, 2, 4, 8, 16) if padded % tp == 0}
-    code, out, _ = plan_of(capsys, {"--padded-vocab-size": 1000}, "--gpus", "16", "--nodes", "2", "--tp", "16")
+    code, out, _ = plan_of(capsys, {"--padded-vocab-size": 1000}, "--nodes", "2", "--tp", "16")
     assert code == 1 and "tensor-parallel size 16 does not divide the padded vocabulary of 1000" in out
 
 

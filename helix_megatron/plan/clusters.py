@@ -193,7 +193,7 @@ def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
 
 
 def _field(name: str, value: Any, where: str) -> Any:
-    """The value of field `name` as Cluster has it. ValueError for a wrong type or value, or an unknown key."""
+    """The value of a field as Cluster has it. ValueError for a wrong type or value, or an unknown key."""
     need = ""
     if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < _COUNTS[name]):
         need = f"a whole number of at least {_COUNTS[name]}"
@@ -238,7 +238,8 @@ def _entries(name: str, value: Mapping[str, Any], where: str) -> dict[str, Any]:
         check_keys(value, _OVERHEADS if name == "layer_overhead" else KINDS, where)
         return {key: _number("overhead", seconds, f"{where}: {key}") for key, seconds in value.items()}
     if name == "rates":
-        check_keys(value, {*_RATES, *(f"{rate} {dtype}" for rate in _RATES for dtype in ELEMENT_BYTES)}, where)
+        of_dtype = (f"{rate} {dtype}" for rate in _RATES for dtype in ELEMENT_BYTES)
+        check_keys(value, {*_RATES, *of_dtype}, where)
     kind = Rate if name == "rates" else Line
     all_keys = [f.name for f in fields(kind)]  # the first two are needed
     found = {}
@@ -265,7 +266,7 @@ def _check_entry_name(name: str, key: str, where: str) -> None:
         if not line:
             raise ValueError(f'{where}: a line is called "KIND xSIZE @BUSY"; kinds: {kinds}.')
         if not 2 <= int(line[2]) <= int(line[3]):
-            raise ValueError(f"{where}: a group has 2 ranks or more, and at most the {line[3]} that are busy.")
+            raise ValueError(f"{where}: a group has 2 ranks or more, at most the {line[3]} that are busy.")
     if name == "links":
         link = _LINK.fullmatch(key)
         if not link or int(link[2]) * int(link[3]) < 2:

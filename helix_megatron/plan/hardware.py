@@ -16,8 +16,8 @@ Note [Time of a collective]
 
 Note [Placement of a group]
     A domain is `domain` neighbours of a node, or as many whole nodes as fit in it. Groups of `size` ranks,
-    `stride` apart, fill the devices one after another, so some straddle a domain's edge. Of all groups of a
-    size and stride the slowest counts: k is its smallest number of ranks in a domain (the tree's: the largest).
+    `stride` apart, fill the devices one after another, so some straddle a domain's edge. Of all groups of
+    a size and stride the slowest counts: k is its smallest number of ranks in a domain (the tree's: largest).
 
         tp = 6, nodes of 8    0 1 2 3 4 5 | 6 7 . 8 9 10 11 | 12 13 14 15 . 16 17 | 18 ... 23
                               (1, 6, 6)     (2, 2, 4)         (2, 2, 4)             (1, 6, 6)
@@ -226,8 +226,8 @@ class Cluster:
 
         def made(name: str, start: float, inside: float, near: float, between: float, far: float,
                  bandwidth: float) -> Algorithm:  # fmt: skip
-            steps = (1, "start", start), (inside, "steps in the domain", near), (between, "between nodes", far)
-            return Algorithm(name, steps, bandwidth)
+            steps = ((inside, "steps in the domain", near), (between, "between nodes", far))
+            return Algorithm(name, ((1, "start", start), *steps), bandwidth)
 
         found = [
             made("ring, low latency", 6.6e-6, inside, near, between, 2.7e-6, bandwidth / 4),

@@ -104,13 +104,11 @@ class Layout:
         """The settings that give this layout; None for Megatron's own attention."""
         if not self.helix or self.grid is None:
             return None
-        choices: dict[str, Any] = (
-            {"comm_type": self.comm_type, "query_placement": self.placement, "kv_cache": self.kv_cache}
-            if self.sliced
-            else {}
-        )
         rotary = shape.rotary_percent if shape.position_embedding_type == "rope" else 0.0
-        return HelixConfig(self.n, self.m, rotary_percent=rotary, **choices)
+        if not self.sliced:
+            return HelixConfig(self.n, self.m, rotary_percent=rotary)
+        choices = {"query_placement": self.placement, "kv_cache": self.kv_cache}
+        return HelixConfig(self.n, self.m, comm_type=self.comm_type, rotary_percent=rotary, **choices)
 
     def describe(self, workload: Workload | None = None) -> str:
         """One short line; with the work, also what it depends on: the cache, or micro-batches."""
@@ -138,8 +136,8 @@ class Layout:
             if workload.kind != "train":
                 flags["--helix-kv-cache"] = self.kv_cache
         if workload.kind == "train":
-            flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch}
-            flags |= {"--seq-length": workload.length}
+            flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch,
+                      "--seq-length": workload.length}  # fmt: skip
         switches = {
             "--sequence-parallel": self.sequence_parallel,
             "--use-distributed-optimizer": workload.kind == "train" and workload.distributed_optimizer,
@@ -147,8 +145,8 @@ class Layout:
         }
         flags |= {name: True for name, on in switches.items() if on}
         if self.recompute:
-            flags |= {"--recompute-granularity": "full", "--recompute-method": "uniform"}
-            flags |= {"--recompute-num-layers": 1}
+            flags |= {"--recompute-granularity": "full", "--recompute-method": "uniform",
+                      "--recompute-num-layers": 1}  # fmt: skip
         return flags
 
 
@@ -225,10 +223,10 @@ def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None
         return reason
     if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
         return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"
-    if workload.batch % layout.dp:
+    replica, rest = divmod(workload.batch, layout.dp)
+    if rest:
         return f"{layout.dp} replicas do not divide a batch of {workload.batch}"
-    if (workload.batch // layout.dp) % layout.micro_batch:
-        replica = workload.batch // layout.dp
+    if replica % layout.micro_batch:
         return f"micro-batches of {layout.micro_batch} do not divide a replica's {replica}"
     if layout.grid is not None and layout.grid.size != tp:
         return f"grid {layout.grid} has not {tp} ranks"

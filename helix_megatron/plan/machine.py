@@ -26,8 +26,8 @@ Reading = tuple[str, int, tuple[int, ...]]
 """Name, bytes of memory, and the GPUs that NVLink joins, itself among them, of one GPU."""
 
 _A100, _NVL = "NVIDIA A100 data sheet", "data sheet (1,671 TFLOP/s bf16 with sparsity, half dense)"
-# As NVML names them, without "NVIDIA": the preset with its adapters, GB/s of NVLink per direction (0: none), and
-# where the preset has other rates bf16 and TF32 TFLOP/s, TB/s of memory, and their source.
+# As NVML names them, without "NVIDIA": the preset with its adapters, GB/s of NVLink per direction (0: none),
+# and where the preset has other rates bf16 and TF32 TFLOP/s, TB/s of memory, and their source.
 BOARDS: dict[str, tuple[Any, ...]] = {
     "GB200": ("gb200-nvl72", 900),
     "B200": ("dgx-b200", 900),

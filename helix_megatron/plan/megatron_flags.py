@@ -87,30 +87,29 @@ _NOT_NEITHER = frozenset(
 def parse_int_flag(flags: Flags, where: str, flag: str, default: int | None = None) -> int:
     """A positive whole number; YAML's 24.0 is one."""
     value = flags.get(flag, default)
-    try:
-        number = 0 if isinstance(value, bool) else int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = 0
+    number = _number(value, int)
     if number < 1 or (isinstance(value, float) and number != value):
-        raise ValueError(
-            f"{where}: {flag} is {_quoted(value)}; the planner needs a whole number of at least 1."
-        )
-    return number
+        needs = "a whole number of at least 1"
+        raise ValueError(f"{where}: {flag} is {_quoted(value)}; the planner needs {needs}.")
+    return int(number)
 
 
-def parse_float_flag(
-    flags: Flags, where: str, flag: str, default: float, most: float | None = None
-) -> float:
+def parse_float_flag(flags: Flags, where: str, flag: str, default: float, most: float | None = None) -> float:
     """A number above 0 and up to `most`."""
     value = flags.get(flag, default)
-    try:
-        number = 0.0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = 0.0
+    number = _number(value, float)
     if not 0 < number < float("inf") or (most is not None and number > most):
-        limit = f" and up to {most:g}" if most is not None else ""
-        raise ValueError(f"{where}: {flag} is {_quoted(value)}; the planner needs a number above 0{limit}.")
+        needs = "a number above 0" + ("" if most is None else f" and up to {most:g}")
+        raise ValueError(f"{where}: {flag} is {_quoted(value)}; the planner needs {needs}.")
     return number
+
+
+def _number(value: Any, kind: type) -> float:
+    """The number that a flag's value is; 0 for what is none."""
+    try:
+        return 0 if isinstance(value, bool) else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def parse_bool_flag(flags: Flags, where: str, flag: str) -> bool:
@@ -138,7 +137,7 @@ def parse_dtype_flags(flags: Flags, where: str) -> str | None:
 
 
 def merge_option(option: str, value: Any, flag: str, of_flag: Any, where: str) -> Any:
-    """`value` of a planner's option, or what `flag` gives in its place; ValueError where both are and differ."""
+    """`value` of an option, or what `flag` gives in its place; ValueError where both are given and differ."""
     if value is not None and of_flag is not None and value != of_flag:
         raise ValueError(
             f"{option} {value} contradicts {flag} of {where}, which is {of_flag}; leave one out."

@@ -93,7 +93,8 @@ def parameters(problem: Problem, stage: int) -> list[Term]:
     elif shape.add_qkv_bias:
         terms.append(Term("QKV bias", {"layers": layers, "(H+2G)d/tp": qkv}))
     if shape.qk_layernorm:
-        terms.append(Term("QK norms", {"layers": layers, "norms": 2, "vectors": norm, "d": shape.kv_channels}))
+        vectors = {"layers": layers, "norms": 2, "vectors": norm}
+        terms.append(Term("QK norms", {**vectors, "d": shape.kv_channels}))
     if stage == 0:
         terms.append(Term("embedding", {"h": h, "V/tp": rows}))
         if shape.position_embedding_type == "learned_absolute":

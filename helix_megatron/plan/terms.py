@@ -36,9 +36,8 @@ class Term:
 
     def __str__(self) -> str:
         shown = {name: f"{n:,.0f}" if n == round(n) else f"{n:,.4g}" for name, n in self.factors.items()}
-        return " x ".join(
-            name if name == f"{self.factors[name]:g}" else f"{name} {number}" for name, number in shown.items()
-        )
+        alone = [name for name, number in self.factors.items() if name == f"{number:g}"]
+        return " x ".join(name if name in alone else f"{name} {shown[name]}" for name in shown)
 
 
 def total(terms: Iterable[Term]) -> float:

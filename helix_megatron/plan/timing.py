@@ -42,8 +42,11 @@ class Line:
 
     def times(self, factors: Mapping[str, float]) -> Line:
         """As often: name of a factor to its number, put before the formula; factors of 1 are not shown."""
-        numbers = {name: f"{n:,.0f}" if n == round(n) else f"{n:.6g}" for name, n in factors.items() if n != 1}
-        shown = "".join(f"{number} {name} x " for name, number in numbers.items())
+        shown = "".join(
+            f"{n:,.0f} {name} x " if n == round(n) else f"{n:.6g} {name} x "
+            for name, n in factors.items()
+            if n != 1
+        )
         return replace(self, seconds=self.seconds * prod(factors.values()), formula=shown + self.formula)
 
 
@@ -94,7 +97,8 @@ class _Stage:
             passes = 1 + operation.backward + layout.recompute if self.train else 1.0
             flops, moved = operation.flops, operation.bytes
             formula = (
-                f"({rate.launch * 1e6:.6g} us + max of {flops} = {flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
+                f"({rate.launch * 1e6:.6g} us + max of "
+                f"{flops} = {flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
                 f"{moved} = {moved.value:.6g} B at {rate.bandwidth:.6g} B/s)"
             )
             line = Line("compute", operation.name, rate.seconds(flops.value, moved.value), formula)

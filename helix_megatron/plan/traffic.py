@@ -1,7 +1,7 @@
 """Collectives of one step on a rank of a pipeline stage, and the bytes it receives in them.
 
-Bytes are counted as CommMeter counts them: what the rank has to receive, without any algorithm's detours. In a
-group of p:
+Bytes are counted as CommMeter counts them: what the rank has to receive, without any algorithm's detours. In
+a group of p:
 
     all_gather      (p-1)/p of the output        all_reduce   2 (p-1)/p of the tensor
     reduce_scatter  (p-1)/p of the input         recv         the tensor
@@ -238,7 +238,7 @@ class _Step:
             self.add("gradients of the stage after", "recv", "pp", hidden, BACKWARD)
 
     def add_gradients(self) -> None:
-        """Once in a step: gradients over replicas, those that tensor parallelism leaves to sum, their norm."""
+        """Once in a step: gradients over replicas, those that tp ranks have to sum, their norm."""
         shape, layout, work = self.problem.shape, self.problem.layout, self.problem.workload
         gradient = {"bytes": 2 if work.dtype == "fp16" else 4}
         elements = total(parameters(self.problem, self.stage))
@@ -246,9 +246,9 @@ class _Step:
         embedding = shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size
         if work.distributed_optimizer:
             # Megatron keeps a tied embedding that two stages share in a buffer of its own.
-            for size in [elements - embedding, embedding] if tied else [elements]:
-                self.add("gradients", "reduce_scatter", "dp", {"elements": size, **gradient}, STEP)
-                self.add("updated weights", "all_gather", "dp", {"elements": size, "bytes": self.e}, STEP)
+            for buffer in [elements - embedding, embedding] if tied else [elements]:
+                self.add("gradients", "reduce_scatter", "dp", {"elements": buffer, **gradient}, STEP)
+                self.add("updated weights", "all_gather", "dp", {"elements": buffer, "bytes": self.e}, STEP)
         else:
             self.add("gradients", "all_reduce", "dp", {"elements": elements, **gradient}, STEP)
         if replicated := self.summed_over_tp():

@@ -198,24 +198,14 @@ def _train(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     work = problem.workload
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=work.dtype == "bf16",
-        use_distributed_optimizer=work.distributed_optimizer,
-    )
+    zero = {"use_distributed_optimizer": work.distributed_optimizer}
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=work.dtype == "bf16", **zero)
     module = build(problem)
     model = DistributedDataParallel(module.config, ddp, module)
     model.broadcast_params()
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-4,
-            bf16=work.dtype == "bf16",
-            params_dtype=DTYPES[work.dtype],
-            use_distributed_optimizer=work.distributed_optimizer,
-            clip_grad=1.0,
-        ),
-        [model],
-    )
+    dtype = {"bf16": work.dtype == "bf16", "params_dtype": DTYPES[work.dtype]}
+    adam = OptimizerConfig(optimizer="adam", lr=1e-4, clip_grad=1.0, **dtype, **zero)
+    optimizer = get_megatron_optimizer(adam, [model])
     module.config.finalize_model_grads_func = finalize_model_grads
     run = partial(
         get_forward_backward_func(),
