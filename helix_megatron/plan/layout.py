@@ -107,8 +107,8 @@ class Layout:
         rotary = shape.rotary_percent if shape.position_embedding_type == "rope" else 0.0
         if not self.sliced:
             return HelixConfig(self.n, self.m, rotary_percent=rotary)
-        choices = {"query_placement": self.placement, "kv_cache": self.kv_cache}
-        return HelixConfig(self.n, self.m, comm_type=self.comm_type, rotary_percent=rotary, **choices)
+        return HelixConfig(self.n, self.m, comm_type=self.comm_type, query_placement=self.placement,
+                           kv_cache=self.kv_cache, rotary_percent=rotary)  # fmt: skip
 
     def describe(self, workload: Workload | None = None) -> str:
         """One short line; with the work, also what it depends on: the cache, or micro-batches."""
