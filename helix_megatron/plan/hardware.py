@@ -249,14 +249,9 @@ def joined_devices(node: int, domain: int) -> int:
 
 @cache
 def placements(size: int, stride: int, devices: int, node: int, domain: int) -> frozenset[Placement]:
-    """How the groups of this size and stride lie over domains, each placement once.
+    """How the groups of `size` ranks, `stride` apart, lie over domains, each placement once.
 
-    Args:
-        size: ranks of a group.
-        stride: distance between neighbours.
-        devices: of all nodes; a group that needs more lies at their beginning.
-        node: devices of a node.
-        domain: devices that the fast link joins.
+    A group that needs more than the `devices` of all nodes lies at their beginning.
     """
     joined = joined_devices(node, domain)
     if size == 1 or stride >= joined:  # neighbours are never in one domain

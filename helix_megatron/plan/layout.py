@@ -46,15 +46,6 @@ class Workload:
     micro_batch: int | None = None
     """Sequences of a micro-batch in training, where it is given and not chosen."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"workload {self.kind!r} is unknown; choose from {', '.join(KINDS)}.")
-        if self.dtype not in ELEMENT_BYTES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(ELEMENT_BYTES)}.")
-        for name in ("batch", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-
     @property
     def element(self) -> int:
         """Bytes of a parameter or an activation."""

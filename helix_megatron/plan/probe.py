@@ -13,9 +13,10 @@ run on one; the tests run it in host mode.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,8 +80,8 @@ def measure_host(base: Cluster, ranks: int | None = None) -> Cluster:
     lines: dict[str, probe_collectives.Point] = {}
     for world in (2, 4, 8, 16, 32):
         if world <= max(2, ranks or 2 * base.slots):
-            lines |= run_ranks(host_collectives, world, timeout_s=300)[0]
-    reached = run_ranks(host_rates, max(2, base.slots), timeout_s=300)[0]
+            lines |= run_ranks(in_host_rank, world, probe_collectives.host_lines, timeout_s=300)[0]
+    reached = run_ranks(in_host_rank, max(2, base.slots), probe_rates.host_rates, timeout_s=300)[0]
     cluster = replace(
         base,
         rates={**base.rates, **{kind: Rate(*values) for kind, values in reached.items()}},
@@ -90,38 +91,27 @@ def measure_host(base: Cluster, ranks: int | None = None) -> Cluster:
         sources=("measured by helix plan --probe",),
     )
     problems = software_problems()
-    seconds = run_ranks(_time_problems, 2, list(problems.values()), timeout_s=300)[0]
+    seconds = run_ranks(in_host_rank, 2, step_seconds, list(problems.values()), timeout_s=300)[0]
     trials = {name: (problems[name], one) for name, one in zip(problems, seconds, strict=True)}
     return with_software(cluster, trials)
 
 
-def host_collectives() -> dict[str, probe_collectives.Point]:
-    """In a rank of a host: its collectives."""
-    _start_host_rank()
-    return probe_collectives.host_lines()
+def in_host_rank(measure: Callable[..., Any], *args: Any) -> Any:
+    """What `measure` gives in a rank of a host that has its core to itself."""
+    from helix_megatron.compare.measure import pin
+
+    pin(int(os.environ["RANK"]))
+    dist.init_process_group("nccl")
+    return measure(*args)
 
 
-def host_rates() -> dict[str, probe_rates.Reached]:
-    """In a rank of a host: its rates."""
-    _start_host_rank()
-    return probe_rates.host_rates()
-
-
-def _time_problems(problems: Sequence[Problem]) -> list[float]:
-    """In a rank of a host: seconds of a step of each."""
-    _start_host_rank()
+def step_seconds(problems: Sequence[Problem]) -> list[float]:
+    """Seconds of a step of each."""
     seconds: list[list[float]] = [[] for _ in problems]
     for _ in range(3):  # in turns: other load should not meet one of them only
         for problem, series in zip(problems, seconds, strict=True):
             series += trial.measure(problem, 6, 2, held=False).seconds
     return [probe_rates.lower_quartile(series) for series in seconds]
-
-
-def _start_host_rank() -> None:
-    from helix_megatron.compare.measure import pin
-
-    pin(int(os.environ["RANK"]))
-    dist.init_process_group("nccl")
 
 
 def software_problems() -> dict[str, Problem]:
