@@ -17,9 +17,28 @@ setup(
     description="Two-level (head group x head dimension) tensor-parallel attention for Megatron-LM",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The Helix for Megatron authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={"Megatron-LM": "https://github.com/NVIDIA/Megatron-LM"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["helix_megatron", "helix_megatron.*"]),
-    package_data={"helix_megatron.compare": ["*.j2"]},
+    package_data={"helix_megatron": ["py.typed"], "helix_megatron.compare": ["*.j2"]},
     install_requires=[
         "megatron-core>=0.19.0,<0.20; python_version>='3.12'",  # carries megatron.core and megatron.training
         "megatron-core>=0.16.1,<0.17; python_version<'3.12'",  # carries megatron.core
@@ -42,7 +61,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],  # used when importable, never needed
         "test": TEST,
         "docs": DOCS,
-        "dev": [*CONVERT, *SERVE, *TEST, *BRIDGE, *DOCS, "mypy", "ruff", "types-PyYAML"],
+        "dev": [*CONVERT, *SERVE, *TEST, *BRIDGE, *DOCS, "import-linter", "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["helix=helix_megatron.cli:main"]},
 )

@@ -6,7 +6,7 @@
 Both layers live in the same processes and take turns; a time is the slowest rank's, the figure is the
 median over the turns. Bytes are those received per rank inside attention, forward + backward, counted from
 the collectives actually made; the reductions of the output projection and of the input gradient are the same
-for both and left out. Predicted bytes come from the formulas in helix_megatron/exchange.py.
+for both and left out. Predicted bytes come from the formulas in helix_megatron/exchange/collectives.py.
 Prints a table and, as the last line, one JSON document.
 """
 
@@ -71,8 +71,8 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:
     """What one rank does; returns the rows (equal on all ranks)."""
     from helix_megatron.compare.comm import CommMeter
-    from helix_megatron.config import HelixConfig
-    from helix_megatron.host import host_mode_enabled
+    from helix_megatron.host.mode import host_mode_enabled
+    from helix_megatron.partition.config import HelixConfig
 
     heads, groups, dim, hidden, seq, tp, grids = CASES[case]
     dtype = bench.DTYPES[dtype_name]

@@ -17,7 +17,7 @@ def rows_of(worker: Callable[..., list[dict]], ranks: int, *given: Any, timeout_
     """What `worker` returns: in this process under torchrun, else on so many ranks on this host."""
     if "RANK" in os.environ:
         return worker(*given)
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     return run_ranks(worker, ranks, *given, timeout_s=timeout_s)[0]
 
@@ -26,7 +26,7 @@ def initialize(tp: int) -> None:
     """Process groups, device and random streams of this rank."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from helix_megatron.host import host_mode_enabled
+    from helix_megatron.host.mode import host_mode_enabled
 
     if not host_mode_enabled():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -61,8 +61,8 @@ def attention_layer(
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron import integrate
-    from helix_megatron.groups import destroy_helix_parallel, initialize_helix_parallel
+    from helix_megatron.exchange.groups import destroy_helix_parallel, initialize_helix_parallel
+    from helix_megatron.megatron import integrate
 
     heads, groups, dim, hidden = shape
     if helix is not None:

@@ -45,9 +45,9 @@ def worker(layers: int, hidden: int, turns: int, folder: str) -> dict:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron import integrate
-    from helix_megatron.config import HelixConfig
-    from helix_megatron.grid import HelixGrid
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.config import HelixConfig
+    from helix_megatron.partition.grid import HelixGrid
 
     torch.distributed.init_process_group("nccl")
     grid = HelixGrid(2, 2)
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--out", help="also write the JSON document here")
     options = parser.parse_args()
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         result = run_ranks(worker, TP, options.layers, options.hidden, options.turns, folder, timeout_s=900)[

@@ -35,7 +35,7 @@ VARIANTS = {  # Helix settings, by KV cache
 
 def chosen(groups: int, context: int) -> str:
     """The variant that `--helix-kv-cache auto` is when requests have up to `context` tokens."""
-    from helix_megatron.config import HelixConfig
+    from helix_megatron.partition.config import HelixConfig
 
     plan = HelixConfig(context_length=context).resolve(HEADS, groups, DIM, TP)
     return f"Helix {plan.kv_cache}"
@@ -61,7 +61,7 @@ class Side:
         from megatron.core.inference.config import InferenceConfig
         from megatron.core.inference.contexts import DynamicInferenceContext
 
-        from helix_megatron.config import HelixConfig
+        from helix_megatron.partition.config import HelixConfig
 
         self.batch, self.length = batch, length
         helix = None if settings is None else HelixConfig(**settings)

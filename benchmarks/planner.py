@@ -26,12 +26,12 @@ import torch
 import yaml
 
 from helix_megatron.compare import paper as paper_numbers
-from helix_megatron.grid import HelixGrid, legal_grids
+from helix_megatron.models.presets import ModelShape, find
+from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, memory, probe, report
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
 from helix_megatron.plan.search import MICRO_BATCHES
 from helix_megatron.plan.timing import predict
-from helix_megatron.presets import ModelShape, find
 
 PAPER_CLUSTER = replace(clusters.find("dgx-h100"), nodes=2)
 LAYOUTS = 7  # of a problem
@@ -211,7 +211,7 @@ def main() -> None:
 
 def run(cluster: clusters.Cluster, folder: Path) -> list[dict]:
     """Measure what has not been measured; one row a problem."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     todo: dict[int, list[tuple[str, list[Problem]]]] = {}
     every = []

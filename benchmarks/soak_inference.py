@@ -67,8 +67,8 @@ def tiny_model(tp: int) -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from helix_megatron import integrate
-    from helix_megatron.config import HelixConfig
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.config import HelixConfig
 
     torch.distributed.init_process_group("nccl")
     if tp > 1:
@@ -166,7 +166,7 @@ def differences(alone: dict[str, Any], ours: dict[str, Any], wanted: list[Reques
 
 def run(count: int, seed: int, longest: int = LONGEST, blocks: int = 96, tp: int = 4) -> dict[str, Any]:
     """The whole soak; its findings, `failures` among them."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     wanted = requests(count, seed, longest)
     (alone,) = run_ranks(soak, 1, 1, count, seed, longest, 32 * -(-(LONGEST + 64) // BLOCK), timeout_s=7200)

@@ -30,10 +30,10 @@ import bench
 import torch
 import torch.distributed as dist
 
-from helix_megatron import levels
-from helix_megatron.grid import HelixGrid
-from helix_megatron.groups import initialize_helix_parallel
-from helix_megatron.launch import run_ranks
+from helix_megatron.exchange import levels
+from helix_megatron.exchange.groups import initialize_helix_parallel
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.grid import HelixGrid
 
 SPACES = ("helix_host_0", "helix_host_1")
 CABLE = "helixcable"

@@ -39,7 +39,7 @@ def _links_into_the_repository(app, docname, source):
 def _flags(app):
     """docs/_flags.md from the parsers, so that it cannot go stale."""
     from helix_megatron import cli
-    from helix_megatron.arguments import add_helix_arguments
+    from helix_megatron.megatron.arguments import add_helix_arguments
 
     parser = argparse.ArgumentParser(prog="pretrain_gpt.py", add_help=False, usage="%(prog)s …")
     add_helix_arguments(parser)

@@ -7,8 +7,8 @@ python docs/make_picture.py      layout.svg: who holds which rows of linear_qkv
 from collections.abc import Iterator
 from pathlib import Path
 
-from helix_megatron.grid import AttentionShape, HelixGrid
-from helix_megatron.layout import HelixLayout
+from helix_megatron.partition.grid import AttentionShape, HelixGrid
+from helix_megatron.partition.layout import HelixLayout
 from helix_megatron.show import COLOURS, exchange_elements, svg
 
 SHAPE = AttentionShape(num_attention_heads=4, num_query_groups=2, kv_channels=8, rotary_dim=8)

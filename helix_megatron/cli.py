@@ -40,7 +40,7 @@ def add_data(subparsers: Any) -> None:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from helix_megatron import data
+    from helix_megatron.models import data
 
     return data.main([options.prefix])
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.partition.grid import HelixConfigError
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def need_training() -> None:
             f"megatron-core {version()} {what}, which flags and entry points need; with Python 3.12 or "
             f"newer, pip install 'megatron-core=={NEWEST}.*'. "
             "Layers, specs and checkpoints of models that you build yourself work with this version "
-            "(helix_megatron.specs)"
+            "(helix_megatron.with_helix_attention)"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from helix_megatron import entry, yaml_config
+from helix_megatron.megatron import entry, yaml_config
 
 # Attribute of Megatron's args → the flag that set it. Only pretrain_gpt.py of a checkout does these.
 _UNSUPPORTED = {

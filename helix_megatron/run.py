@@ -15,7 +15,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from helix_megatron import entry
+from helix_megatron.megatron import entry
 
 
 def run_script(argv: list[str]) -> None:

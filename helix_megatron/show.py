@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from helix_megatron.config import HelixConfig, HelixPlan, parse_weights
-from helix_megatron.layout import HelixLayout, Indices
+from helix_megatron.partition.config import HelixConfig, HelixPlan, parse_weights
+from helix_megatron.partition.layout import HelixLayout, Indices
 
 COLOURS = ["#1f77b4", "#9ecae1", "#d95f0e", "#fdbe85", "#31a354", "#a1d99b", "#756bb1", "#bcbddc"]
 _LEFT, _TOP, _HEIGHT, _WIDTH, _GAP = 250, 66, 32, 960, 56
@@ -32,7 +32,7 @@ def _words(numbers: Indices) -> str:
 
 
 def exchange_elements(layout: HelixLayout) -> dict[str, float]:
-    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange.py.
+    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange/.
 
     Where slices are uneven, ranks receive unequally much: the mean over the dim group.
     """

@@ -10,6 +10,7 @@ if [ "${HELIX_OLDEST}" = 1 ]; then # env.sh has said what that leaves out
     HELIX_VENV_OLDEST="${HELIX_VENV}" exec scripts/test_oldest.sh "$@"
 fi
 ruff check .
+lint-imports --no-cache --no-logo
 mypy
 if command -v shellcheck >/dev/null; then
     shellcheck -x scripts/*.sh scripts/slurm/* .ci/run

@@ -5,8 +5,9 @@
 #                                                        the project's own environment; by hand, not in every test run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-files=(layout.py merge.py versions.py layer.py attention_exact.py kv_cache.py host.py integrate.py)
-tests=(-n "${HELIX_TEST_WORKERS:-2}" "${files[@]/#/tests/test_}")
+files=(partition/test_layout.py kernels/test_merge.py inference/test_kv_cache.py host/test_host.py
+    megatron_glue/test_{versions,layer,attention_exact,integrate}.py)
+tests=(-n "${HELIX_TEST_WORKERS:-2}" "${files[@]/#/tests/}")
 if [ -n "${HELIX_MEGATRON:-}" ]; then
     # shellcheck source=scripts/env.sh
     source scripts/env.sh

@@ -1,11 +1,17 @@
 """Marks of tests that not every Megatron can run, the order of the files, the training fixture."""
 
 import importlib.metadata
+import os
+from pathlib import Path
 
 import pytest
-from training import Trainer
 
 from helix_megatron import compat
+from tests.training import Trainer
+
+# Children of tests import this checkout too: the package and the workers in tests.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 LACKS = {
     "training": ("megatron.training", compat.has_training()),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helix_megatron import cli, compat, doctor
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.partition.grid import HelixConfigError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 

@@ -117,7 +117,7 @@ assert arguments.__file__.startswith({tree!r}), arguments.__file__
 
 def stop(args, *rest):
     seen = [getattr(args, name, None) for name in ("attention_impl", "helix_dim_parallel_size")]
-    print(json.dumps([*seen, "helix_megatron.integrate" in sys.modules]), flush=True)
+    print(json.dumps([*seen, "helix_megatron.megatron.integrate" in sys.modules]), flush=True)
     os._exit(0)
 
 arguments.set_global_variables = stop

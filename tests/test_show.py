@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from helix_megatron import cli, show
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import AttentionShape, HelixGrid
-from helix_megatron.layout import HelixLayout
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import AttentionShape, HelixGrid
+from helix_megatron.partition.layout import HelixLayout
 
 
 def test_ranges():

@@ -14,9 +14,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import tiny_model
 import yaml
-from compare_fakes import document
+
+from tests.compare.compare_fakes import document
+from tests.generate import tiny_model
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -49,7 +50,7 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 RealMemor
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 RealMemory=4000
 PartitionName=main Nodes=n1,n2 Default=YES State=UP
 """
-MODEL = (ROOT / "tests/test_pretrain.py").read_text().split('"""')[3]
+MODEL = (ROOT / "tests/megatron_glue/test_pretrain.py").read_text().split('"""')[3]
 ENVIRONMENT = {"HELIX_HOST_MODE": "1", "RANKS_PER_NODE": "2", "PYTHON": sys.executable}
 
 

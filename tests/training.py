@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from helix_megatron.launch import run_ranks
+from helix_megatron.host.launcher import run_ranks
 
 HELIX = "--attention-impl helix"
 # Everything but the shape: what a host run of a tiny model needs.
@@ -25,8 +25,9 @@ MODEL = [
 
 def rank_train(arguments):
     """Train in this rank, from the same weights whatever the layout."""
-    from helix_megatron import entry, integrate, pretrain_gpt
+    from helix_megatron import pretrain_gpt
     from helix_megatron.compare.start import same_weights_at_any_layout
+    from helix_megatron.megatron import entry, integrate
 
     entry.use_built_helpers()
     integrate.install()

@@ -100,8 +100,8 @@ def as_smaller_heads(models: list[torch.nn.Module], n: int, m: int) -> None:
     from megatron.core.transformer.attention import SelfAttention
     from megatron.training import get_args
 
-    from helix_megatron.grid import AttentionShape, HelixGrid
-    from helix_megatron.layout import HelixLayout
+    from helix_megatron.partition.grid import AttentionShape, HelixGrid
+    from helix_megatron.partition.layout import HelixLayout
 
     args = get_args()
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads

@@ -7,9 +7,9 @@ runs: 5                      # independent launches of every variant, interleave
 warmup_iterations: 100       # of every workload in every run, measured by nobody
 iterations: 1000             # measured ones
 workloads: {train: {}, prefill: {iterations: 200}, decode: {}}
-preset: llama-3-8b           # a shape of helix_megatron.presets; MODEL_ARGS goes on top
+preset: llama-3-8b           # a shape of helix_megatron.models.presets; MODEL_ARGS goes on top
 scale: 0.0625
-MODEL_ARGS: {num-layers: 16, …}      # as in helix_megatron.yaml_config
+MODEL_ARGS: {num-layers: 16, …}      # as in helix_megatron.megatron.yaml_config
 ENV_VARS: {}
 variants:                    # without any: TP=W/2 PP=2, TP=W, TP=W/2 DP=2 and the Helix grids of W ranks
   - {name: Megatron TP=16, attention_impl: megatron, args: {tensor-model-parallel-size: 16}}
@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from helix_megatron import yaml_config
 from helix_megatron.compare import variants as layouts
 from helix_megatron.compare.variants import Variant
+from helix_megatron.megatron import yaml_config
 
 WORKLOADS = ("train", "prefill", "decode", "mixed")
 _FIXED = {
@@ -216,7 +216,7 @@ def _preset_flags(document: dict[str, Any], where: str) -> dict[str, Any]:
         if scale is not None:
             raise ValueError(f"{where}: scale is {scale!r}, but there is no preset to scale.")
         return {}
-    from helix_megatron import presets
+    from helix_megatron.models import presets
 
     try:
         shape = presets.find(str(name))

@@ -22,13 +22,14 @@ from typing import Any
 
 from rich.console import Console
 
-from helix_megatron import data, yaml_config
 from helix_megatron.compare import launching, machine, predicted, records, reporting, summary
 from helix_megatron.compare.config import CompareConfig, as_json
 from helix_megatron.compare.measure import Task
 from helix_megatron.compare.nodes import Nodes
 from helix_megatron.compare.progress import Progress
 from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
+from helix_megatron.megatron import yaml_config
+from helix_megatron.models import data
 
 _DATA_FLAGS = (
     "--data-path",
@@ -311,7 +312,7 @@ def megatron_flags() -> list[str]:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA on a host, it says
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron names the optional packages that are missing
-        from helix_megatron import integrate
+        from helix_megatron.megatron import integrate
 
         integrate.install()
         return yaml_config.known_flags()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from helix_megatron.compare.config import CompareConfig
 from helix_megatron.compare.measure import Task, run
-from helix_megatron.launch import die_with_parent
+from helix_megatron.host.processes import die_with_parent
 
 
 def on_host(config: CompareConfig, task: Task, ranks: int) -> tuple[str, str]:
     """Ranks as processes of this machine; their output goes to the task's folder."""
-    from helix_megatron.launch import RankError, run_ranks
+    from helix_megatron.host.launcher import RankError, run_ranks
 
     limit = config.run_timeout_s
     try:

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from helix_megatron import entry, pretrain_gpt
+from helix_megatron import pretrain_gpt
 from helix_megatron.compare import accuracy, memory, nvml, workloads
 from helix_megatron.compare.comm import CommMeter
 from helix_megatron.compare.start import same_weights_at_any_layout
+from helix_megatron.megatron import entry
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def recorded_training(
 
 def main() -> None:
     """One GPU rank: `python -m torch.distributed.run … -m helix_megatron.compare.measure TASK`, as JSON."""
-    from helix_megatron.launch import die_with_parent
+    from helix_megatron.host.processes import die_with_parent
 
     die_with_parent()  # a harness that is killed leaves no ranks on the GPUs
     run(Task(**json.loads(sys.argv[1])))

@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy import stats
 
-from helix_megatron import presets
+from helix_megatron.models import presets
 
 GPUS, GPUS_PER_MACHINE = 16, 8
 BATCH, LENGTH = 128, 10_000

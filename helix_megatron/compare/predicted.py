@@ -15,7 +15,7 @@ from typing import Any
 
 from helix_megatron.compare.config import CompareConfig
 from helix_megatron.compare.variants import Variant
-from helix_megatron.grid import HelixConfigError, HelixGrid
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 from helix_megatron.plan import inputs, machine, memory
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Problem, Workload

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from helix_megatron.compare import config as configuration
     from helix_megatron.compare import harness
-    from helix_megatron.host import enable_host_mode
+    from helix_megatron.host.mode import enable_host_mode
 
     parser = argparse.ArgumentParser(prog="python -m helix_megatron.compare.selfcheck")
     parser.add_argument("--tries", type=int, default=20)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from helix_megatron.grid import AttentionShape, HelixConfigError, legal_grids
+from helix_megatron.partition.grid import AttentionShape, HelixConfigError, legal_grids
 
 # What a variant may change without becoming another model.
 _LAYOUT_FLAGS = (

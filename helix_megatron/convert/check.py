@@ -109,7 +109,8 @@ def model_flags(checkpoint: Path, tp: int, sequence: int, more: list[str] = ()) 
 
 def build_and_load(argv: list[str]) -> Any:
     """In a rank: the model that the flags describe, with the weights of `--load`, in eval mode."""
-    from helix_megatron import entry, integrate, pretrain_gpt
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry, integrate
 
     entry.use_built_helpers()
     integrate.install()
@@ -203,7 +204,7 @@ def check(
         max_difference (of logits, over all ranks), perplexity, greedy (tokens), forward_seconds (slowest
         rank), parameters (of rank 0), and decoded.
     """
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     length = max(len(expected.tokens), len(expected.prompt) + len(expected.greedy))
     argv = model_flags(checkpoint, tp, length, list(more))

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from helix_megatron import integrity
+from helix_megatron.checkpoint import integrity
 from helix_megatron.convert.mapping import EXTRA_STATES, Entry
 
 _TRACKER = "latest_checkpointed_iteration.txt"

@@ -119,7 +119,7 @@ def rank_check(job: generate.Job, expected: Reference | None, kind: str) -> dict
 
 def check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
     """Rank 0's finding for one size; the ranks have agreed on the tokens."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     return run_ranks(rank_check, job.layout.tensor_parallel, job, expected, kind, timeout_s=7200)[0]
 
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_megatron(checkpoint: Path, tp: int) -> bool:
     """Whether Helix's grid at this size has m = 1: then the cache is Megatron's, of neither kind."""
-    from helix_megatron.config import HelixConfig
+    from helix_megatron.partition.config import HelixConfig
 
     args = model.Checkpoint(checkpoint).args
     heads = args.num_attention_heads, args.num_query_groups, args.kv_channels

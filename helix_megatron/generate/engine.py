@@ -49,8 +49,8 @@ def block_bytes(config: Any, helix: bool, block_tokens: int) -> int:
 
 def _plan(config: Any) -> Any:
     """HelixPlan of a loaded model; None without Helix."""
-    from helix_megatron import integrate
-    from helix_megatron.attention import plan_for
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.derived import plan_for
 
     if integrate._active is None:
         return None
@@ -91,7 +91,7 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
     """Megatron's InferenceConfig of that size for a model with this TransformerConfig."""
     from megatron.core.inference.config import InferenceConfig
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     ranks = config.tensor_model_parallel_size
     multiple = math.lcm(4, ranks)  # Megatron deals requests to its ranks, and pads them to fours

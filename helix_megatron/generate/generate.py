@@ -297,8 +297,8 @@ def kv_report(engine: Any, peak_blocks: int) -> dict[str, Any]:
 
 
 def _attention(config: Any, impl: str) -> str:
-    from helix_megatron import integrate
-    from helix_megatron.attention import plan_for
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.derived import plan_for
 
     if impl == "megatron" or integrate._active is None:
         return "megatron"

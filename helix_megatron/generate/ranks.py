@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from helix_megatron import entry
+from helix_megatron.megatron import entry
 
 _TAIL = 6000  # characters of a rank's output that are shown when it fails
 
@@ -50,7 +50,7 @@ def run(function: Callable[..., None], ranks: int, host: bool, *args: Any, timeo
             f"this machine has GPUs: start one process on each, torchrun --nproc-per-node {ranks} -m "
             f"helix_megatron.cli {shlex.join(sys.argv[1:])}"
         )
-    from helix_megatron.launch import RankError, run_ranks
+    from helix_megatron.host.launcher import RankError, run_ranks
 
     try:
         run_ranks(_rank, ranks, function, *args, timeout_s=timeout_s, show_rank0=True)
@@ -68,7 +68,7 @@ def _as_a_rank(function: Callable[..., None], ranks: int, host: bool, *args: Any
     if world != ranks:
         raise ValueError(f"--tensor-model-parallel-size {ranks}, but torchrun started {world} processes.")
     if host:
-        from helix_megatron.host import enable_host_mode
+        from helix_megatron.host.mode import enable_host_mode
 
         enable_host_mode()
     try:

@@ -13,5 +13,4 @@ inputs, megatron_flags              the model; Megatron's flags, read and printe
 command, report                     the command line; tables, JSON, explanation
 probe, probe_collectives, probe_rates   measures a host's or GPUs' constants
 trial                               builds a layout with Megatron and measures it, to check predictions
-rule                                the grid without a search, for `--attention-impl helix`
 """

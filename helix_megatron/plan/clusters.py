@@ -13,9 +13,9 @@ from itertools import product
 from math import isfinite
 from typing import Any
 
+from helix_megatron.megatron.yaml_config import check_keys, nearest
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS
-from helix_megatron.yaml_config import check_keys, nearest
 
 GB = 1e9
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")

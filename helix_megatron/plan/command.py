@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.grid import HelixGrid, check_grid, even_slices, legal_grids
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixGrid, check_grid, even_slices, legal_grids
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
-from helix_megatron.presets import ModelShape
 
 BATCH, LENGTH = 128, 4096  # where neither an option nor a flag says
 _SIZES = ("--seq-length", "--micro-batch-size", "--global-batch-size")

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helix_megatron import presets, yaml_config
+from helix_megatron.megatron import yaml_config
+from helix_megatron.models import presets
+from helix_megatron.models.presets import ModelShape
 from helix_megatron.plan import clusters, machine
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.megatron_flags import (
@@ -17,7 +19,6 @@ from helix_megatron.plan.megatron_flags import (
     parse_float_flag,
     parse_int_flag,
 )
-from helix_megatron.presets import ModelShape
 
 _NEEDED = ("--num-layers", "--hidden-size", "--num-attention-heads")
 _REFUSED = ("--num-experts", "--multi-latent-attention", "--heterogeneous-layers-config-path")

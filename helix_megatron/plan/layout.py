@@ -1,7 +1,7 @@
 """What is planned: the work to be done, and one way to lay it out over the ranks.
 
 Pure arithmetic. Ranks are numbered as Megatron numbers them: tensor-parallel neighbours first, then data,
-then pipeline; inside a tensor-parallel group r = i m + j (see helix_megatron.grid).
+then pipeline; inside a tensor-parallel group r = i m + j (see helix_megatron.partition.grid).
 
     group       ranks   distance between neighbours
     dim         m       1
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from helix_megatron.config import HelixConfig
-from helix_megatron.grid import HelixConfigError, HelixGrid, even_slices
-from helix_megatron.layout import HelixLayout
-from helix_megatron.presets import ModelShape
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid, even_slices
+from helix_megatron.partition.layout import HelixLayout
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 KINDS = ("train", "prefill", "decode")

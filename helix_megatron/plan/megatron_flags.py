@@ -18,11 +18,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from helix_megatron.grid import HelixConfigError
+from helix_megatron.megatron.yaml_config import nearest
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Workload
-from helix_megatron.presets import ModelShape
-from helix_megatron.yaml_config import nearest
 
 Flags = Mapping[str, Any]
 """`--name` to value; true for a flag without one."""
@@ -202,7 +202,7 @@ def _parser_flags() -> dict[str, tuple[argparse.Action, str]] | None:
             return None
         finally:
             logging.disable(logging.NOTSET)
-    from helix_megatron.arguments import add_helix_arguments
+    from helix_megatron.megatron.arguments import add_helix_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     arguments.add_megatron_arguments(parser)

@@ -8,7 +8,7 @@ Note [What is exact and what is not]
     buffers       the largest temporary tensors; an estimate
 
 t tokens of a micro-batch (s positions, b sequences), h hidden, V padded vocabulary, f MLP, e bytes of an
-element; H, G, d, n, m, hq, hk, d_s as in helix_megatron.layout;
+element; H, G, d, n, m, hq, hk, d_s as in helix_megatron.partition.layout;
 t' = t / tp with sequence parallelism, else t.
 """
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helix_megatron.kv_layout import interleave_of_sequence
-from helix_megatron.layout import part_length
+from helix_megatron.partition.kv_layout import interleave_of_sequence
+from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.terms import Term, total
 

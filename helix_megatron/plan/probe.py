@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from helix_megatron.grid import HelixGrid
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import clusters, machine, probe_collectives, probe_rates, timing, trial
 from helix_megatron.plan.hardware import Cluster, Line, Rate, joined_devices, overhead_key
 from helix_megatron.plan.layout import KINDS, Layout, Problem, Workload
-from helix_megatron.presets import ModelShape
 
 
 def main(path: str, ranks: int | None) -> int:
@@ -75,7 +75,7 @@ def check_writable(path: str) -> None:
 # ---- a host ----
 def measure_host(base: Cluster, ranks: int | None = None) -> Cluster:
     """`base` with what this host's cores and gloo really do."""
-    from helix_megatron.launch import run_ranks
+    from helix_megatron.host.launcher import run_ranks
 
     lines: dict[str, probe_collectives.Point] = {}
     for world in (2, 4, 8, 16, 32):

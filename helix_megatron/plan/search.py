@@ -23,13 +23,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from helix_megatron.grid import HelixGrid, legal_grids
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import memory
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal, uneven_size
 from helix_megatron.plan.memory import Memory
 from helix_megatron.plan.timing import Prediction, predict
-from helix_megatron.presets import ModelShape
 
 MICRO_BATCHES = (1, 2, 4, 8)
 _VARIANTS = {  # comm types and caches that differ

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from helix_megatron.layout import part_length
+from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total

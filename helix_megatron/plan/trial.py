@@ -75,7 +75,7 @@ def parallel(problem: Problem) -> Iterator[None]:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    from helix_megatron import integrate
+    from helix_megatron.megatron import integrate
 
     layout = problem.layout
     groups = torch.distributed.distributed_c10d._world.pg_map  # torch has no public list of them

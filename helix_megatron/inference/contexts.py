@@ -1,0 +1,335 @@
+"""The sharded KV cache in Megatron's inference contexts; what depends on Megatron's version is here.
+
+Note [The dynamic engine's cache is re-read, not re-made]
+    Megatron's context is built for the derived model (H*m heads, G*m KV heads, d/m channels). It then sizes
+    its buffer, hence its number of blocks, for G/n heads of d/m channels: exactly 1/T of the KV cache. A
+    block's memory [B tokens, G/n, d/m] has as many elements as [B/m tokens, G/n, d], which is what a rank
+    keeps of the block when positions are sharded. So the buffer is viewed that way, and allocator, block
+    tables, scheduling, suspension and offloading remain Megatron's and identical on all ranks.
+    Per-slice softmax needs no more than that: its slices are heads of the derived model.
+    Uneven slices: the context counts d/m rounded up ("dim": the longest slice) on every rank, so that all
+    have equally many blocks, and the view leaves the few elements over at the end of each.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from torch import Tensor
+
+from helix_megatron import compat
+from helix_megatron.exchange.groups import HelixGroups
+from helix_megatron.exchange.slices import query_slices, whole_outputs
+from helix_megatron.inference.position_cache import (
+    Attention,
+    PagedStep,
+    SequenceStep,
+    attend_with_shards,
+    own_slots,
+)
+from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
+from helix_megatron.kernels.paged_attention import Requests
+from helix_megatron.partition.config import HelixConfig, HelixPlan
+from helix_megatron.partition.derived import derived_config, plan_for
+from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.kv_layout import interleave_of_block, interleave_of_sequence
+
+
+def forward_with_shards(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    context: Any,
+    rope: Any,
+    rotary_pos_cos: Tensor | None = None,
+    rotary_pos_sin: Tensor | None = None,
+    rotary_pos_cos_sin: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+    packed_seq_params: Any = None,
+    sequence_len_offset: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A HelixParallelSelfAttention layer with an inference context and KV cache "sequence"; with the dynamic
+    engine, "dim" as well.
+
+    Args:
+        layer: the layer.
+        hidden_states: [s, b, h]; with the dynamic engine, packed tokens [s, 1, h].
+        attention_mask: a causal one, or None.
+        context: Megatron's static or dynamic inference context.
+        rope: RoPE tables of queries and keys, cut to this rank's dimensions; or None.
+        (others): None. Megatron's attention has them, this cache does not serve them.
+    Returns:
+        what Megatron's attention returns: output [s, b, h] and the bias of linear_proj.
+
+    Raises:
+        NotImplementedError: attention that is not causal, a window that looks ahead, a CUDA graph, or one of
+            the arguments that must be None.
+    """
+    del sequence_len_offset  # of CUDA graphs; the context says where the new tokens are
+    others = {
+        "rotary_pos_cos": rotary_pos_cos,
+        "rotary_pos_sin": rotary_pos_sin,
+        "rotary_pos_cos_sin": rotary_pos_cos_sin,
+        "attention_bias": attention_bias,
+        "packed_seq_params": packed_seq_params,
+    }
+    if layer.config.context_parallel_size > 1:
+        others["context parallelism"] = True
+    if getattr(layer.config, "attention_output_gate", False):
+        others["an output gate (--attention-output-gate)"] = True
+    if layer.core_attention.has_sinks:
+        others["attention sinks (--softmax-type)"] = True
+    if layer.config.cuda_graph_impl == "local":
+        others["CUDA graphs (--cuda-graph-impl local)"] = True
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise NotImplementedError(
+            f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
+            f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
+        )
+    plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
+    attention = _attention_of(core, plan)
+    if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
+        rope = None
+    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    if context.is_static_batching():
+        _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
+        query, key = _rotated(layer, query, key, rope, context)
+        step = _static_step(layer, context, attention, key)
+    else:
+        if rope is not None:
+            cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
+            query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
+            key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
+        if plan.kv_cache == "dim":
+            out = _over_slices(layer, context, attention, query, key, value)
+            return layer.linear_proj(out.flatten(-2))
+        step = _dynamic_step(layer, context, attention, plan, groups)
+    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
+    return layer.linear_proj(out.flatten(-2))
+
+
+def _attention_of(core: Any, plan: HelixPlan) -> Attention:
+    if not core.is_causal:
+        raise NotImplementedError(
+            f"Helix grid {plan.grid}: KV cache '{plan.kv_cache}' holds for causal attention, and this "
+            f"layer's is {core.attn_mask_type.name}; use --helix-kv-cache dim with the static context"
+        )
+    left, right = core.window_size or (-1, 0)
+    if right > 0:
+        raise NotImplementedError(
+            f"Helix grid {plan.grid}: sliding window {core.window_size} looks {right} positions ahead; an "
+            "inference cache holds for windows that end at the query, (left, 0)"
+        )
+    return Attention(core.softmax_scale, left if left >= 0 else None)
+
+
+# ---- static context ----
+def _check_mask(core: Any, mask: Tensor | None, start: int, new: int) -> None:
+    """Positions alone decide what is visible, so a tensor must say the same."""
+    if mask is None or not core.core_is_local:  # Transformer Engine ignores the tensor of a causal layer
+        return
+    stop = start + new
+    rows, columns = (torch.arange(a, stop, device=mask.device) for a in (start, 0))
+    if mask.shape[-2:] != (new, stop) or not (mask == (columns > rows[:, None])).all():
+        raise NotImplementedError(
+            f"Helix: the KV cache 'sequence' holds for causal attention, but the attention mask "
+            f"{list(mask.shape)} for positions {start} to {stop - 1} is not the causal one; leave the mask "
+            "out, or use --helix-kv-cache dim"
+        )
+
+
+def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) -> tuple[Tensor, Tensor]:
+    if rope is None:
+        return query, key
+    start = context.sequence_len_offset
+    rotated = []
+    for tensor, table in ((query, rope[0]), (key, rope[1])):
+        rotated.append(
+            apply_rotary_pos_emb(
+                tensor,
+                table[start : start + tensor.shape[0]],
+                config=layer.config,
+                mscale=compat.yarn_scale(layer.config),
+                cp_group=layer.pg_collection.cp,
+            )
+        )
+    return rotated[0], rotated[1]
+
+
+def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) -> SequenceStep:
+    layout, rank = layer.helix_plan.layout, layer.helix_groups.dim_rank
+    length, start = context.max_sequence_length, context.sequence_len_offset
+    first, last = context.batch_size_offset, context.batch_size_offset + key.shape[1]
+    if start + key.shape[0] > length or last > context.max_batch_size:
+        raise ValueError(
+            f"positions {start} to {start + key.shape[0] - 1} of sequences {first} to {last - 1} do not fit "
+            f"an inference context of {context.max_batch_size} sequences of {length} positions"
+        )
+    interleave = interleave_of_sequence(
+        layout.grid.dim_parallel_size, layer.helix_plan.kv_interleave_size, length
+    )
+    caches = context.key_value_memory_dict
+    if layer.layer_number not in caches:
+        slots = interleave.count(rank, length)
+        shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
+        caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
+    keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
+    return SequenceStep(keys, values, interleave, rank, attention, start)
+
+
+# ---- dynamic engine ----
+def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
+    """Wrap DynamicInferenceContext.__init__: with sliced heads, build it for the derived model.
+
+    Raises:
+        HelixConfigError: the inference settings cannot work with this grid.
+    """
+
+    @functools.wraps(original)
+    def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
+        groups = inference_config.pg_collection
+        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        plan = plan_for(helix, model_config, tp)
+        if not plan.is_megatron:
+            refuse_dynamic(plan, model_config, inference_config)
+            model_config = derived_config(model_config, plan, plan.paged_dim)
+        original(self, model_config, inference_config)
+        if not plan.is_megatron:
+            self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
+
+    return __init__
+
+
+def _next_step(context: Any, original: Callable) -> Callable:
+    """initialize_attention_state, after which what was computed for the last step's tokens is gone."""
+
+    @functools.wraps(original)
+    def initialize_attention_state(*args: Any, **kwargs: Any) -> Any:
+        context.helix_tokens = None
+        return original(*args, **kwargs)
+
+    context.helix_tokens = None
+    return initialize_attention_state
+
+
+def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) -> None:
+    """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
+    exact = not plan.layout.per_slice
+    speculative = inference_config.num_speculative_tokens > 0
+    invariant = getattr(model_config, "batch_invariant_mode", False)
+    sinks = getattr(model_config, "softmax_type", "vanilla")
+    reasons = {
+        "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
+        "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
+        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": (
+            inference_config.use_flashinfer_fused_rope is not False
+        ),
+        "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
+        "attention output gates (--attention-output-gate)": exact
+        and getattr(model_config, "attention_output_gate", False),
+        f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
+        "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
+    }
+    for feature, used in reasons.items():
+        if used:
+            raise HelixConfigError(
+                f"Helix grid {plan.grid} does not support {feature} in the dynamic inference engine: heads "
+                "are sliced (m > 1). Turn it off, or choose a grid with m = 1"
+            )
+    if plan.kv_cache == "sequence":
+        interleave_of_block(
+            plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
+        )
+
+
+def check_dynamic(context: Any, plan: HelixPlan) -> None:
+    """Refuse a dynamic context that was built for other heads than this plan's slices.
+
+    Raises:
+        HelixConfigError: with both shapes; or a Megatron whose dynamic engine was never run with slices.
+    """
+    if not compat.megatron().dynamic_engine:
+        raise HelixConfigError(
+            f"Helix grid {plan.grid}: the dynamic inference engine of megatron-core {compat.version()} is "
+            f"not served with sliced heads; use the static context, or megatron-core {compat.NEWEST}"
+        )
+    expected = (plan.layout.kv_heads, plan.paged_dim)
+    found = tuple(context.memory_buffer.shape[-2:])
+    if found != expected or not hasattr(context, "helix_tokens"):
+        raise HelixConfigError(
+            f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
+            f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
+            "(helix_megatron.megatron.integrate.enable), with the model's own configuration"
+        )
+
+
+def _dynamic_step(
+    layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
+) -> PagedStep:
+    keys, values = _memory(layer, context)
+    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
+    interleave = interleave_of_block(m, plan.kv_interleave_size, block)
+    if context.helix_tokens is None:  # the same for every layer of a step
+        blocks, places, requests = _new_tokens(context)
+        spare_block = context.kv_block_allocator.dummy_block_idx
+        kept = own_slots(interleave, groups.dim_rank, blocks, places, spare_block)
+        context.helix_tokens = (*kept, requests)
+    page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    return PagedStep(
+        _pages(keys, page),
+        _pages(values, page),
+        interleave,
+        groups.dim_rank,
+        attention,
+        *context.helix_tokens,
+        singles=context.is_decode_only(),
+    )
+
+
+def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
+    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy."""
+    return memory.flatten(1)[:, : math.prod(page)].unflatten(1, page)
+
+
+def _over_slices(
+    layer: Any, context: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """KV cache "dim": Megatron's pages hold slices as they are."""
+    layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
+    keys, values = _memory(layer, context)
+    if context.helix_tokens is None:
+        blocks, places, requests = _new_tokens(context)
+        context.helix_tokens = (blocks.long(), places.long(), requests)
+    own = layout.slice_dims(layer.helix_groups.dim_rank)
+    pages = SlicedPages(keys[..., :own], values[..., :own], attention, *context.helix_tokens)
+    if layout.query_placement == "dims":
+        return attend_over_slices(query, key, value, pages, group)
+    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
+    return whole_outputs(out, layout, group)
+
+
+def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
+    """Block and place of each new token of a step, padding included, and whose they are."""
+    tokens, view = context.padded_active_token_count, context.gpu_view
+    metadata = context.active_attn_metadata["mha_metadata"].state_data
+    return (
+        view.token_to_block_idx[:tokens],
+        view.token_to_local_position_within_kv_block[:tokens],
+        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
+    )
+
+
+def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, [blocks, B, K, paged_dim] each, as Megatron has made them."""
+    if context.using_cuda_graph_this_step():
+        raise NotImplementedError(
+            "Helix: a sharded KV cache cannot be captured in a CUDA graph; turn them off"
+        )
+    number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
+    return context.memory_buffer[0, number], context.memory_buffer[1, number]

@@ -1,0 +1,106 @@
+"""Attention over a part of the keys, and the combination of such parts. Pure torch, no communication.
+
+For one query, with scores x_p of the keys p in part j:
+
+    lse_j = log sum_p exp(x_p)          out_j = sum_p exp(x_p - lse_j) v_p
+    out   = sum_j w_j out_j / sum_j w_j,   w_j = exp(lse_j - max_j lse_j)
+
+An empty part has out_j = 0 and lse_j = -inf, hence weight 0. When all parts are empty so is the result.
+
+S queries, L keys, B batch, N query heads, K KV heads (K divides N), D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SCORE_BYTES = 256 * 2**20  # scores that exist at a time
+
+
+def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint parts of the keys.
+
+    Args:
+        outs: [parts, ..., D], any floating type; 0 where a part is empty.
+        lses: [parts, ...] fp32; -inf where a part is empty.
+    Returns:
+        output [..., D] fp32 and log-sum-exp [...] fp32 over all parts.
+    """
+    top = lses.amax(dim=0)
+    weights = torch.exp(lses - top.masked_fill(top.isneginf(), 0.0))  # all parts empty: exp(-inf) = 0
+    total = weights.sum(dim=0)
+    shares = weights / total.masked_fill(total == 0, 1.0)
+    out = (outs.float() * shares.unsqueeze(-1)).sum(dim=0)
+    return out, top + torch.log(total)  # -inf + -inf when all are empty
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys given, with what merge_partials needs. Sums are in fp32.
+
+    On the CPU it is PyTorch's fused attention, which reads keys and values once, where they are. On another
+    device it is the formula, in fp32; there a kernel is used where one can be (backend.py).
+
+    Args:
+        query: [S, B, N, D].
+        key, value: [L, B, K, D], of any strides; L may be 0.
+        visible: [S, L] or [B, S, L] bool, True where a query sees a key; a row may be all False.
+            None: every query sees every key.
+    Returns:
+        output [S, B, N, D] in the query's dtype and log-sum-exp [S, B, N] fp32.
+    """
+    s, b, heads, _ = query.shape
+    if not key.shape[0] or not s:
+        return torch.zeros_like(query), query.new_full((s, b, heads), float("-inf"), dtype=torch.float32)
+    if visible is not None and visible.dim() == 2:
+        visible = visible.expand(b, -1, -1)
+    if query.device.type == "cpu":
+        return _fused_on_cpu(query, key, value, visible, softmax_scale)
+    return formula(query, key, value, visible, softmax_scale)
+
+
+def _fused_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    s, b = query.shape[:2]
+    length, kv_heads = key.shape[0], key.shape[2]
+    # One new token: the query heads of a KV head are the rows of one product, its keys are read once.
+    rows = query.unflatten(2, (kv_heads, -1))[0] if s == 1 else query.permute(1, 2, 0, 3)
+    bias = None
+    if visible is not None:
+        bias = torch.zeros(b, s, length, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
+        bias = bias.unsqueeze(1).expand(-1, -1, rows.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), attn_mask=bias, scale=softmax_scale
+    )  # [B, N, S, D] and [B, N, S], or [B, K, N/K, D] and [B, K, N/K]
+    if s == 1:
+        out, lse = out.flatten(1, 2).unsqueeze(2), lse.flatten(1, 2).unsqueeze(2)
+    out, lse = out.permute(2, 0, 1, 3), lse.permute(2, 0, 1).float()
+    if visible is not None:
+        nothing = ~visible.any(dim=-1).T  # the kernel says 0
+        lse = lse.masked_fill(nothing.unsqueeze(-1), float("-inf"))
+    return out, lse
+
+
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """partial_attention in plain torch and fp32, on any device; `visible` is [B, S, L] or None."""
+    b, heads, length, kv_heads = *query.shape[1:3], key.shape[0], key.shape[2]
+    rows = max(1, _SCORE_BYTES // (4 * b * heads * length))
+    key, value = key.float(), value.float()
+    outs, lses = [], []
+    for start in range(0, query.shape[0], rows):
+        part = query[start : start + rows]
+        scaled = (part.float() * softmax_scale).unflatten(2, (kv_heads, -1))
+        scores = torch.einsum("sbkrd,lbkd->sbkrl", scaled, key)
+        if visible is not None:
+            seen = visible[:, start : start + rows].transpose(0, 1)
+            scores = scores.masked_fill(~seen[:, :, None, None, :], float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        probs = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1))
+        outs.append(torch.einsum("sbkrl,lbkd->sbkrd", probs, value).flatten(2, 3).to(query.dtype))
+        lses.append(lse.flatten(2, 3))
+    return torch.cat(outs), torch.cat(lses)

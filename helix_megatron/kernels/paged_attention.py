@@ -1,0 +1,231 @@
+"""Attention of packed new tokens over what one rank keeps of a paged KV cache, with log-sum-exp. Pure torch.
+
+Note [A token sees a range of slots]                m = 2 ranks, blocks of 3, rank 1, window left = 5
+    position   0  1  2 | 3  4  5 | 6  7  8 | 9 10 11 | 12 13 ...
+    rank 1's             0  1  2             3  4  5                slots
+    A rank's slots grow with the position, so those of the positions 0 ... p are a prefix of them, and those a
+    sliding window hides are a prefix of that. The token at p sees slots
+        count(p - left) ... count(p + 1) - 1           p = 10: slots 2 ... 4, positions 5, 9 and 10
+    and no mask of tokens times keys is ever needed to say so. Kernels take these two numbers per token
+    (paged_attention_triton.py); here they say which pages are read, and only where the ranges of a block of
+    tokens differ is there a mask, as wide as the difference.
+
+T new tokens of all requests, N query heads, K KV heads (K divides N), D head dimension; in a page of the
+cache, `page` slots.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_megatron.kernels.merge import merge_partials, partial_attention
+from helix_megatron.partition.kv_layout import KvInterleave
+
+_ROWS = 256  # tokens of a prompt that are attended at a time
+_COPY_BYTES = 2**20  # scattered pages are copied in pieces of this size: they stay in a core's cache
+_SMALL_BYTES = 2**18  # single tokens that see less than this are batched
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which slots of this rank a token sees, and how scores are scaled.
+
+    Args:
+        softmax_scale: of the scores.
+        left: how many positions before its own a token sees; None for all.
+        interleave: how positions are dealt to the ranks.
+        rank: this rank in its dim group.
+    """
+
+    softmax_scale: float
+    left: int | None
+    interleave: KvInterleave
+    rank: int
+
+    def first(self, position):
+        """First slot that a token at `position` (integers of any shape) sees."""
+        if self.left is None:
+            return position * 0
+        before = position - self.left
+        before = before.clamp(min=0) if isinstance(before, Tensor) else max(0, before)
+        return self.interleave.count(self.rank, before)
+
+    def last(self, position):
+        """One past the last slot that a token at `position` sees."""
+        return self.interleave.count(self.rank, position + 1)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Where the new tokens of packed requests are, and their pages.
+
+    Args:
+        query_ends: [requests + 1] cumulative numbers of new tokens; they are the last of their request.
+        lengths: [requests] tokens of each request, the new ones included; 0 for padding.
+        table: [requests, pages] numbers of each request's pages, in order of its slots.
+        kept: what was worked out for one layer and holds for all of a step.
+    """
+
+    query_ends: Tensor
+    lengths: Tensor
+    table: Tensor
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @functools.cached_property
+    def on_host(self) -> tuple[list[int], list[int]]:
+        """query_ends and lengths; a device is waited for once, not for every layer."""
+        return self.query_ends.tolist(), self.lengths.tolist()
+
+    def rows(self, start: int, stop: int) -> Requests:
+        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
+        ends = self.query_ends.clamp(start, stop)
+        return Requests(ends - start, self.lengths - (self.query_ends - ends)[1:], self.table)
+
+    def one_each(self, start: int, stop: int) -> Requests:
+        """rows(start, stop) where row r is the only new token of request r."""
+        if start == 0 and stop >= len(self.lengths):
+            return self
+        own = slice(start, stop)
+        return Requests(self.query_ends[start : stop + 1] - start, self.lengths[own], self.table[own])
+
+
+def paged_attention(
+    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """Attention of every new token over the slots it sees. Rows that belong to no request give 0 and -inf.
+
+    Args:
+        query: [T, N, D].
+        keys, values: [pages, page, K, D], of any strides.
+    Returns:
+        output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32.
+    """
+    out = torch.zeros_like(query)
+    lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+    slot_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.element_size()
+    small = []  # (slots, row, request, first, last)
+    ends, lengths = requests.on_host
+    for request, length in enumerate(lengths):
+        begin, end = ends[request : request + 2]
+        if end == begin + 1:
+            first, last = sight.first(length - 1), sight.last(length - 1)
+            if last <= first:
+                continue
+            if (last - first) * slot_bytes <= _SMALL_BYTES:
+                small.append((last - first, begin, request, first, last))
+                continue
+        for row in range(begin, end, _ROWS):
+            stop = min(row + _ROWS, end)
+            position = length - (end - row)
+            out[row:stop], lse[row:stop] = _one_request(
+                query[row:stop], keys, values, requests.table[request], position, sight
+            )
+    for batch in _batches(sorted(small), max(1, _COPY_BYTES // slot_bytes)):
+        rows = [row for _, row, *_ in batch]
+        out[rows], lse[rows] = _small_requests(query[rows], keys, values, requests.table, batch, sight)
+    return out, lse
+
+
+def _one_request(
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """Consecutive tokens of one request, the first at `position`: [S, N, D] to [S, N, D] and [S, N]."""
+    final = position + query.shape[0] - 1
+    first, last = sight.first(position), sight.last(final)
+    inner_first, inner_last = sight.first(final), sight.last(position)  # what all of the tokens see
+    if inner_last > inner_first:
+        ranges = [(inner_first, inner_last, False), (first, inner_first, True), (inner_last, last, True)]
+    else:
+        ranges = [(first, last, True)]
+    parts = []
+    for start, stop, differ in ranges:
+        for slot, key, value in _slots(keys, values, table, start, stop):
+            visible = None
+            if differ:
+                positions = torch.arange(position, final + 1, device=query.device)[:, None]
+                slots = torch.arange(slot, slot + len(key), device=query.device)
+                visible = (slots >= sight.first(positions)) & (slots < sight.last(positions))
+            parts.append(
+                partial_attention(query[:, None], key[:, None], value[:, None], visible, sight.softmax_scale)
+            )
+    if not parts:
+        return torch.zeros_like(query), query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+    if len(parts) == 1:
+        return parts[0][0][:, 0], parts[0][1][:, 0]
+    out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+    return out[:, 0].to(query.dtype), lse[:, 0]
+
+
+def _slots(
+    keys: Tensor, values: Tensor, table: Tensor, start: int, stop: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first slot, keys [slots, K, D], values) of a request's slots start ... stop - 1.
+
+    Where the pages follow each other in memory these are views of the cache; otherwise copies, piece by
+    piece into the same memory: use one before asking for the next.
+    """
+    if stop <= start:
+        return
+    page = keys.shape[1]
+    begin, end = start // page, -(-stop // page)
+    pages = table[begin:end].long()
+    step = end - begin
+    head = int(pages[0])
+    scattered = step > 1 and not torch.equal(pages, torch.arange(head, head + step, device=pages.device))
+    if scattered:
+        page_bytes = 2 * keys[0].numel() * keys.element_size()
+        step = min(step, max(1, _COPY_BYTES // page_bytes))
+        buffers = [torch.empty_like(keys[:step]) for _ in range(2)]
+    for index in range(0, end - begin, step):
+        numbers = pages[index : index + step]
+        if scattered:
+            pieces = [buffer[: len(numbers)] for buffer in buffers]
+            for cache, piece in zip((keys, values), pieces, strict=True):
+                torch.index_select(cache, 0, numbers, out=piece)
+        else:
+            pieces = [cache[head : head + step] for cache in (keys, values)]
+        slot = (begin + index) * page
+        low, high = max(start, slot), min(stop, slot + len(numbers) * page)
+        key, value = (piece.flatten(0, 1)[low - slot : high - slot] for piece in pieces)
+        yield low, key, value
+
+
+def _batches(items: list[tuple], slots: int) -> Iterator[list[tuple]]:
+    """Cut a list, sorted by the slots seen, so that a batch padded to its longest has at most `slots`."""
+    batch: list[tuple] = []
+    for item in items:
+        if batch and (len(batch) + 1) * item[0] > slots:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _small_requests(
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, batch: list[tuple], sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """Single tokens of several requests at once: [R, N, D] to [R, N, D] and [R, N].
+
+    What is beyond a request's last slot may be memory that nobody wrote: its last slot is read instead.
+    """
+    page, longest = keys.shape[1], batch[-1][0]
+    numbers, firsts, lasts = (
+        torch.tensor(column, device=query.device)[:, None] for column in list(zip(*batch, strict=True))[2:]
+    )
+    slots = firsts + torch.arange(longest, device=query.device)  # [R, longest]
+    visible = slots < lasts
+    slots = torch.minimum(slots, lasts - 1)
+    pages = table[numbers, slots // page].long()
+    key, value = (cache[pages, slots % page].transpose(0, 1) for cache in (keys, values))
+    if batch[0][0] == longest:
+        out, lse = partial_attention(query[None], key, value, None, sight.softmax_scale)
+    else:
+        out, lse = partial_attention(query[None], key, value, visible[:, None], sight.softmax_scale)
+    return out[0], lse[0]

@@ -1,0 +1,200 @@
+"""Helix's command-line flags, in Megatron's own parser, and what they must satisfy."""
+
+from __future__ import annotations
+
+import argparse
+
+from helix_megatron.partition.config import (
+    COMM_TYPES,
+    CORE_ATTENTIONS,
+    KV_CACHES,
+    QUERY_PLACEMENTS,
+    SOFTMAX_KINDS,
+    HelixConfig,
+    parse_weights,
+)
+from helix_megatron.partition.grid import HelixConfigError
+
+
+def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the Helix group; Megatron's own flags are reused unchanged."""
+    group = parser.add_argument_group(title="helix")
+    group.add_argument(
+        "--attention-impl",
+        choices=["megatron", "helix"],
+        default="megatron",
+        help="Whose tensor-parallel self-attention to use. With helix and no other flag the grid is chosen.",
+    )
+    group.add_argument(
+        "--helix-head-parallel-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Head groups (first level). Must divide the query groups; N*M is the tensor-parallel size.",
+    )
+    group.add_argument(
+        "--helix-dim-parallel-size",
+        type=int,
+        default=None,
+        metavar="M",
+        help="Slices of each head's dimension (second level). M=1 is Megatron's own attention.",
+    )
+    group.add_argument(
+        "--helix-slice-weights",
+        nargs="+",
+        default=None,
+        metavar="W,W,...",
+        help="M positive numbers, sizes of the slices in proportion, for devices of unequal speed: 2,1,1. "
+        "Default: as equal as whole rotary pairs allow.",
+    )
+    group.add_argument(
+        "--helix-softmax",
+        choices=SOFTMAX_KINDS,
+        default="exact",
+        help="exact: ordinary attention. per-slice: softmax inside each slice, another model "
+        "(H*M heads of dimension d/M).",
+    )
+    group.add_argument(
+        "--helix-comm-type",
+        choices=COMM_TYPES,
+        default="auto",
+        help="How slices meet: a2a gathers K and V and exchanges queries (auto); all_reduce sums partial "
+        "scores and needs memory quadratic in the sequence.",
+    )
+    group.add_argument(
+        "--helix-query-placement",
+        choices=QUERY_PLACEMENTS,
+        default="auto",
+        help="dims: query heads are sliced. heads: every rank holds whole query heads (M must divide the "
+        "query heads of a group). auto: heads where possible.",
+    )
+    group.add_argument(
+        "--helix-core-attention",
+        choices=CORE_ATTENTIONS,
+        default="auto",
+        help="Attention on whole heads. spec: the layer spec's core. auto: likewise, but PyTorch's fused "
+        "scaled_dot_product_attention in place of Megatron's unfused local core.",
+    )
+    group.add_argument(
+        "--helix-kv-cache",
+        choices=KV_CACHES,
+        default="auto",
+        help="Inference: sequence caches whole heads of 1/M of the positions on each rank; dim caches slices "
+        "of all positions and sums scores over the whole context in every step. auto: dim where "
+        "--helix-context-length says that contexts are short, else sequence.",
+    )
+    group.add_argument(
+        "--helix-context-length",
+        type=int,
+        metavar="TOKENS",
+        help="Inference: tokens of the longest request, prompt and answer, for --helix-kv-cache auto. helix "
+        "generate and helix serve know it.",
+    )
+    group.add_argument(
+        "--helix-kv-interleave-size",
+        type=int,
+        default=32,
+        metavar="TOKENS",
+        help="Consecutive positions that one rank keeps in a sequence cache before the next rank's turn.",
+    )
+    group.add_argument(
+        "--helix-overlap-chunks",
+        type=int,
+        default=1,
+        metavar="PARTS",
+        help="Inference with a sequence cache: parts of a step's tokens; the exchange of one part runs while "
+        "the next part attends. 1 does not overlap.",
+    )
+    group.add_argument(
+        "--helix-hierarchical-allreduce",
+        action="store_true",
+        help="Reduce over the tensor-parallel group level by level (dim group, head groups, dim group), for "
+        "grids that span nodes. Local layers only; the overlap with weight gradients is lost.",
+    )
+    group.add_argument(
+        "--helix-adaptive-grad-scaling",
+        action="store_true",
+        help="Per-slice softmax in fp16: a power of two scales the gradient while it passes the attention "
+        "core, so that small numbers are not lost there. Changes nothing in exact mode, bf16 or fp32.",
+    )
+    group.add_argument(
+        "--helix-no-verify-checkpoint",
+        action="store_true",
+        help="Load checkpoints without comparing the checksums of their shards.",
+    )
+    group.add_argument(
+        "--helix-host-mode",
+        action="store_true",
+        help="Run Megatron on host memory with gloo, on a machine without a GPU. Refused where a GPU is.",
+    )
+    return parser
+
+
+def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
+    """The settings in Megatron's parsed arguments; None with `--attention-impl megatron`.
+
+    Raises:
+        HelixConfigError: Helix flags without Helix, or values that cannot work.
+    """
+    if args.attention_impl == "megatron":
+        given = {
+            "--helix-head-parallel-size": args.helix_head_parallel_size is not None,
+            "--helix-dim-parallel-size": args.helix_dim_parallel_size is not None,
+            "--helix-slice-weights": args.helix_slice_weights is not None,
+            "--helix-softmax": args.helix_softmax != "exact",
+            "--helix-comm-type": args.helix_comm_type != "auto",
+            "--helix-query-placement": args.helix_query_placement != "auto",
+            "--helix-core-attention": args.helix_core_attention != "auto",
+            "--helix-kv-cache": args.helix_kv_cache != "auto",
+            "--helix-context-length": args.helix_context_length is not None,
+            "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
+            "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
+            "--helix-hierarchical-allreduce": args.helix_hierarchical_allreduce,
+            "--helix-adaptive-grad-scaling": args.helix_adaptive_grad_scaling,
+            "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
+        }
+        flags = [flag for flag, was_given in given.items() if was_given]
+        if flags:
+            raise HelixConfigError(
+                f"{', '.join(flags)} was given with --attention-impl megatron, which ignores it; "
+                "add --attention-impl helix or leave it out"
+            )
+        return None
+    whole_model = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--experimental-attention-variant": args.experimental_attention_variant,
+        "--spec": args.spec,
+        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+    }
+    for flag, used in whole_model.items():
+        if used:
+            way_out = (
+                "wrap your spec with helix_megatron.megatron.specs.with_helix_attention instead"
+                if flag == "--spec"
+                else "use --attention-impl megatron"
+            )
+            raise HelixConfigError(f"--attention-impl helix does not support {flag}; {way_out}")
+    has_rope = args.position_embedding_type in ("rope", "mrope", "yarn")
+    if args.position_embedding_type == "yarn" and args.helix_softmax == "per-slice":
+        raise HelixConfigError(
+            "per-slice softmax with --position-embedding-type yarn: YaRN's frequencies depend on the head "
+            "dimension and cannot be those of a slice; use rope"
+        )
+    weights = args.helix_slice_weights
+    return HelixConfig(
+        head_parallel_size=args.helix_head_parallel_size,
+        dim_parallel_size=args.helix_dim_parallel_size,
+        slice_weights=parse_weights(",".join(weights)) if weights is not None else None,
+        softmax=args.helix_softmax,
+        comm_type=args.helix_comm_type,
+        query_placement=args.helix_query_placement,
+        core_attention=args.helix_core_attention,
+        kv_cache=args.helix_kv_cache,
+        context_length=args.helix_context_length,
+        kv_interleave_size=args.helix_kv_interleave_size,
+        overlap_chunks=args.helix_overlap_chunks,
+        hierarchical_allreduce=args.helix_hierarchical_allreduce,
+        adaptive_grad_scaling=args.helix_adaptive_grad_scaling,
+        rotary_percent=args.rotary_percent if has_rope else 0.0,
+    )

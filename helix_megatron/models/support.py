@@ -1,0 +1,63 @@
+"""Which tensor-parallel sizes a model runs at: Megatron's word beside Helix's grid.
+
+Pure arithmetic. What Megatron says is that of `TransformerConfig` (core 0.19); tests ask it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helix_megatron.models.presets import ModelShape
+from helix_megatron.partition.grid import HelixConfigError, HelixGrid, choose_grid
+
+
+@dataclass(frozen=True)
+class Support:
+    """One model at one tensor-parallel size.
+
+    Args:
+        kv_copies: how often Megatron keeps every KV head; 0 where it refuses the layout.
+        refusal: Megatron's reason, in its own terms; empty where it runs.
+        grid: the grid that Helix takes; None where it refuses too.
+        helix_refusal: Helix's reason.
+    """
+
+    shape: ModelShape
+    tp: int
+    kv_copies: int
+    refusal: str
+    grid: HelixGrid | None
+    helix_refusal: str = ""
+
+    @property
+    def megatron(self) -> str:
+        """Megatron's word in a few words."""
+        if self.refusal:
+            return f"refuses: {self.refusal}"
+        return "runs" if self.kv_copies == 1 else f"runs, {self.kv_copies} copies of K and V"
+
+    @property
+    def helix(self) -> str:
+        """Helix's word in a few words."""
+        if self.grid is None:
+            return f"refuses: {self.helix_refusal}"
+        return f"{self.grid}" + (" (is Megatron)" if self.grid.dim_parallel_size == 1 else "")
+
+
+def find_support(shape: ModelShape, tp: int) -> Support:
+    """What Megatron and Helix say to `shape` on `tp` tensor-parallel ranks."""
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    mlp = f"the MLP's {shape.ffn_hidden_size} do not divide by {tp}" if shape.ffn_hidden_size % tp else ""
+    refusal = mlp
+    if heads % tp:
+        refusal = f"{heads} heads are not a multiple of {tp}"
+    elif groups % tp and tp % groups:
+        refusal = f"{groups} KV heads are no multiple or divisor of {tp}"
+    copies = 0 if refusal else max(1, tp // groups)
+    if mlp:
+        return Support(shape, tp, copies, refusal, None, mlp)
+    try:
+        grid = choose_grid(shape.attention, tp)
+    except HelixConfigError as error:
+        return Support(shape, tp, copies, refusal, None, str(error))
+    return Support(shape, tp, copies, refusal, grid)

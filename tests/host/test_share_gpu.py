@@ -1,0 +1,59 @@
+"""Several ranks on one GPU: what the launcher sets in them. No GPU is needed to see that."""
+
+import os
+import sys
+
+import pytest
+
+from helix_megatron.host import launcher
+from helix_megatron.host.launcher import RankError, main, run_ranks
+
+
+def environment():
+    return dict(os.environ)
+
+
+def test_every_rank_is_a_host_of_its_own_on_device_0(monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    ranks = run_ranks(environment, 2, host_mode=False, share_gpu=True, timeout_s=120)
+    assert [rank["RANK"] for rank in ranks] == ["0", "1"]
+    assert all(rank["WORLD_SIZE"] == "2" and rank["LOCAL_RANK"] == "0" for rank in ranks)
+    assert len({rank["NCCL_HOSTID"] for rank in ranks}) == 2
+    for rank in ranks:  # over loopback, and by no way that would see that the host is one
+        assert (rank["NCCL_NET"], rank["NCCL_SOCKET_IFNAME"]) == ("Socket", "lo")
+        assert all(rank[f"NCCL_{way}_DISABLE"] == "1" for way in ("IB", "P2P", "SHM"))
+        assert rank["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+def fails_on_rank_1():
+    assert "torch" in sys.modules  # a fresh interpreter has it too
+    if os.environ["RANK"] == "1":
+        raise KeyError("what went wrong")
+    import time
+
+    time.sleep(600)
+
+
+def test_the_first_traceback_is_shown_and_the_others_end():
+    with pytest.raises(RankError, match="what went wrong") as caught:
+        run_ranks(fails_on_rank_1, 2, host_mode=False, share_gpu=True, timeout_s=120)
+    assert caught.value.rank == 1
+
+
+def test_a_shared_gpu_is_no_host_mode(capsys, tmp_path):
+    with pytest.raises(ValueError, match="host mode"):
+        run_ranks(environment, 1, share_gpu=True)
+    script = tmp_path / "train.py"
+    script.write_text("")
+    with pytest.raises(SystemExit):
+        main(["--share-gpu", "--nproc-per-node", "2", str(script), "--helix-host-mode"])
+    assert "--share-gpu and --helix-host-mode" in capsys.readouterr().err
+
+
+def test_it_says_that_times_mean_nothing(monkeypatch, capsys, tmp_path):
+    asked = {}
+    monkeypatch.setattr(launcher, "run_ranks", lambda *args, **kwargs: asked.update(kwargs))
+    script = tmp_path / "train.py"
+    script.write_text("")
+    assert main(["--share-gpu", "--nproc-per-node", "2", str(script)]) == 0
+    assert asked["share_gpu"] and "their times mean nothing" in capsys.readouterr().err

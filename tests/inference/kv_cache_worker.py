@@ -1,0 +1,266 @@
+"""What a rank does in the tests of the sharded KV cache."""
+
+from __future__ import annotations
+
+import torch
+
+from helix_megatron.partition.config import HelixConfig
+from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
+from tests.reference import Case, reference
+
+
+def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
+    """A Helix layer with the case's weights, and its layout."""
+    case.draw()
+    plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
+    layout = plan.layout
+    layer = make_layer(case, helix, tp, groups.of(layout.grid)).eval()
+    rank = torch.distributed.get_rank() % tp
+    load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+    return layer, layout
+
+
+def decode(layer, case: Case, context, prompt: list[int], meter=None) -> tuple[torch.Tensor, list[dict]]:
+    """Output [s, b, h] of the case's input in chunks: those of `prompt`, then token by token."""
+    hidden, table = case.tensors["hidden"].float(), case.rope_table()
+    outs, tallies, begin = [], [], 0
+    with inferring():
+        while begin < case.seq:
+            step = prompt.pop(0) if prompt else 1
+            context.sequence_len_offset = begin
+            chunk = hidden[begin : begin + step]
+            if meter is None:
+                outs.append(layer(chunk, None, inference_context=context, rotary_pos_emb=table)[0])
+            else:
+                with meter.counting():
+                    outs.append(layer(chunk, None, inference_context=context, rotary_pos_emb=table)[0])
+                tallies.append(meter.as_json())
+            begin += step
+            if not prompt:
+                context.enable_decode_mode()
+    return torch.cat(outs).double(), tallies
+
+
+def decode_all(tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]]) -> list[tuple[str, float, int]]:
+    """Of each job: its name, the relative error against float64, and the bytes this rank caches."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix, prompt in jobs:
+        name = f"{case} {helix} prompt {prompt}"
+        layer, layout = make(case, helix, tp, groups)
+        context = StaticInferenceContext(case.batch, case.seq)
+        out, _ = decode(layer, case, context, list(prompt))
+        slices = layout.grid.dim_parallel_size if layout.per_slice else 1
+        expected = reference(case, slices)["output"]
+        cached = sum(cache.nbytes for cache in context.key_value_memory_dict[1])
+        error = ((out - expected).norm() / expected.norm()).item()
+        found.append((name, error if torch.isfinite(out).all() else float("inf"), cached))
+    return found
+
+
+def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int) -> list[dict]:
+    """Collectives of every step."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from helix_megatron.compare.comm import CommMeter
+
+    start(tp)
+    layer, _ = make(case, helix, tp, Groups())
+    return decode(layer, case, StaticInferenceContext(case.batch, max_length), [prompt], CommMeter())[1]
+
+
+def refused(tp: int, ways: list[str], cache: str = "auto") -> list[str]:
+    """The error of each way to ask a layer for what a cache of its kind does not serve."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    start(tp)
+    groups, messages = Groups(), []
+    for way in ways:
+        case = Case(4, 2, 8, seq=6)
+        case.window = (3, 1) if way == "window ahead" else None
+        case.mask = "none" if way == "not causal" else "causal"
+        case.gate, case.sinks = way == "gate", way == "sinks"
+        layer, _ = make(case, HelixConfig(1, 2, kv_cache=cache), tp, groups)
+        context = StaticInferenceContext(case.batch, 4 if way == "too long" else case.seq)
+        mask = None
+        if way in ("padding mask", "causal mask"):
+            mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
+            mask[..., 3:, 2] |= way == "padding mask"
+        if way == "context parallelism":
+            layer.config.context_parallel_size = 2
+        if way == "graphs":
+            layer.config.cuda_graph_impl = "local"
+        extra = {"attention_bias": torch.zeros(1)} if way == "bias" else {}
+        try:
+            hidden = case.tensors["hidden"].float()
+            layer(hidden, mask, None, context, case.rope_table(), **extra)
+            if way in ("gate", "sinks", "context parallelism"):  # what a cache of slices does comes second
+                context = StaticInferenceContext(case.batch, case.seq)
+                decode(layer, case, context, [3])
+        except (NotImplementedError, ValueError) as error:
+            messages.append(str(error))
+        else:
+            messages.append("ran")
+    return messages
+
+
+class Letters:
+    """The tokenizer an engine asks for."""
+
+    vocab_size, eod, bos = 64, 63, None
+
+    def tokenize(self, text):
+        return [ord(letter) % 60 for letter in text]
+
+    def detokenize(self, tokens, **kwargs):
+        return " ".join(map(str, tokens))
+
+
+def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: dict):
+    """A tiny model in Megatron's dynamic engine; its context is `engine.context`."""
+    from megatron.core import parallel_state
+    from megatron.core.inference.config import InferenceConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.engines import DynamicInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt import gpt_inference_wrapper as wrappers
+    from megatron.core.inference.text_generation_controllers import text_generation_controller
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from helix_megatron.megatron import integrate
+
+    torch.distributed.init_process_group("nccl")
+    shape = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, **model_settings}
+    if helix is not None:
+        kv = shape["num_query_groups"], shape["kv_channels"]
+        grid = helix.resolve(shape["num_attention_heads"], *kv, tp).grid
+        integrate.enable(helix, grid)
+    parallel_state.initialize_model_parallel(tp)
+    torch.manual_seed(3)
+    model_parallel_cuda_manual_seed(3)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=48, ffn_hidden_size=96, tensor_model_parallel_size=tp,
+        use_cpu_initialization=True, pipeline_dtype=torch.float32, masked_softmax_fusion=False,
+        bias_dropout_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        init_method_std=0.3, attention_dropout=0.0, hidden_dropout=0.0, **shape,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    model = GPTModel(config, spec, vocab_size=96, max_sequence_length=64, position_embedding_type="rope")
+    sizes = dict(max_sequence_length=64, buffer_size_gb=0.002, max_requests=12, block_size_tokens=8)
+    settings = dict(settings)
+    # Packed tokens are padded to a multiple of this; max_tokens, hence a chunk of a prompt, is no smaller.
+    DynamicInferenceContext.TOKEN_ROUNDER = settings.pop("token_rounder", 64)
+    inference_config = InferenceConfig(unified_memory_level=0, **{**sizes, **settings})
+    context = DynamicInferenceContext(config, inference_config)
+    wrapped = wrappers.GPTInferenceWrapper(model.cuda().eval(), context)
+    controller = text_generation_controller.TextGenerationController(wrapped, Letters())
+    return DynamicInferenceEngine(controller, context)
+
+
+def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None):
+    """Greedy tokens of requests that come and go, and what the context says of its memory.
+
+    Prompts of 1, 5, 8 (one block), 17 and 30 tokens start together with different numbers of tokens to
+    generate; two more join while those decode, one with a prompt that is there already.
+    """
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    from helix_megatron.compare.comm import CommMeter
+
+    texts = ["a", "hello", "exactly8", "the quick brown f", "one prompt that takes four pages"[:30]]
+    lengths = [12, 3, 9, 20, 6]
+    late = {4: ("the quick brown f", 5), 7: ("late", 8)}
+    with torch.inference_mode():
+        running = engine(tp, helix, model or {}, settings or {})
+        context = running.context
+
+        def add(number: int, text: str, new: int) -> None:
+            running.add_request(
+                number, text, SamplingParams(num_tokens_to_generate=new, top_k=1, termination_id=-1)
+            )
+
+        for number, (text, new) in enumerate(zip(texts, lengths, strict=True)):
+            add(number, text, new)
+        done, step, seen, decode_steps, paused, cached = {}, 0, set(), set(), 0, 0
+        meter = CommMeter()
+        while running.has_unfinished_requests() or any(when >= step for when in late):
+            if step in late:
+                add(10 + step, *late[step])
+            with meter.counting():
+                result = running.step_modern()
+            batch = context.batch_dimensions
+            seen.add((batch.prefill_req_count > 0, batch.decode_req_count > 0))
+            if not batch.prefill_req_count:
+                tally = meter.as_json()
+                decode_steps.add(
+                    tuple((name, tally[name]["calls"], tally[name]["bytes"]) for name in sorted(tally))
+                )
+            paused = max(paused, context.paused_request_count)
+            for record in result["finished_request_records"]:
+                request = record.merge()
+                cached += request.num_cached_tokens
+                done[request.request_id] = [int(token) for token in request.generated_tokens]
+            step += 1
+            assert step < 100, "requests never end"
+    return {
+        "tokens": done,
+        "kinds of steps": sorted(seen),
+        "collectives of decode steps": sorted(decode_steps),
+        "paused": paused,
+        "cached prompt tokens": cached,
+        "bytes of a token": context.memory_buffer.nbytes
+        / context.kv_block_allocator.total_count
+        / context.block_size_tokens,
+        "block bytes": context.block_size_bytes,
+    }
+
+
+def generate_without_cache(tp: int, helix: HelixConfig) -> tuple[list[int], list[int]]:
+    """Greedy tokens after one prompt: by the dynamic engine, and by running all tokens anew for each."""
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    text, new = "the quick brown f", 12
+    with torch.inference_mode():
+        running = engine(tp, helix, {}, {})
+        sampling = SamplingParams(num_tokens_to_generate=new, top_k=1, termination_id=-1)
+        (record,) = running.generate([text], sampling)
+        model = running.controller.inference_wrapped_model.model
+        tokens = torch.tensor([Letters().tokenize(text)])
+        for _ in range(new):
+            logits = model(tokens, torch.arange(tokens.shape[1])[None], None, runtime_gather_output=True)
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    return [int(token) for token in record.merge().generated_tokens], tokens[0, -new:].tolist()
+
+
+def context_refused(tp: int, ways: list[tuple[dict, dict, dict]]) -> list[str]:
+    """The error of each way to build a dynamic context: (Helix, model, inference) settings."""
+    from megatron.core import parallel_state
+    from megatron.core.inference.config import InferenceConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.transformer import TransformerConfig
+
+    from helix_megatron.megatron import integrate
+    from helix_megatron.partition.grid import HelixConfigError
+
+    torch.distributed.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(tp)
+    messages = []
+    for helix, model, settings in ways:
+        integrate.enable(HelixConfig(1, tp, **helix))
+        config = TransformerConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=4, tensor_model_parallel_size=tp
+        )
+        for name, value in model.items():
+            setattr(config, name, value)
+        sizes = dict(max_sequence_length=64, buffer_size_gb=0.001, max_requests=4, block_size_tokens=8)
+        try:
+            DynamicInferenceContext(config, InferenceConfig(**{**sizes, **settings}))
+            messages.append("built")
+        except HelixConfigError as error:
+            messages.append(str(error))
+        integrate.disable()
+    return messages

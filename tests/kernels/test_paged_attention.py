@@ -1,0 +1,120 @@
+"""Attention over one rank's pages, every backend, against the formula in float64.
+
+The reference knows positions only: which rank owns one, which the window shows. Memory that no token was
+written to is NaN.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helix_megatron.kernels import merge, paged_attention
+from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.partition.kv_layout import KvInterleave
+
+HEADS = [(4, 4), (4, 2), (6, 1), (9, 3)]
+
+
+def draw(lengths, new, ranks, size, rank, heads, dim, order, seed=0, dtype=torch.float32, cycles=1):
+    """Requests of `lengths` tokens, the last `new` of them new, in the pages of one rank.
+
+    Returns:
+        query, keys, values, requests, and for every request the positions kept and their keys and values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    page, (n, k) = size * cycles, heads
+    counts = [-(-length // (page * ranks)) for length in lengths]
+    total = sum(counts) + 2
+    numbers = torch.arange(1, total - 1)
+    if order == "scattered":
+        numbers = numbers[torch.randperm(len(numbers), generator=generator)]
+    table = torch.full((len(lengths), max([*counts, 1]) + 1), -1, dtype=torch.int32)
+    keys, values = torch.full((2, total, page, k, dim), torch.nan, dtype=dtype)
+    kept, used = [], 0
+    for request, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[request, :count] = numbers[used : used + count]
+        used += count
+        positions = [p for p in range(length) if p // size % ranks == rank]
+        key, value = torch.randn(2, len(positions), k, dim, generator=generator).to(dtype)
+        for slot in range(len(positions)):
+            where = int(table[request, slot // page]), slot % page
+            keys[where], values[where] = key[slot], value[slot]
+        kept.append((positions, key, value))
+    ends = torch.tensor([0, *new]).cumsum(0).int()
+    query = torch.randn(int(ends[-1]) + 2, n, dim, generator=generator).to(dtype)  # two rows of padding
+    return query, keys, values, Requests(ends, torch.tensor(lengths, dtype=torch.int32), table), kept
+
+
+def expected(query, requests, kept, scale, left):
+    """float64: a token sees the kept positions up to its own, and not further back than `left`."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float64)
+    ends, lengths = requests.query_ends.tolist(), requests.lengths.tolist()
+    for request, (positions, key, value) in enumerate(kept):
+        for row in range(ends[request], ends[request + 1]):
+            own = lengths[request] - (ends[request + 1] - row)
+            seen = [i for i, p in enumerate(positions) if p <= own and (left is None or p >= own - left)]
+            if not seen:
+                continue
+            ratio = query.shape[1] // key.shape[1]
+            k, v = (x[seen].double().repeat_interleave(ratio, dim=1) for x in (key, value))
+            scores = torch.einsum("nd,lnd->nl", query[row].double(), k) * scale
+            lse[row] = scores.logsumexp(-1)
+            out[row] = torch.einsum("nl,lnd->nd", scores.softmax(-1), v)
+    return out, lse
+
+
+def check(attend, query, keys, values, requests, kept, sight, tolerance=2e-5):
+    out, lse = attend(query, keys, values, requests, sight)
+    assert out.dtype is query.dtype and lse.dtype is torch.float32
+    want, want_lse = expected(query, requests, kept, sight.softmax_scale, sight.left)
+    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=tolerance, atol=tolerance)
+
+
+@st.composite
+def cases(draw_from):
+    """Requests of a mixed step; lengths of 0 are padding, many shards are empty."""
+    lengths = draw_from(st.lists(st.integers(0, 50), min_size=1, max_size=5))
+    new = [draw_from(st.sampled_from([min(1, length), length // 2, length])) for length in lengths]
+    ranks = draw_from(st.integers(1, 4))
+    return dict(
+        lengths=lengths, new=new, ranks=ranks, size=draw_from(st.integers(1, 5)),
+        rank=draw_from(st.integers(0, ranks - 1)), heads=draw_from(st.sampled_from(HEADS)), dim=4,
+        order=draw_from(st.sampled_from(["in order", "scattered"])), cycles=draw_from(st.integers(1, 3)),
+        seed=draw_from(st.integers(0, 99)),
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from([None, 0, 3, 20]), st.sampled_from([(256, 2**20, 2**18), (3, 200, 150)]))
+def test_every_token_sees_its_slots(case, left, sizes):
+    """With sizes as they are, and so small that blocks of tokens, copies and batches are many."""
+    query, keys, values, requests, kept = draw(**case)
+    sight = Sight(0.4, left, KvInterleave(case["ranks"], case["size"]), case["rank"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(("_ROWS", "_COPY_BYTES", "_SMALL_BYTES"), sizes, strict=True):
+            patch.setattr(paged_attention, name, size)
+        check(paged_attention.paged_attention, query, keys, values, requests, kept, sight)
+
+
+def test_a_cache_that_is_in_order_is_not_copied(monkeypatch):
+    """One request of a decode step reads its pages where they are; scattered ones are copied."""
+    monkeypatch.setattr(paged_attention, "_SMALL_BYTES", 0)
+    read, plain = [], merge.partial_attention
+    monkeypatch.setattr(
+        paged_attention, "partial_attention", lambda q, k, *rest: read.append(k) or plain(q, k, *rest)
+    )
+    for order, copies in (("in order", 0), ("scattered", 1)):
+        drawn = draw([60, 33], [1, 1], 2, 4, 1, (4, 2), 4, order)
+        read.clear()
+        check(paged_attention.paged_attention, *drawn, Sight(0.5, None, KvInterleave(2, 4), 1))
+        begin, end = drawn[1].data_ptr(), drawn[1].data_ptr() + drawn[1].nbytes
+        assert [not begin <= key.data_ptr() < end for key in read] == [bool(copies)] * 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_half_precision(dtype, tolerance):
+    drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
+    check(paged_attention.paged_attention, *drawn, Sight(0.25, None, KvInterleave(2, 4), 0), tolerance)

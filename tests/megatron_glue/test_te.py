@@ -1,0 +1,112 @@
+"""The Transformer Engine layer spec with Helix, without a GPU: its own Python code on stood-in kernels."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.megatron_glue.te_environment import environment
+
+HELIX = "--attention-impl helix --tensor-model-parallel-size"
+COMMON = "--train-iters 8 --qk-layernorm"
+OTHER = (  # a model of whole query heads on every rank, with LayerNorm and biases
+    "--train-iters 8 --num-attention-heads 8 --num-query-groups 2 --hidden-size 64 --ffn-hidden-size 128 "
+    "--normalization LayerNorm --add-qkv-bias"
+)
+HALF = (
+    "--train-iters 8 --num-attention-heads 4 --num-query-groups 1 --hidden-size 64 --ffn-hidden-size 128 "
+    "--bf16"
+)
+FP8 = f"{HALF} --fp8-format hybrid --fp8-recipe tensorwise"
+DELAYED = f"{HALF} --fp8-format hybrid --fp8-recipe delayed"  # Megatron's default
+DOCUMENTS = "--train-iters 4 --reset-position-ids --eod-mask-loss --calculate-per-token-loss"
+MASKED = f"{DOCUMENTS} --reset-attention-mask"
+WINDOW = f"{MASKED} --window-size 6,0"
+CASES = {
+    "local": (1, f"{COMMON} --transformer-impl local"),
+    "vanilla": (1, COMMON),
+    "1x2": (2, f"{COMMON} {HELIX} 2"),
+    "1x4 sequence parallel": (4, f"{COMMON} {HELIX} 4 --sequence-parallel"),
+    "1x8": (8, f"{COMMON} {HELIX} 8"),
+    "other": (1, OTHER),
+    "other 2x2 heads, sequence parallel": (4, f"{OTHER} {HELIX} 4 --sequence-parallel"),
+    "unmasked documents": (1, DOCUMENTS),
+    "documents": (1, MASKED),
+    "documents, 3x2": (6, f"{MASKED} {HELIX} 6"),  # positions are shared
+    "documents, 1x3": (3, f"{MASKED} {HELIX} 3 --helix-head-parallel-size 1"),  # whole query heads
+    "documents, 1x2, all_reduce": (2, f"{MASKED} {HELIX} 2 --helix-comm-type all_reduce"),
+    "documents, 1x2, context parallel": (4, f"{MASKED} {HELIX} 2 --context-parallel-size 2"),
+    "documents, 1x2, recompute": (
+        2,
+        f"{MASKED} {HELIX} 2 --recompute-granularity selective --recompute-modules core_attn",
+    ),
+    "documents in a window": (1, WINDOW),
+    "documents in a window, 1x2": (2, f"{WINDOW} {HELIX} 2"),
+    "documents in a window, 1x3": (3, f"{WINDOW} {HELIX} 3 --helix-head-parallel-size 1"),
+    "documents in a window, 1x2, all_reduce": (2, f"{WINDOW} {HELIX} 2 --helix-comm-type all_reduce"),
+    "documents in a window, 1x2, context parallel": (4, f"{WINDOW} {HELIX} 2 --context-parallel-size 2"),
+    "bf16": (1, HALF),
+    "fp8": (1, FP8),
+    "fp8 in slices": (2, f"{FP8} {HELIX} 2"),
+    "delayed": (1, DELAYED),
+    "delayed in slices": (2, f"{DELAYED} {HELIX} 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """{case: losses and classes that ran}, all from one process that has Transformer Engine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.megatron_glue.te_worker"],
+        input=json.dumps(CASES),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_kernels_give_the_local_specs_losses(results):
+    losses = results["vanilla"]["losses"]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.3
+    assert losses == pytest.approx(results["local"]["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "x" in name and "documents" not in name])
+def test_losses_of_one_vanilla_rank(results, name):
+    reference = results["other" if name.startswith("other") else "vanilla"]
+    assert len(reference["losses"]) == 8
+    assert results[name]["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+    te = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
+    te |= {"LayerNormLinear", "DotProductAttention", "UnfusedDotProductAttention"}  # Transformer Engine's own
+    helix = {"HelixParallelSelfAttention", "HelixCoreAttention"}
+    helix |= set() if name.startswith("other") else {"SliceNorm"}
+    assert te <= set(reference["modules"]) and not helix & set(reference["modules"])
+    assert te | helix <= set(results[name]["modules"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("documents") and "x" in name])
+def test_masks_of_documents(results, name):
+    """Vanilla obeys the mask in its unfused kernel; what it changes is far more than the tolerance."""
+    reference = results["documents in a window" if "window" in name else "documents"]["losses"]
+    assert len(reference) == 4
+    for other in ("unmasked documents", "documents", "documents in a window"):
+        if results[other]["losses"] != reference:
+            assert abs(results[other]["losses"][-1] - reference[-1]) > 1e-3
+    assert results[name]["losses"] == pytest.approx(reference, abs=2e-5)
+    assert {"HelixCoreAttention", "UnfusedDotProductAttention"} - (
+        {"UnfusedDotProductAttention"} if "all_reduce" in name else set()
+    ) <= set(results[name]["modules"])
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "delayed"])
+def test_fp8(results, recipe):
+    """Training goes as in vanilla FP8: to FP8's own error; test_fp8.py looks at attention alone."""
+    plain, whole, sliced = (results[name] for name in ("bf16", recipe, f"{recipe} in slices"))
+    assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(sliced["modules"])
+    assert "HelixCoreAttention" in sliced["modules"] and len(sliced["losses"]) == 8
+    assert whole["losses"] != plain["losses"]
+    assert sliced["losses"] == pytest.approx(whole["losses"], abs=5e-3)
