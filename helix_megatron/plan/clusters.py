@@ -118,7 +118,7 @@ def find(name: str) -> Cluster:
     return cluster
 
 
-def resized(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> Cluster:
+def resize(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> Cluster:
     """`cluster` with other nodes: the fast link joins as many machines as before, and no more."""
     joined, inside = divmod(cluster.domain, cluster.gpus_per_node)
     domain = joined * gpus_per_node if joined else min(inside, gpus_per_node)
@@ -127,7 +127,7 @@ def resized(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> C
     return replace(cluster, gpus_per_node=gpus_per_node, nodes=nodes or cluster.nodes, domain=domain)
 
 
-def checked(cluster: Cluster, where: str) -> Cluster:
+def check(cluster: Cluster, where: str) -> Cluster:
     """`cluster`, where its fields go together. ValueError that names those that do not."""
     if cluster.reserve >= cluster.memory:
         raise ValueError(
@@ -172,7 +172,7 @@ def to_dict(cluster: Cluster) -> dict[str, Any]:
 def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
     """Inverse of to_dict; `base: PRESET` starts from a preset.
 
-    Without a `domain` the fast link joins as many nodes as the preset's does (see `resized`).
+    Without a `domain` the fast link joins as many nodes as the preset's does (see `resize`).
 
     Raises:
         ValueError: naming the file, the field, its value and its unit.
@@ -183,13 +183,13 @@ def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
         base = find(str(document["base"]))
         if "rates" in values:
             values["rates"] = {**base.rates, **values["rates"]}
-        sized = resized(base, values.get("gpus_per_node", base.gpus_per_node))
-        return checked(replace(sized, **values), where)
+        sized = resize(base, values.get("gpus_per_node", base.gpus_per_node))
+        return check(replace(sized, **values), where)
     for key in ("name", "memory", "rates"):
         if key not in values:
             raise ValueError(f"{where} has no {key}; give it, or start from a preset with base: NAME.")
     values.setdefault("domain", values.get("gpus_per_node", Cluster.gpus_per_node))
-    return checked(Cluster(**values), where)
+    return check(Cluster(**values), where)
 
 
 def _field(name: str, value: Any, where: str) -> Any:

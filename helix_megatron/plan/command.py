@@ -112,7 +112,7 @@ def chosen_cluster(options: argparse.Namespace) -> Cluster:
 
     cluster = inputs.cluster(options.cluster)
     if options.gpus:
-        cluster = clusters.resized(cluster, *_devices(options, cluster))
+        cluster = clusters.resize(cluster, *_devices(options, cluster))
     elif options.nodes:
         cluster = replace(cluster, nodes=options.nodes)
     changes = {
@@ -121,7 +121,7 @@ def chosen_cluster(options: argparse.Namespace) -> Cluster:
         "slow": options.inter_node and options.inter_node * 1e9,
     }
     where = f"--memory {options.memory:g}" if options.memory else options.cluster
-    return clusters.checked(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
+    return clusters.check(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
 
 
 def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:

@@ -150,7 +150,7 @@ class Problem:
     workload: Workload
 
     def __post_init__(self) -> None:
-        reason = illegal(self.shape, self.layout, self.workload)
+        reason = illegal_reason(self.shape, self.layout, self.workload)
         if reason:
             raise HelixConfigError(f"{self.layout.describe()} cannot run {self.shape.name}: {reason}")
 
@@ -196,7 +196,7 @@ class Problem:
         return not self.layout.sliced and self.layout.tp > self.shape.num_query_groups
 
 
-def uneven_size(shape: ModelShape, tp: int) -> str | None:
+def indivisible_reason(shape: ModelShape, tp: int) -> str | None:
     """Which size that Megatron deals evenly, attention's apart, `tp` ranks do not divide; None where all."""
     if shape.ffn_hidden_size % tp:
         return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
@@ -205,12 +205,12 @@ def uneven_size(shape: ModelShape, tp: int) -> str | None:
     return None
 
 
-def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
+def illegal_reason(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
     """Why this layout cannot do this work, from arithmetic alone (memory apart); None when it can."""
     tp, heads, groups = layout.tp, shape.num_attention_heads, shape.num_query_groups
     if shape.num_layers % layout.pp:
         return f"{layout.pp} pipeline stages do not divide {shape.num_layers} layers"
-    if reason := uneven_size(shape, tp):
+    if reason := indivisible_reason(shape, tp):
         return reason
     if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
         return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"

@@ -27,7 +27,7 @@ from helix_megatron.models.presets import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import memory
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal, uneven_size
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason, indivisible_reason
 from helix_megatron.plan.memory import Memory
 from helix_megatron.plan.timing import Prediction, predict
 
@@ -172,7 +172,7 @@ def layouts(request: Request) -> Iterator[Layout]:
             layout = replace(
                 attention, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sequence_parallel
             )
-            if illegal(shape, layout, work) is None:
+            if illegal_reason(shape, layout, work) is None:
                 yield layout
 
 
@@ -180,7 +180,7 @@ def sizes(request: Request) -> Iterator[tuple[int, int, int]]:
     """(tp, pp, dp) of all devices that the model allows, whatever the batch."""
     shape, devices = request.shape, request.cluster.devices
     for tp in _allowed(devices, request.tp):
-        if uneven_size(shape, tp) or not any(attention_layouts(shape, tp, request.workload)):
+        if indivisible_reason(shape, tp) or not any(attention_layouts(shape, tp, request.workload)):
             continue
         for pp in _allowed(devices // tp, request.pp):
             if shape.num_layers % pp == 0:
@@ -190,7 +190,7 @@ def sizes(request: Request) -> Iterator[tuple[int, int, int]]:
 def only_uneven_slices(request: Request, tp: int) -> bool:
     """Whether `tp` ranks can run this model, but only by slices of unequal size, which are not modelled."""
     shape = request.shape
-    if uneven_size(shape, tp) or any(attention_layouts(shape, tp, request.workload)):
+    if indivisible_reason(shape, tp) or any(attention_layouts(shape, tp, request.workload)):
         return False
     return bool(legal_grids(shape.attention, tp))
 
@@ -225,7 +225,7 @@ def attention_layouts(
         measured: the software of a layer has its time, which turns on the query placement.
     """
     plain = Layout(tp)
-    if illegal(shape, plain, replace(workload, batch=1)) is None:
+    if illegal_reason(shape, plain, replace(workload, batch=1)) is None:
         yield plain
     whole_heads = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
     sliced = [one for one in legal_grids(shape.attention, tp, even=True) if one.dim_parallel_size > 1]

@@ -11,7 +11,7 @@ from itertools import islice
 from math import ceil
 
 from helix_megatron.plan import clusters
-from helix_megatron.plan.layout import Layout, illegal, uneven_size
+from helix_megatron.plan.layout import Layout, illegal_reason, indivisible_reason
 from helix_megatron.plan.search import (
     Plan,
     Request,
@@ -85,8 +85,8 @@ def _reason(plan: Plan) -> str:
     if tp and only_uneven_slices(plan, tp):
         return f"heads over {tp} ranks are slices of unequal size"
     if tp and not any(sizes(plan.changed(pp=1, devices=tp))):
-        reason = illegal(shape, Layout(tp), replace(work, batch=1))
-        return f"{reason}" if uneven_size(shape, tp) else f"{reason}, and no Helix grid splits them"
+        reason = illegal_reason(shape, Layout(tp), replace(work, batch=1))
+        return f"{reason}" if indivisible_reason(shape, tp) else f"{reason}, and no Helix grid splits them"
     if pp and shape.num_layers % pp:
         return f"{pp} pipeline stages do not divide {shape.num_layers} layers"
     if pp and devices % ((tp or 1) * pp):

@@ -112,9 +112,9 @@ def test_nodes_with_fewer_gpus_keep_the_reach_of_the_fast_link():
     h100 = clusters.find("dgx-h100")
     rack = replace(h100, gpus_per_node=4, nodes=18, domain=72)  # one NVLink over 18 machines
     pairs = replace(h100, domain=2)
-    assert clusters.resized(rack, 2).domain == 36
-    assert clusters.resized(pairs, 4).domain == clusters.resized(pairs, 16).domain == 2
-    assert clusters.resized(clusters.find("host"), 1).domain == clusters.find("host").domain
+    assert clusters.resize(rack, 2).domain == 36
+    assert clusters.resize(pairs, 4).domain == clusters.resize(pairs, 16).domain == 2
+    assert clusters.resize(clusters.find("host"), 1).domain == clusters.find("host").domain
 
 
 # ---- sizes on the command line ----

@@ -13,7 +13,7 @@ from helix_megatron.models.presets import PRESETS, find
 from helix_megatron.partition import choice
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, compute, inputs, machine, search
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
 from helix_megatron.plan.timing import predict
 
 H100 = replace(clusters.find("dgx-h100"), nodes=2)
@@ -45,7 +45,7 @@ def everything(shape, devices, work):
         sp = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
         for layout, size in itertools.product(same, sizes):
             layout = replace(layout, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sp)
-            if illegal(shape, layout, work) is None:
+            if illegal_reason(shape, layout, work) is None:
                 yield layout
 
 
