@@ -2,8 +2,8 @@
 
 Megatron compares the last tokens with those of the stop string alone, which a tokenizer need not choose in
 a text. Here the text of the tokens is searched: on every rank as they come, so that the engine ends a
-request in the same step everywhere (`end_at_stop_texts`), and once more in the whole answer, which ends before
-the first stop (`Stops.cut`).
+request in the same step everywhere (`end_at_stop_texts`), and once more in the whole answer, which ends
+before the first stop (`Stops.cut`).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def rank_collectives():
         dist.all_reduce(torch.ones(5))
         dist.all_gather_into_tensor(torch.empty(RANKS), torch.ones(1))
     counted = {name: (tally.calls, round(tally.bytes, 3)) for name, tally in meter.tallies.items()}
-    return wrong, counted, all(host_collectives._meetings.values())
+    return wrong, counted, all(host_collectives._shared_groups.values())
 
 
 @pytest.mark.parametrize("shared", ["1", "0"])
