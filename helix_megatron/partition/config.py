@@ -156,7 +156,7 @@ class HelixConfig:
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
         placement, kv_cache = self.query_placement, "none" if per_slice else self.kv_cache
         if kv_cache == "auto":
-            # Measured on a host; a GPU takes 4.3 ms a layer for dim where sequence takes 0.2 (docs/results.md).
+            # Measured on a host; on a GPU dim takes far longer (docs/results.md).
             length = self.context_length
             short = self.host_mode and length is not None and length <= SHORT_CONTEXT
             # Whole query heads would be exchanged before and after the sum; overlap needs an exchange.
