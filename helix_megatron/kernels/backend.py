@@ -102,13 +102,13 @@ def choose(
         major: of the GPU's compute capability; None is like one that every kernel is made for.
         flash_version: the FlashAttention to take, 2 or 3; None for the newest.
         graph: a CUDA graph is being captured.
-        compare: FlashAttention's kernels with a known answer.
+        compare: FlashAttention's kernels with a known answer, and log what is chosen.
 
     Raises:
         HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported.
     """
     if override:
-        choice = _overridden(override, device, dtype, page, dim)
+        choice = _overridden(override, device, dtype, page, dim, compare)
     else:
         others, why = _without_flash(device)
         taken, obstacles = None, []
@@ -120,7 +120,6 @@ def choose(
                 taken = name
                 break
             obstacles.append(obstacle)
-        obstacles = obstacles or ([] if taken else [f"not flash-attn: the cache is on the {device}"])
         not_those = "".join(f"; {obstacle}" for obstacle in [*obstacles, *_about_version_4(flash_version)])
         if taken:
             label = flash.find(taken)[1]
@@ -128,11 +127,14 @@ def choose(
         else:
             reason = f"{others} ({why}){not_those}"
         choice = Choice(taken or others, others, reason)
-    logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
+    if compare:
+        logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
     return choice
 
 
-def _overridden(override: str, device: str, dtype: torch.dtype, page: int, dim: int) -> Choice:
+def _overridden(
+    override: str, device: str, dtype: torch.dtype, page: int, dim: int, compare: bool
+) -> Choice:
     if override not in NAMES:
         raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(NAMES)}")
     if override in ("torch", "triton"):
@@ -140,7 +142,9 @@ def _overridden(override: str, device: str, dtype: torch.dtype, page: int, dim: 
     reasons = []
     for name in FLASH if override == "flash-attn" else (override,):
         kernel, reason = flash.find(name)
-        fault = reason if kernel is None else flash.distrust(name, device, dtype, page, dim)
+        fault: str | None = reason
+        if kernel is not None:
+            fault = flash.distrust(name, device, dtype, page, dim) if compare else None
         if not fault:
             others = _without_flash(device)[0]
             why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts"
@@ -207,8 +211,8 @@ def warm_up(
     sight: Sight,
     flash_version: int | None = None,
 ) -> Choice:
-    """Choose, compare and compile what attention over this cache will need: no request, and no CUDA graph that
-    is being captured, waits for it.
+    """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
+    CUDA graph that is being captured, where neither can be, needs it done.
 
     Args:
         keys, values: [pages, page, K, D], one layer's cache; read, not written.

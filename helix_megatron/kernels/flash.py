@@ -176,8 +176,9 @@ def _of_step(requests: Requests, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
 def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) -> str | None:
     """What is wrong with a kernel, by a small case of a known answer; None when it is right. Asked once.
 
-    Three requests with 6 query heads over 2 KV heads, on scattered pages: one ends in its third page, one in
-    its first, one has nothing. What nobody wrote is large, and finite: kernels may read it with a weight of 0.
+    Three requests with 6 query heads over 2 KV heads, on scattered pages: one ends in its third page, one
+    in its first, one has nothing. What nobody wrote is large, and finite: a kernel may read it with a weight
+    of 0.
     """
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise HelixConfigError(

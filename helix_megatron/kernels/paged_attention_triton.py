@@ -1,10 +1,10 @@
 """paged_attention.py as Triton kernels: decode, prompts and both at once, over one rank's pages, with LSE.
 
 The work is dealt to programs in equal shares (Notes in triton_plan.py), decoding requests and prompts each in
-a launch, and what several programs did of a tile is merged by one kernel (triton_merge.py): two launches for
-decoding, three for a mixed step, and one or two for the plan, once for all layers. A token has its range of
-slots (Note [A token sees a range of slots] in paged_attention.py); where all tokens of a tile see a whole step
-it needs no mask, at the ends slots are compared.
+a launch; what several programs did of a tile is merged by one kernel (triton_merge.py): two launches for
+decoding, three for a mixed step, and one or two for the plan, once for all layers. A token has its range
+of slots (Note [A token sees a range of slots] in paged_attention.py); where all tokens of a tile see a whole
+step it needs no mask, at the ends slots are compared.
 
 T new tokens, N query heads, K KV heads, R = N/K, D head dimension; 64-bit numbers only where a page begins.
 """
@@ -37,7 +37,7 @@ def _attend_slots(
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGED: tl.constexpr,
     MASKED: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # slots low ... high - 1, whole steps; a row sees first ... last - 1 of them, all together least ... most - 1
+    # slots low ... high - 1, whole steps; a row sees first ... last - 1, all together least ... most - 1
     dim = tl.arange(0, D_PAD)
     real = (dim < D)[None, :]
     within = tl.arange(0, SLOTS)
@@ -143,8 +143,9 @@ def attention_kernel(
         pages = table + request.to(tl.int64) * table_r
         if WINDOW:
             top, total, acc = _attend_slots(
-                q, top, total, acc, k, v, pages, low, tl.minimum(high, least_of_all), first, last, least,
-                most, scale, keys_p, keys_s, values_p, values_s, D, D_PAD, PAGE, SLOTS, PAGED, True, 1, UPCAST,
+                q, top, total, acc, k, v, pages, low, tl.minimum(high, least_of_all), first, last,
+                least, most, scale, keys_p, keys_s, values_p, values_s,
+                D, D_PAD, PAGE, SLOTS, PAGED, True, 1, UPCAST,
             )  # fmt: skip
             low = tl.maximum(low, least_of_all)
         top, total, acc = _attend_slots(

@@ -72,7 +72,7 @@ def merge_programs_kernel(
     MANY: tl.constexpr, LEAST_FEW: tl.constexpr, LEAST_MANY: tl.constexpr, PARTS: tl.constexpr,
     DIMS: tl.constexpr,
 ):  # fmt: skip
-    # MANY: tokens of a prompt's tile, 0 without prompts. parts [2P, K, rows, D] of few new tokens, then of many
+    # MANY: tokens of a prompt's tile, 0 without prompts. parts [2P, K, rows, D] of few, then of many
     token, head = tl.program_id(0) // N, tl.program_id(0) % N
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
     request = holder(ends, requests, token)

@@ -6,10 +6,10 @@ Note [Equal shares]                 3 tiles of 5, 0 and 7 steps, 4 programs: sha
     program       0    |     1     |    2    |    3
     A tile is some new tokens of one request (Note [Tiles]), a step is a block of SLOTS of the slots that they
     see, aligned so that a page holds whole steps. All steps of all tiles stand in one line, which is cut into
-    equal shares, one a program: every program has as much to read as any other, whatever the lengths. What is
-    not there (padding, finished requests, empty shards) has no steps and costs nothing. The number of programs
-    comes from the device; no other number of the plan is known to the host, so it needs no answer of the
-    device, and a CUDA graph may hold it.
+    equal shares, one a program: all programs have as much to read, whatever the lengths. What is not there
+    (padding, finished requests, empty shards) has no steps and costs nothing. The number of programs comes
+    from the device; the host knows no other number of the plan, so it needs no answer of the device, and a
+    CUDA graph may hold it.
 
     A tile that one program does alone is written out by it. Of others every program keeps its part: it has
     two at most, the tile that its share begins in (place 2p) and the one that it ends in (place 2p + 1). Part
