@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron import compat
-from helix_megatron.checkpoint.compatibility import refuse_other_function, refuse_other_softmax
+from helix_megatron.checkpoint.compatibility import (
+    names_default_layers,
+    refuse_other_function,
+    refuse_other_softmax,
+)
 from helix_megatron.megatron import weight_readers
 from helix_megatron.megatron.arguments import (
     add_helix_arguments,
@@ -255,7 +259,8 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         getattr(args, "attention_output_gate", False),
     )
     refuse_other_models(args, plan.grid.dim_parallel_size)
-    if not (args.spec or args.heterogeneous_layers_config_encoded_json):  # whose sizes are their own
+    own_sizes = args.heterogeneous_layers_config_encoded_json or not names_default_layers(args.spec)
+    if not own_sizes:
         even = plan.layout.per_slice
         refuse_indivisible(args, lambda tp: bool(legal_grids(plan.layout.shape, tp, even)))
     if plan.is_megatron:
@@ -263,6 +268,8 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     refuse_unsupported(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     by_level = args.helix_hierarchical_allreduce
+    hybrid = args.hybrid_layer_pattern is not None  # whose layers are Transformer Engine's
+    te_layers = hybrid or args.transformer_impl == "transformer_engine"
     unfused = args.attention_backend.name == "unfused" or te_is_unfused(args.params_dtype)
     unsafe = {
         "--reset-attention-mask in half precision with --helix-comm-type all_reduce and --transformer-impl "
@@ -270,11 +277,14 @@ def _plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         "(say --attention-backend unfused, or use a2a)": (
             args.reset_attention_mask
             and plan.comm_type == "all_reduce"
-            and args.transformer_impl == "transformer_engine"
+            and te_layers
             and not unfused
         ),
         "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
-        "themselves (use local)": by_level and args.transformer_impl != "local",
+        "themselves (use local)": by_level and not hybrid and args.transformer_impl != "local",
+        "--helix-hierarchical-allreduce with --hybrid-layer-pattern, whose layers reduce by themselves": (
+            by_level and hybrid
+        ),
         "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (
             by_level and args.tp_comm_overlap
         ),
@@ -306,8 +316,8 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
 
     names = (
         "attention_impl helix_softmax tensor_model_parallel_size pipeline_model_parallel_size "
-        "context_parallel_size num_layers hidden_size num_attention_heads num_query_groups kv_channels "
-        "seq_length micro_batch_size global_batch_size world_size"
+        "context_parallel_size num_layers hybrid_layer_pattern hidden_size num_attention_heads "
+        "num_query_groups kv_channels seq_length micro_batch_size global_batch_size world_size"
     ).split()
     settings = {name: getattr(args, name, None) for name in names}
     settings["helix hierarchical all-reduce"] = args.helix_hierarchical_allreduce
@@ -324,7 +334,7 @@ def _agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
 
 
 def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
-    """Put Helix attention into Megatron's GPT layer specs and relax the check that heads divide by T.
+    """Put Helix attention into Megatron's GPT and hybrid layer specs; heads need not divide by T then.
 
     Args:
         helix: settings for every self-attention layer built from now on.
@@ -371,9 +381,9 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
                     what = _kind_of_attention(self, config, given.get("attn_mask_type"))
                     raise HelixConfigError(
                         f"Helix does not slice the heads of {what}, which this grid needs (m = {m}): it "
-                        "serves the self-attention of GPT's layer specs (local and Transformer Engine) and "
-                        "of specs made with helix_megatron.with_helix_attention; use such a spec, "
-                        "--attention-impl megatron, or a grid with m = 1"
+                        "serves the self-attention of GPT's layer specs (local and Transformer Engine), "
+                        "of the hybrid stack's and of specs made with helix_megatron.with_helix_attention; "
+                        "use such a spec, --attention-impl megatron, or a grid with m = 1"
                     )
             original(self, *args, **kwargs)
 
@@ -403,6 +413,11 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _active = helix
     teach_tools()
     _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
+    if megatron.hybrid:  # one spec object, which every builder has imported by name: its contents change
+        from megatron.core.models.hybrid import hybrid_layer_specs
+
+        attention = hybrid_layer_specs.hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
+        _replace(_enabled, attention, "module", lambda original: ConfiguredHelixAttention)
     _replace(_enabled, Attention, "__init__", only_helix)
     _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:

@@ -67,6 +67,13 @@ ROUNDED = 0.01
 FP16 = "--fp16 --initial-loss-scale 1024"
 ONE = "--micro-batch-size 1"
 NO_ROPE = "--position-embedding-type none"
+HYBRID = "--hybrid-layer-pattern"
+MAMBA = "--mamba-num-heads 4 --mamba-head-dim 16 --mamba-state-dim 16 --mamba-num-groups"
+GDN = (
+    "--linear-key-head-dim 8 --linear-value-head-dim 8 --linear-conv-kernel-dim 2 "
+    "--linear-num-value-heads 8 --linear-num-key-heads"
+)
+SPECS = "--spec helix_megatron.megatron.specs"
 
 
 @dataclass(frozen=True)
@@ -334,6 +341,37 @@ FEATURES = [
         shape=ONE,
     ),
     F("packed sequences, per-slice softmax", f"{WHOLE} {PACKED} {PER_SLICE}", DOCUMENTS, shape=ONE),
+    F("named layer spec", f"{SHARED} {SPECS} gpt_layer_spec"),
+    F(
+        "named layer spec, mixture of experts, stages",
+        f"{STAGES} --sequence-parallel {SPECS} gpt_layer_spec",
+        MOE,
+    ),
+    F(
+        "another layer spec",
+        f"{SHARED} --spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec",
+    ),
+    F("hybrid `*-*-`", SHARED, f"{HYBRID} *-*-", te=True),
+    F(
+        "hybrid `*-*-`, 1x2, named stack spec",
+        f"{WHOLE} {SPECS} hybrid_stack_spec",
+        f"{HYBRID} *-*-",
+        te=True,
+    ),
+    F(
+        "hybrid `*-*E`, sequence parallel",
+        f"{WHOLE} --sequence-parallel",
+        f"{MOE} {HYBRID} *-*E",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        te=True,
+    ),
+    F("hybrid `*-*-`, stages", f"{STAGES} {HYBRID} *-|*-", f"{HYBRID} *-*-", te=True),
+    F("hybrid `*-/*-`, multi-token prediction", SHARED, f"{HYBRID} *-/*-", te=True),
+    F("hybrid `M*-`", SHARED, f"{MAMBA} 4 {HYBRID} M*-", te=True),
+    F("hybrid `M*-`, Mamba of 2 groups", SHARED, f"{MAMBA} 2 {HYBRID} M*-", te=True),
+    F("hybrid `G*-`", SHARED, f"{GDN} 4 {HYBRID} G*-", te=True),
+    F("hybrid `G*-`, GDN of 2 key heads", SHARED, f"{GDN} 2 {HYBRID} G*-", te=True),
+    F("hybrid `+-`", SHARED, f"{HYBRID} +-", te=True),
     F("CUDA graphs", f"{SHARED} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),
 ]
