@@ -414,10 +414,14 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     teach_tools()
     _replace(_enabled, gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
     if megatron.hybrid:  # one spec object, which every builder has imported by name: its contents change
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop
         from megatron.core.models.hybrid import hybrid_layer_specs
+
+        from helix_megatron.checkpoint.layout import with_pieces
 
         attention = hybrid_layer_specs.hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
         _replace(_enabled, attention, "module", lambda original: ConfiguredHelixAttention)
+        _replace(_enabled, gpt_checkpoint_interop, "_prepend_gpt_layer_axis", with_pieces)
     _replace(_enabled, Attention, "__init__", only_helix)
     _replace(_enabled, TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:
