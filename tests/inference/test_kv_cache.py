@@ -324,6 +324,7 @@ def test_the_dynamic_engine_with_uneven_slices(helix, dims):
             dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4),
             id="QK norm, prompts in chunks",
         ),
+        pytest.param(dict(hybrid_layer_pattern="*-*-"), dict(), id="hybrid model"),
         pytest.param(
             dict(), dict(enable_prefix_caching=True, async_sched_mode="async"), id="shared prefixes, async"
         ),
