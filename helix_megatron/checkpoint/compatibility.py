@@ -144,12 +144,12 @@ def effective(args: Namespace) -> dict[str, Any]:
     }
 
 
-def left_out(args: Namespace) -> list[str]:
+def missing_arguments(args: Namespace) -> list[str]:
     """What every Megatron and converter writes and these arguments lack; [] of a whole set of arguments."""
     return [name for name in _ALWAYS_WRITTEN if _as_saved(args, name) is None]
 
 
-def unlike_default(args: Namespace) -> dict[str, Any]:
+def non_default_arguments(args: Namespace) -> dict[str, Any]:
     """Those of `effective` that Megatron would not have by itself; sizes of weights and vocabulary apart."""
     found = _all_meanings(args)
     return {
@@ -159,7 +159,7 @@ def unlike_default(args: Namespace) -> dict[str, Any]:
     }
 
 
-def flags(meanings: dict[str, Any]) -> list[str]:
+def format_flags(meanings: dict[str, Any]) -> list[str]:
     """The command line that gives arguments these meanings.
 
     Raises:
@@ -219,7 +219,7 @@ def differences(saved: Namespace, ours: Namespace) -> tuple[dict[str, str], dict
         ({argument: the difference in words}, the same for those that an incomplete checkpoint leaves unsaid).
     """
     theirs, mine = effective(saved), effective(ours)
-    complete = not left_out(saved)
+    complete = not missing_arguments(saved)
     known: dict[str, str] = {}
     unsaid: dict[str, str] = {}
     apart = {_VOCABULARY}

@@ -92,7 +92,7 @@ def _describe(error: BaseException) -> str:
 
 def measure(task: Task) -> dict[str, Any]:
     """Train, then measure the trained model. Returns this rank's samples as JSON types."""
-    argv = entry.prepare(task.argv)
+    argv = entry.prepare_argv(task.argv)
     meter = CommMeter()
     recorder = Recorder(workloads.Samples(task.workloads.get("train", [1, 0])[0], task.host, task.slow_down))
     seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else 1234

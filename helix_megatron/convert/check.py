@@ -95,7 +95,7 @@ def model_flags(checkpoint: Path, tp: int, sequence: int, more: list[str] = ()) 
     from helix_megatron.convert.torch_dist import Checkpoint
 
     args = Checkpoint(checkpoint).args
-    own = compatibility.flags(compatibility.unlike_default(args))
+    own = compatibility.format_flags(compatibility.non_default_arguments(args))
     return [
         *HOST_FLAGS,
         *(HELIX_FLAGS if tp > 1 else []),

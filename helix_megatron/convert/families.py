@@ -255,7 +255,7 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
                 f"the checkpoint's {name} is {value!r}; a model of the Llama family has "
                 f"{' or '.join(map(repr, fine))}, so it cannot be converted to Hugging Face."
             )
-    for name, value in compatibility.unlike_default(args).items():
+    for name, value in compatibility.non_default_arguments(args).items():
         if name not in {*_PLAIN, *_FLAGS, "add_bias_linear"}:
             raise ValueError(
                 f"the checkpoint's {name} is {value!r}, which no model of the Llama family has, so it cannot "

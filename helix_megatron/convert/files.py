@@ -27,19 +27,19 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
 
 
-def copied(folder: Path) -> list[Path]:
+def copied_files(folder: Path) -> list[Path]:
     """What a conversion takes over as it is: the tokenizer's files and the settings of generation."""
     return _matching(folder, _COPIED)
 
 
-def used(source: Path) -> list[Path]:
+def used_files(source: Path) -> list[Path]:
     """Everything on which a conversion of this folder or file depends."""
     return _matching(source, (*_COPIED, *_READ)) if source.is_dir() else [source]
 
 
 def copy(source: Path, target: Path) -> bool:
     """Copy `copied` into another folder; whether a tokenizer is among it. ValueError for a broken file."""
-    found = [path.relative_to(source) for path in copied(source)]
+    found = [path.relative_to(source) for path in copied_files(source)]
     for path in found:
         check(source / path)
         if path.suffix == ".json":

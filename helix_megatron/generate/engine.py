@@ -43,8 +43,8 @@ def block_bytes(config: Any, helix: bool, block_tokens: int) -> int:
     kv, ranks = kv_bytes(config), config.tensor_model_parallel_size
     plan = _plan(config) if helix else None
     if plan is None:
-        return kv.replicated(ranks, block_tokens)
-    return kv.whole(block_tokens) // kv.head_dim * plan.paged_dim // plan.grid.head_parallel_size
+        return kv.replicated_bytes(ranks, block_tokens)
+    return kv.total_bytes(block_tokens) // kv.head_dim * plan.paged_dim // plan.grid.head_parallel_size
 
 
 def _plan(config: Any) -> Any:

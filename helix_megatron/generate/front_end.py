@@ -95,11 +95,11 @@ class EngineClient:
     async def _ended(self, future: Any, asked: Asked, number: int) -> dict[str, Any]:
         reply = await future
         if reply.get("status") != "FAILED":
-            asked.finished[number] = end(reply, asked.stop, self._ends, self._tokenizer)
+            asked.finished[number] = cut_answer(reply, asked.stop, self._ends, self._tokenizer)
         return reply
 
 
-def end(reply: dict[str, Any], stop: list[str], ends: frozenset[int], tokenizer: Any) -> str:
+def cut_answer(reply: dict[str, Any], stop: list[str], ends: frozenset[int], tokenizer: Any) -> str:
     """Let an answer of the engine end before its first stop; why it has ended, `stop` or `length`."""
     tokens, params = reply["generated_tokens"], reply["sampling_params"]
     at_end = bool(tokens) and tokens[-1] in ends and params["termination_id"] in ends
@@ -128,7 +128,7 @@ def _keep_chosen(reply: dict[str, Any], tokenizer: Any) -> None:
             row[text] = max(row[text], own)
 
 
-def put_right(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
+def complete_answer(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """A handler's answer, with the true reason of each end, and as many log-probabilities as tokens."""
     for choice, reason in zip(document["choices"], asked.finished, strict=True):
         choice["finish_reason"] = reason
@@ -205,7 +205,7 @@ def blueprint(limits: Limits, ends: frozenset[int], engine_lives: tuple[int, int
             response = jsonify({"error": {"message": str(refused), "code": refused.status}})
             response.status_code = refused.status
         elif response.status_code == 200 and g.get("asked") is not None:
-            document = put_right(json.loads(await response.get_data()), g.asked)
+            document = complete_answer(json.loads(await response.get_data()), g.asked)
             response.set_data(json.dumps(document))
         return response
 
@@ -218,7 +218,7 @@ async def _check_body(limits: Limits) -> None:
 
     client, tokenizer = current_app.config["client"], current_app.config["tokenizer"]
     chat, count = request.path in CHAT, 1
-    body = requests.checked(requests.parse(await request.get_data()), limits, chat)
+    body = requests.check_fields(requests.parse(await request.get_data()), limits, chat)
     if not chat:
         count = requests.prompts_of(body, limits, tokenizer.tokenize)
     elif getattr(tokenizer, "chat_template", None) is None:

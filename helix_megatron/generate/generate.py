@@ -310,15 +310,15 @@ def kv_report(engine: Any, peak_blocks: int) -> dict[str, Any]:
     blocks = context.kv_block_allocator.total_count
     one = context.memory_buffer.nbytes // blocks
     kv, block = kv_bytes(config), context.block_size_tokens
-    replicated = kv.replicated(config.tensor_model_parallel_size, block)
+    replicated = kv.replicated_bytes(config.tensor_model_parallel_size, block)
     return {
         "block_tokens": block,
         "peak_blocks": peak_blocks,
         "bytes_per_token_per_rank": one / block,
-        "bytes_per_token_whole_model": kv.whole(),
+        "bytes_per_token_whole_model": kv.total_bytes(),
         "bytes_per_token_per_rank_megatron": replicated / block,
         "peak_bytes_per_rank": one * peak_blocks,
-        "peak_bytes_whole_model": kv.whole(block) * peak_blocks,
+        "peak_bytes_whole_model": kv.total_bytes(block) * peak_blocks,
         "peak_bytes_per_rank_megatron": replicated * peak_blocks,
     }
 

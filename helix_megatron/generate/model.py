@@ -51,7 +51,7 @@ def _fingerprint(source: Path, dtype: str) -> str:
     Weights count by size and time, all others by what is in them.
     """
     digest = hashlib.sha256(f"{_CONVERSION} {source.resolve()} {dtype}".encode())
-    for path in files.used(source):
+    for path in files.used_files(source):
         found = path.stat()
         weights = path.suffix in (".safetensors", ".gguf")
         state = f"{found.st_size} {found.st_mtime_ns}".encode() if weights else path.read_bytes()
@@ -59,7 +59,7 @@ def _fingerprint(source: Path, dtype: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepared(source: Path, dtype: str, cache: Path) -> Path:
+def prepare_checkpoint(source: Path, dtype: str, cache: Path) -> Path:
     """The Megatron checkpoint of a model; several processes may ask at once.
 
     Args:
@@ -112,7 +112,7 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
         ValueError: the checkpoint has a feature that this command does not serve.
     """
     args = Checkpoint(checkpoint).args
-    own = compatibility.flags(_served(checkpoint, args))
+    own = compatibility.format_flags(_served(checkpoint, args))
     half = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(layout.dtype, [])
     local = layout.on_host or find_spec("transformer_engine") is None
     return [
@@ -132,11 +132,11 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
 
 def _served(checkpoint: Path, args: Namespace) -> dict[str, Any]:
     """What is unlike Megatron's defaults in a checkpoint's arguments. ValueError for what is not served."""
-    if unsaid := compatibility.left_out(args):
+    if unsaid := compatibility.missing_arguments(args):
         raise ValueError(
             f"the arguments in {checkpoint} lack {', '.join(unsaid)}, so which model it is is unknown."
         )
-    unlike = compatibility.unlike_default(args)
+    unlike = compatibility.non_default_arguments(args)
     for name, value in unlike.items():
         if name not in _SERVED or (name == "position_embedding_type" and value not in _POSITIONS):
             raise ValueError(

@@ -180,7 +180,7 @@ def _fields(limits: Limits, chat: bool) -> dict[str, _Field]:
 
 
 # ---- a body ----
-def checked(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any]:
+def check_fields(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any]:
     """The fields of a request that mean something, every one of them of a type and range that is served.
 
     A null is a field left out. `prompt` and `messages` are checked by prompts_of and messages.check_messages.

@@ -91,7 +91,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     )
     engines.stop_at(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
-    stops.obey(llm.engine, tokenizer)
+    stops.end_at_stop_texts(llm.engine, tokenizer)
     asyncio.run(_serve(llm, server, terminal, lives[1]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -2,8 +2,8 @@
 
 Megatron compares the last tokens with those of the stop string alone, which a tokenizer need not choose in
 a text. Here the text of the tokens is searched: on every rank as they come, so that the engine ends a
-request in the same step everywhere (`obey`), and once more in the whole answer, which ends before the first
-stop (`Stops.cut`).
+request in the same step everywhere (`end_at_stop_texts`), and once more in the whole answer, which ends
+before the first stop (`Stops.cut`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def decoder(tokenizer: Any) -> Decode:
     return lambda tokens: tokenizer.detokenize(tokens, skip_special_tokens=True)
 
 
-def obey(engine: Any, tokenizer: Any) -> None:
+def end_at_stop_texts(engine: Any, tokenizer: Any) -> None:
     """Let a dynamic engine end a request at the `stop_words` of its SamplingParams, as `Search` finds them.
 
     No token is taken away: whoever reads the answer cuts it. Ranks ask nobody, their tokens are the same.

@@ -30,7 +30,7 @@ from helix_megatron.inference.position_cache import (
     PagedStep,
     SequenceStep,
     attend_with_shards,
-    own_slots,
+    local_slots,
 )
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
 from helix_megatron.kernels.paged_attention import Requests
@@ -236,6 +236,9 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         and getattr(model_config, "attention_output_gate", False),
         f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
         "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
+        "the states of Mamba layers, which were never tried beside it": (
+            inference_config.mamba_inference_state_config is not None
+        ),
     }
     for feature, used in reasons.items():
         if used:
@@ -286,7 +289,7 @@ def _dynamic_step(
     if context.helix_tokens is None:  # the same for every layer of a step
         blocks, places, requests = _new_tokens(context)
         spare_block = context.kv_block_allocator.dummy_block_idx
-        kept = own_slots(interleave, groups.dim_rank, blocks, places, spare_block)
+        kept = local_slots(interleave, groups.dim_rank, blocks, places, spare_block)
         context.helix_tokens = (*kept, requests)
     page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
     return PagedStep(

@@ -12,6 +12,8 @@ weight_readers.py  Megatron's tools that read weights: taught, or refused by nam
 specs.py           layer specs for code that builds models itself
 bridge.py          Megatron-Bridge: Hugging Face weights into slices and back
 integrate.py       the one place that touches Megatron: explicit, version-guarded, undoable
+run_settings.py    what the arguments of a run mean, and what all ranks must share
+replacements.py, checkpoint_reading.py, level_reductions.py   parts of integrate.py
 arguments.py       the flags
 yaml_config.py     flags from a YAML file
 flag_values.py     which values Megatron's parser takes

@@ -82,7 +82,7 @@ def test_what_megatron_restores_and_the_flags_that_a_conversion_prints_are_all_o
     assert "rotary_base" in restored and "layernorm_epsilon" not in restored
     args = families.to_megatron(Qwen3Config(hidden_size=64, rms_norm_eps=1e-6))
     args.use_rope_scaling = True
-    unlike = compatibility.unlike_default(args)
+    unlike = compatibility.non_default_arguments(args)
     printed = {name for name, flag in families._FLAGS.items() if flag in families._NOT_RESTORED}
     assert set(unlike) - restored == printed
 
@@ -279,24 +279,24 @@ def test_a_gpt_that_a_hybrid_model_takes_in_is_megatrons_to_pair():
 def test_flags_give_every_meaning_back(parser, changed):
     """Through Megatron's own parser, which has everything else at its defaults."""
     saved = arguments(**changed)
-    words = compatibility.flags(compatibility.unlike_default(saved))
+    words = compatibility.format_flags(compatibility.non_default_arguments(saved))
     sizes = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8 --kv-channels 8"
     sizes += " --group-query-attention --num-query-groups 2 --max-position-embeddings 64"
     parsed = parser.parse_args([*sizes.split(), *words])
     assert compatibility.differences(saved, parsed) == ({}, {})
-    unlike = compatibility.unlike_default(saved)
+    unlike = compatibility.non_default_arguments(saved)
     for name in unlike:  # none of them is for nothing
         fewer = {other: value for other, value in unlike.items() if other != name}
-        forgotten = parser.parse_args([*sizes.split(), *compatibility.flags(fewer)])
+        forgotten = parser.parse_args([*sizes.split(), *compatibility.format_flags(fewer)])
         assert name in compatibility.differences(saved, forgotten)[0]
 
 
 def test_what_no_flag_sets_is_not_restored():
     with pytest.raises(ValueError, match=r"no flag of Megatron sets softmax_scale, which is 0\.5"):
-        compatibility.flags(compatibility.unlike_default(arguments(softmax_scale=0.5)))
+        compatibility.format_flags(compatibility.non_default_arguments(arguments(softmax_scale=0.5)))
 
 
 def test_nothing_is_unlike_megatrons_defaults_in_a_model_of_defaults():
     plain = arguments(position_embedding_type="learned_absolute", swiglu=False, add_bias_linear=True)
-    assert compatibility.unlike_default(plain) == {}
+    assert compatibility.non_default_arguments(plain) == {}
     assert model_arguments.flag_of("rotary_base") == "--rotary-base"

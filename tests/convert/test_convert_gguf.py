@@ -176,4 +176,4 @@ def test_files_beside_it_do_not_change_its_tokenizer(tmp_path, llama):
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / out / "hf").iterdir()}
                 for out in ("one", "two"))  # fmt: skip
     assert one == two and b"mine" in one["chat_template.jinja"]
-    assert files.used(file) == [file]
+    assert files.used_files(file) == [file]

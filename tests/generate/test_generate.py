@@ -38,7 +38,7 @@ NEW = 20
 def tiny(tmp_path_factory):
     """(folder, checkpoint) of a model of 6 heads and 2 KV heads; T = 4 is a grid of 2x2."""
     folder = tiny_model.make(tmp_path_factory.mktemp("tiny"))
-    return folder, model.prepared(folder, "float32", tmp_path_factory.mktemp("cache"))
+    return folder, model.prepare_checkpoint(folder, "float32", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def two_ends(tiny, expected, tmp_path_factory):
     folder = shutil.copytree(tiny[0], tmp_path_factory.mktemp("two") / "ends")
     later = next(t for t in expected[2][2:] if t not in [*expected[0], *expected[2][:2]])
     tiny_model.end_at(folder, tiny_model.EOS, later)
-    return folder, model.prepared(folder, "float32", tiny[1].parent)
+    return folder, model.prepare_checkpoint(folder, "float32", tiny[1].parent)
 
 
 # ---- the command ----
@@ -141,8 +141,8 @@ def test_a_model_that_is_not_there_is_refused(capsys, tmp_path):
 
 def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
     folder, checkpoint = tiny
-    assert model.prepared(folder, "float32", checkpoint.parent) == checkpoint
-    assert model.prepared(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
+    assert model.prepare_checkpoint(folder, "float32", checkpoint.parent) == checkpoint
+    assert model.prepare_checkpoint(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
     assert model._fingerprint(folder, "float32") != model._fingerprint(folder, "bfloat16")
     before, path = model._fingerprint(folder, "float32"), folder / "model.safetensors"
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
@@ -240,7 +240,7 @@ def rank_jobs(job, variants):
         return found
     with torch.inference_mode():
         engine = engines.build(*loaded, size_for([len(tokens) for tokens in job.tokens], NEW, 64, 64))
-        stops.obey(engine, loaded[1])
+        stops.end_at_stop_texts(engine, loaded[1])
         answers, _, _ = generate.serve_all(engine, replace(job, sampling=Stopping()))
     found[0]["stopped"] = [answer.tokens for answer in answers]
     return found
@@ -434,8 +434,8 @@ def test_yarn_and_layers_without_rope_are_generated_with_as_they_were_trained(st
 # ---- pieces ----
 def test_kv_bytes_of_a_real_model():
     kv = KvBytes(30, 3, 64, 4)  # SmolLM2-135M
-    assert kv.whole(100) == 2 * 30 * 3 * 64 * 4 * 100
-    assert [kv.replicated(tp) * 3 // kv.whole() for tp in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
+    assert kv.total_bytes(100) == 2 * 30 * 3 * 64 * 4 * 100
+    assert [kv.replicated_bytes(tp) * 3 // kv.total_bytes() for tp in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
     assert readable(512) == "512 B" and readable(1536) == "1.50 KiB" and readable(3 * 2**40) == "3072.00 GiB"
 
 

@@ -283,7 +283,7 @@ def parsed(lines, build):
     os.environ.pop("MASTER_ADDR", None)  # no rank is there to agree with
     for ranks, line in lines:
         os.environ["WORLD_SIZE"] = str(ranks)  # read by the parser; nothing is started
-        sys.argv = ["pretrain_gpt", *entry.prepare([*line, "--helix-host-mode"])]
+        sys.argv = ["pretrain_gpt", *entry.prepare_argv([*line, "--helix-host-mode"])]
         from megatron.training import argument_utils, arguments
 
         said = io.StringIO()
