@@ -20,9 +20,10 @@ MODELS = {  # 3 KV heads: Megatron alone refuses T = 2; Qwen3 has QK-norm, Qwen2
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16, num_attention_heads=8, num_key_value_heads=2),
     "qwen2": transformers.Qwen2Config(**SHAPE, num_attention_heads=4, num_key_value_heads=2),
 }
-RUNS = [  # tensor-parallel and pipeline sizes, {model: Helix's settings, None for Megatron's own attention}
+# Tensor-parallel and pipeline sizes, {model: Helix's settings or the way in; None: Megatron's attention}
+RUNS = [
     (1, 1, {"llama": None, "qwen3": None, "qwen2": None}),
-    (2, 1, {"llama": {}}),
+    (2, 1, {"llama": {}, "qwen3": "plugin", "qwen2": "gpt_layer_spec"}),
     (2, 2, {"qwen2": {"head_parallel_size": 1}}),
     (4, 1, {"llama": {}, "qwen3": {}, "qwen2": {"query_placement": "dims"}}),
 ]
@@ -78,6 +79,8 @@ def test_logits_and_exported_weights_are_those_of_transformers(found, run, name)
         ("uneven", "has slices of 12, 4 dimensions, but Megatron-Bridge deals"),
         ("grid", "n = 2 does not divide the 3 KV heads"),
         ("adapter", "would be exported in the wrong order"),
+        ("plugin", "Hugging Face weights are those of ordinary attention"),
+        ("plugin of Megatron's", "num_attention_heads (9) must be a multiple"),
     ],
 )
 def test_what_would_be_wrong_is_refused_on_every_rank(found, case, words):
