@@ -31,7 +31,7 @@ def provider_of(bridge, tp, pp=1):
         False
     )
     provider.bias_dropout_fusion = provider.bias_activation_fusion = False
-    provider.attention_backend = "unfused"
+    provider.attention_backend, provider.moe_permute_fusion = "unfused", False
     return provider
 
 
