@@ -35,6 +35,17 @@ def provider_of(bridge, tp, pp=1):
     return provider
 
 
+def hybrid_provider(tp):
+    """One KV head: two ranks slice it."""
+    from megatron.bridge.models.hybrid import HybridModelProvider
+
+    return HybridModelProvider(
+        hybrid_layer_pattern="*-", hidden_size=48, num_attention_heads=4, num_query_groups=1, kv_channels=16,
+        ffn_hidden_size=64, vocab_size=96, seq_length=64, tensor_model_parallel_size=tp, bf16=False,
+        params_dtype=torch.float32, gradient_accumulation_fusion=False, attention_backend="unfused",
+    )  # fmt: skip
+
+
 def start(provider):
     from megatron.core import parallel_state
 
@@ -133,6 +144,9 @@ def rank_refusals(folder):
     helix_bridge.forget()
     register_by_import("--attention-impl megatron")
     found["plugin of Megatron's"] = refusal(lambda: provider_of(bridge, 2).finalize())
+    helix_bridge.forget()
+    layers = start(helix_bridge.with_helix(hybrid_provider(2)))[0].decoder.layers
+    found["hybrid model"] = " ".join(type(layer.self_attention).__mro__[1].__name__ for layer in layers[:1])
     helix_bridge.forget()
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()

@@ -85,6 +85,7 @@ def test_logits_and_exported_weights_are_those_of_transformers(found, run, name)
         ("uneven", "has slices of 12, 4 dimensions, but Megatron-Bridge deals"),
         ("grid", "n = 2 does not divide the 3 KV heads"),
         ("adapter", "would be exported in the wrong order"),
+        ("hybrid model", "HelixParallelSelfAttention"),  # is not refused
         ("plugin", "Hugging Face weights are those of ordinary attention"),
         ("plugin of Megatron's", "num_attention_heads (9) must be a multiple"),
     ],

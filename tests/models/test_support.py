@@ -97,7 +97,7 @@ def test_shapes_are_those_of_transformers(name, model_type, settings):
 def test_what_stops_both():
     nemotron = find_support(ASKED["nemotron-3-nano-30b-a3b"], 16)
     assert nemotron.refusal == nemotron.helix_refusal == "the Mamba layers' 8 groups do not divide by 16"
-    assert "the GDN layers' 16 key heads" in find_support(ASKED["qwen3.5-4b"], 12).refusal
+    assert "the GDN layers' 16 key heads" in find_support(ASKED["qwen3.5-4b"], 12).helix_refusal
     assert find_support(ASKED["mixtral-8x7b"], 7).helix == "1x7"  # experts do not bound T
 
 
