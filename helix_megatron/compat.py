@@ -33,6 +33,7 @@ class Megatron:
         forked_writer: the class of the background writer has a method that starts it.
         dynamic_engine: the dynamic inference context is one that Helix can re-read as sharded positions.
         resharding: the planner of megatron.core.resharding is one that Helix can tell of sliced heads.
+        hybrid: HybridModel's layer specs are in megatron.core.models.hybrid.
         matrix_optimizer: module and name of what builds optimizers of whole matrices (Muon).
     """
 
@@ -42,6 +43,7 @@ class Megatron:
     forked_writer: bool = True
     dynamic_engine: bool = False
     resharding: bool = False
+    hybrid: bool = False
     matrix_optimizer: tuple[str, str] = ("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
 
 
@@ -56,7 +58,7 @@ KNOWN = {
     ),
     "0.17": Megatron(training=False, layer_arguments=("pp_layer_offset",), matrix_optimizer=_MUON),
     "0.18": Megatron(training=False),
-    "0.19": Megatron(dynamic_engine=True, resharding=True),
+    "0.19": Megatron(dynamic_engine=True, resharding=True, hybrid=True),
 }
 NEWEST = "0.19"
 _TESTED = "0.16.1, 0.17.1, 0.18.2 (layers, checkpoints), 0.19.2 (everything)"

@@ -1,12 +1,12 @@
-"""Train a GPT with nothing but the megatron-core wheel: no Megatron-LM checkout.
+"""Train a GPT, or a hybrid model, with nothing but the megatron-core wheel: no Megatron-LM checkout.
 
     torchrun --nproc-per-node 8 -m helix_megatron.pretrain_gpt <Megatron flags> --attention-impl helix
     torchrun --nproc-per-node 8 -m helix_megatron.pretrain_gpt --helix-config run.yaml
     python -m helix_megatron.launch --nproc-per-node 4 -m helix_megatron.pretrain_gpt --helix-host-mode …
 
-Causal language modelling with a dense model on `--data-path` or `--mock-data`. Every flag is Megatron's;
-what this entry cannot do is refused by name. The same model trained by Megatron-LM's own pretrain_gpt.py
-has the same losses.
+Causal language modelling on `--data-path` or `--mock-data`; with `--hybrid-layer-pattern` the model is
+Megatron's HybridModel. Every flag is Megatron's; what this entry cannot do is refused by name. The same model
+trained by Megatron-LM's own pretrain_gpt.py (pretrain_hybrid.py) has the same losses.
 """
 
 from __future__ import annotations
@@ -185,12 +185,17 @@ def build_config() -> Any:
 
     ValueError or AssertionError from Megatron or from here for flags that cannot work.
     """
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args, parse_args
 
     refuse_unsupported(parse_args())
     args = parse_and_validate_args()
-    return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+    return pretrain_cfg_container_from_args(args, model(args))
 
 
 def train(argv: list[str]) -> None:

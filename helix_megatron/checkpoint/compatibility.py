@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from helix_megatron.checkpoint.model_arguments import FORMER_NAMES, FUNCTION, flag_of
+from helix_megatron.checkpoint.model_arguments import DEFAULT_SPECS, FORMER_NAMES, FUNCTION, flag_of
 from helix_megatron.partition.grid import HelixConfigError
 
 # Every Megatron and converter writes these. A checkpoint that lacks one holds a part of the arguments, and
@@ -81,11 +81,18 @@ def _json(value: Any, args: Namespace) -> Any:
         return value
 
 
+def names_default_layers(spec: Iterable[str] | None) -> bool:
+    """Whether `--spec` names the layers that Megatron builds without it (Helix's where it is on)."""
+    return not spec or tuple(spec) in DEFAULT_SPECS
+
+
 # name → what a value of it means, given the other arguments.
 _MEANING: dict[str, Callable[[Any, Namespace], Any]] = {
     "num_experts": lambda value, args: value or None,
     "mtp_num_layers": lambda value, args: value or None,
-    "spec": lambda value, args: None if value in ("local", ("local",)) else value,  # as --transformer-impl
+    "spec": lambda value, args: (  # "local" as --transformer-impl
+        None if value in ("local", ("local",)) or names_default_layers(value) else value
+    ),
     "hybrid_layer_pattern": lambda value, args: value and value.replace("|", ""),  # | cuts the pipeline
     "heterogeneous_layers_config_encoded_json": _json,
     "no_rope_freq": _by_layer(lambda layer, every: (layer + 1) % every == 0),

@@ -12,6 +12,8 @@ TP read each other's, optimizer state included (Megatron derives its sharding fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
@@ -65,10 +67,31 @@ def standard_layout(
 
     @torch.no_grad()
     def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
-        pieces = [piece[(0,) * prepended] for piece in pieces]
+        axes = pieces[0].ndim - sharded.data.ndim  # of a GPT's layers too, see with_pieces
+        pieces = [piece[(0,) * axes] for piece in pieces]
         return _joined_in_place(pieces) if dim == 0 and _adjacent(pieces) else torch.cat(pieces, dim=dim)
 
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, sharded.replica_id)
+
+
+def with_pieces(original: Callable) -> Callable:
+    """Megatron's `_prepend_gpt_layer_axis`, taught such pieces.
+
+    It gives a hybrid model's tensors the layer axis that they have in a GPT's checkpoint, and supposes a
+    regular grid.
+    """
+
+    @wraps(original)
+    def _prepend_gpt_layer_axis(entry: Any, layer: int, layers: int) -> Any:
+        if not isinstance(entry, ShardedTensor) or entry.axis_fragmentations is not None:
+            return original(entry, layer, layers)
+        entry.data = entry.data[None]
+        entry.local_shape = (1, *entry.local_shape)
+        entry.global_shape = (layers, *entry.global_shape)
+        entry.global_offset = (layer, *entry.global_offset)
+        return entry
+
+    return _prepend_gpt_layer_axis
 
 
 def _adjacent(pieces: list[torch.Tensor]) -> bool:

@@ -57,6 +57,15 @@ def _has_layers(letter: str, variant: str | None = None) -> Callable[[Namespace]
     )
 
 
+_STACKS = ("megatron.core.models.hybrid.hybrid_layer_specs", "megatron.core.models.mamba.mamba_layer_specs")
+DEFAULT_SPECS = {
+    ("helix_megatron.megatron.specs", "gpt_layer_spec"),
+    ("helix_megatron.megatron.specs", "hybrid_stack_spec"),
+    *((module, name) for module in _STACKS for name in ("hybrid_stack_spec", "mamba_stack_spec")),
+}
+"""Values of --spec whose layers are those that Megatron builds without it."""
+
+
 FUNCTION = (
     Group(
         "sizes of the weights",

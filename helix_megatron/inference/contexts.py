@@ -236,6 +236,9 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         and getattr(model_config, "attention_output_gate", False),
         f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
         "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
+        "the states of Mamba layers, which were never tried beside it": (
+            inference_config.mamba_inference_state_config is not None
+        ),
     }
     for feature, used in reasons.items():
         if used:

@@ -38,7 +38,9 @@ def same_weights_at_any_layout(seed: int) -> Iterator[None]:
     def build_layer(
         self: Any, config: Any, submodules: Any, layer_number: int = 1, *args: Any, **kwargs: Any
     ) -> None:
-        seed_anew(layer_number + get_transformer_layer_offset(config, kwargs.get("vp_stage")))
+        whole = not kwargs.get("add_layer_offset", True)  # a hybrid model's layers are numbered in the whole
+        offset = 0 if whole else get_transformer_layer_offset(config, kwargs.get("vp_stage"))
+        seed_anew(layer_number + offset)
         layer(self, config, submodules, layer_number, *args, **kwargs)
 
     def build_block(self: Any, *args: Any, **kwargs: Any) -> None:

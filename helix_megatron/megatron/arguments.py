@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from helix_megatron.checkpoint.compatibility import names_default_layers
 from helix_megatron.partition.config import (
     COMM_TYPES,
     CORE_ATTENTIONS,
@@ -193,7 +194,10 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
     whole_model = {
         "--multi-latent-attention": args.multi_latent_attention,
         "--experimental-attention-variant": args.experimental_attention_variant,
-        "--spec": args.spec,
+        "--spec": not names_default_layers(args.spec),
+        "--hybrid-layer-pattern with + or D layers (multi-latent attention)": (
+            set("+D") & set(args.hybrid_layer_pattern or args.hybrid_override_pattern or "")
+        ),
         "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
         "--heterogeneous-layers-config-encoded-json": args.heterogeneous_layers_config_encoded_json,
@@ -201,7 +205,8 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
     for flag, used in whole_model.items():
         if used:
             way_out = (
-                "wrap your spec with helix_megatron.with_helix_attention instead"
+                "give helix_megatron.megatron.specs gpt_layer_spec (or hybrid_stack_spec), build your own "
+                "layers in a script that wraps them with helix_megatron.with_helix_attention"
                 if flag == "--spec"
                 else "use --attention-impl megatron"
             )

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from helix_megatron.megatron import integrate
+from helix_megatron.megatron.replacements import Replacements
 from helix_megatron.megatron.sliced_linear import slices_of
 from helix_megatron.megatron.specs import with_helix_attention
 from helix_megatron.partition.config import HelixConfig
@@ -37,7 +38,7 @@ from helix_megatron.partition.grid import HelixConfigError
 
 SUPPORTED = "0.6"
 
-_taught: list[tuple[Any, str, Any]] = []  # (object, attribute, original)
+_taught, _registered = Replacements(), Replacements()
 
 
 def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
@@ -46,7 +47,7 @@ def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
     Call it after the parallel sizes are set and before `finalize()` or `initialize_model_parallel()`.
 
     Args:
-        provider: a GPTModelProvider, as `AutoBridge.to_megatron_provider()` returns it.
+        provider: a GPT or hybrid model's provider, as `AutoBridge.to_megatron_provider()` returns it.
         helix: settings; the share of a head that RoPE rotates is taken from the provider.
     Returns:
         the provider.
@@ -91,13 +92,39 @@ def with_helix(provider: Any, helix: HelixConfig | None = None) -> Any:
             "without slice weights, or convert with `helix convert`"
         )
     integrate.enable(helix, plan.grid)
-    provider.transformer_layer_spec = _with_helix_spec(provider.transformer_layer_spec, helix)
+    if plan.is_megatron:  # attention of another kind stays as it is
+        helix = replace(helix, head_parallel_size=plan.grid.head_parallel_size, dim_parallel_size=1)
+    for name in ("transformer_layer_spec", "hybrid_stack_spec"):  # without its own, a hybrid model has
+        if getattr(provider, name, None) is not None:  # Megatron's stack, which enable() has changed
+            setattr(provider, name, _with_helix_spec(getattr(provider, name), helix))
     _teach()
     return provider
 
 
+def register(helix: HelixConfig) -> None:
+    """Have every GPT or hybrid provider take Helix attention when it is finalized. Idempotent."""
+    from megatron.bridge.models import transformer_config
+
+    def with_attention(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def finalize(self: Any) -> None:
+            if hasattr(self, "transformer_layer_spec") or hasattr(self, "hybrid_stack_spec"):
+                with_helix(self, helix)
+            original(self)
+
+        finalize.helix = helix
+        return finalize
+
+    if getattr(transformer_config.TransformerConfig.finalize, "helix", None) == helix:
+        return
+    _registered.restore()  # of other settings
+    _registered.replace(transformer_config.TransformerConfig, "finalize", with_attention)
+
+
 def _with_helix_spec(spec: Any, helix: HelixConfig) -> Any:
     """A layer spec, or the function that makes one, with Helix attention."""
+    if getattr(spec, "helix", None) == helix:
+        return spec
     if not inspect.isroutine(spec) and not isinstance(spec, functools.partial):
         return with_helix_attention(spec, helix)
 
@@ -105,6 +132,7 @@ def _with_helix_spec(spec: Any, helix: HelixConfig) -> Any:
     def helix_layer_spec(*args: Any, **kwargs: Any) -> Any:
         return with_helix_attention(spec(*args, **kwargs), helix)
 
+    helix_layer_spec.helix = helix
     return helix_layer_spec
 
 
@@ -173,16 +201,13 @@ def _teach() -> None:
         *((module, adapters, no_adapters) for module in (utils, lora) if hasattr(module, adapters)),
     ]
     for target, name, wrap in changes:
-        original = getattr(target, name)
-        _taught.append((target, name, original))
-        setattr(target, name, wrap(original))
+        _taught.replace(target, name, wrap)
 
 
 def forget() -> None:
-    """Undo what `with_helix` did to Megatron-Bridge and to Megatron."""
-    while _taught:
-        target, name, original = _taught.pop()
-        setattr(target, name, original)
+    """Undo what `with_helix` and `register` did to Megatron-Bridge and to Megatron."""
+    _registered.restore()
+    _taught.restore()
     integrate.disable()
 
 

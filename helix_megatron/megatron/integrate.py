@@ -159,7 +159,7 @@ def activate(args: Namespace) -> None:
 
 
 def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
-    """Put Helix attention into Megatron's GPT layer specs and relax the check that heads divide by T.
+    """Put Helix attention into Megatron's GPT and hybrid layer specs; heads need not divide by T then.
 
     Args:
         helix: settings for every self-attention layer built from now on.
@@ -206,9 +206,9 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
                     what = _kind_of_attention(self, config, given.get("attn_mask_type"))
                     raise HelixConfigError(
                         f"Helix does not slice the heads of {what}, which this grid needs (m = {m}): it "
-                        "serves the self-attention of GPT's layer specs (local and Transformer Engine) and "
-                        "of specs made with helix_megatron.with_helix_attention; use such a spec, "
-                        "--attention-impl megatron, or a grid with m = 1"
+                        "serves the self-attention of GPT's layer specs (local and Transformer Engine), "
+                        "of the hybrid stack's and of specs made with helix_megatron.with_helix_attention; "
+                        "use such a spec, --attention-impl megatron, or a grid with m = 1"
                     )
             original(self, *args, **kwargs)
 
@@ -238,6 +238,15 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _active = helix
     teach_tools()
     _enabled.replace(gpt_layer_specs, "SelfAttention", lambda original: ConfiguredHelixAttention)
+    if megatron.hybrid:  # one spec object, which every builder has imported by name: its contents change
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop
+        from megatron.core.models.hybrid import hybrid_layer_specs
+
+        from helix_megatron.checkpoint.layout import with_pieces
+
+        attention = hybrid_layer_specs.hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
+        _enabled.replace(attention, "module", lambda original: ConfiguredHelixAttention)
+        _enabled.replace(gpt_checkpoint_interop, "_prepend_gpt_layer_axis", with_pieces)
     _enabled.replace(Attention, "__init__", only_helix)
     _enabled.replace(TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:

@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from typing import Any
 
+from helix_megatron.checkpoint.compatibility import names_default_layers
 from helix_megatron.exchange.groups import agree
 from helix_megatron.megatron.arguments import refuse_other_models
 from helix_megatron.partition.config import HelixConfig, HelixPlan
@@ -48,7 +49,8 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         getattr(args, "attention_output_gate", False),
     )
     refuse_other_models(args, plan.grid.dim_parallel_size)
-    if not (args.spec or args.heterogeneous_layers_config_encoded_json):  # whose sizes are their own
+    own_sizes = args.heterogeneous_layers_config_encoded_json or not names_default_layers(args.spec)
+    if not own_sizes:
         even = plan.layout.per_slice
         refuse_indivisible(args, lambda tp: bool(legal_grids(plan.layout.shape, tp, even)))
     if plan.is_megatron:
@@ -56,6 +58,8 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     refuse_unsupported(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     by_level = args.helix_hierarchical_allreduce
+    hybrid = args.hybrid_layer_pattern is not None  # whose layers are Transformer Engine's
+    te_layers = hybrid or args.transformer_impl == "transformer_engine"
     unfused = args.attention_backend.name == "unfused" or te_is_unfused(args.params_dtype)
     unsafe = {
         "--reset-attention-mask in half precision with --helix-comm-type all_reduce and --transformer-impl "
@@ -63,11 +67,14 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         "(say --attention-backend unfused, or use a2a)": (
             args.reset_attention_mask
             and plan.comm_type == "all_reduce"
-            and args.transformer_impl == "transformer_engine"
+            and te_layers
             and not unfused
         ),
         "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
-        "themselves (use local)": by_level and args.transformer_impl != "local",
+        "themselves (use local)": by_level and not hybrid and args.transformer_impl != "local",
+        "--helix-hierarchical-allreduce with --hybrid-layer-pattern, whose layers reduce by themselves": (
+            by_level and hybrid
+        ),
         "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (
             by_level and args.tp_comm_overlap
         ),
@@ -102,8 +109,8 @@ def agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
 
     names = (
         "attention_impl helix_softmax tensor_model_parallel_size pipeline_model_parallel_size "
-        "context_parallel_size num_layers hidden_size num_attention_heads num_query_groups kv_channels "
-        "seq_length micro_batch_size global_batch_size world_size"
+        "context_parallel_size num_layers hybrid_layer_pattern hidden_size num_attention_heads "
+        "num_query_groups kv_channels seq_length micro_batch_size global_batch_size world_size"
     ).split()
     settings = {name: getattr(args, name, None) for name in names}
     settings["helix hierarchical all-reduce"] = args.helix_hierarchical_allreduce

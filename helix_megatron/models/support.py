@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helix_megatron.models.asked import MLP, AskedShape
 from helix_megatron.models.presets import ModelShape
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid, choose_grid
 
@@ -22,7 +23,7 @@ class Support:
         helix_refusal: Helix's reason.
     """
 
-    shape: ModelShape
+    shape: ModelShape | AskedShape
     tp: int
     kv_copies: int
     refusal: str
@@ -44,18 +45,20 @@ class Support:
         return f"{self.grid}" + (" (is Megatron)" if self.grid.dim_parallel_size == 1 else "")
 
 
-def find_support(shape: ModelShape, tp: int) -> Support:
+def find_support(shape: ModelShape | AskedShape, tp: int) -> Support:
     """What Megatron and Helix say to `shape` on `tp` tensor-parallel ranks."""
     heads, groups = shape.num_attention_heads, shape.num_query_groups
-    mlp = f"the MLP's {shape.ffn_hidden_size} do not divide by {tp}" if shape.ffn_hidden_size % tp else ""
-    refusal = mlp
+    sizes = shape.sizes if isinstance(shape, AskedShape) else ((MLP, shape.ffn_hidden_size),)
+    wrong = [f"{what.format(size)} do not divide by {tp}" for what, size in sizes if size % tp]
+    indivisible = wrong[0] if wrong else ""
+    refusal = indivisible
     if heads % tp:
         refusal = f"{heads} heads are not a multiple of {tp}"
     elif groups % tp and tp % groups:
         refusal = f"{groups} KV heads are no multiple or divisor of {tp}"
     copies = 0 if refusal else max(1, tp // groups)
-    if mlp:
-        return Support(shape, tp, copies, refusal, None, mlp)
+    if indivisible:
+        return Support(shape, tp, copies, refusal, None, indivisible)
     try:
         grid = choose_grid(shape.attention, tp)
     except HelixConfigError as error:

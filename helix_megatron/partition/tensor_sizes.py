@@ -13,7 +13,8 @@ from helix_megatron.partition.grid import HelixConfigError
 
 def indivisible(args: Namespace, tp: int) -> list[str]:
     """What `tp` ranks cannot hold equal parts of; Megatron's validated arguments, but for their own tp."""
-    experts = args.num_experts is not None
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    experts = args.num_experts is not None and (pattern is None or "E" in pattern)
     follows = args.expert_tensor_parallel_size == args.tensor_model_parallel_size
     expert_tp = tp if follows else args.expert_tensor_parallel_size
     sequence = args.seq_length // args.context_parallel_size
@@ -22,6 +23,7 @@ def indivisible(args: Namespace, tp: int) -> list[str]:
         ("the MLP's --ffn-hidden-size", args.ffn_hidden_size, tp, _has_dense_layers(args)),
         ("an expert's --moe-ffn-hidden-size", args.moe_ffn_hidden_size, expert_tp, experts),
         ("--moe-shared-expert-intermediate-size", shared, tp, experts and shared is not None),
+        *_state_space_parts(args, pattern or "", tp),
         (
             "--vocab-size (with --no-pad-vocab-size)",
             args.vocab_size,
@@ -38,7 +40,27 @@ def indivisible(args: Namespace, tp: int) -> list[str]:
     return [f"{size} of {what}" for what, size, ranks, used in parts if used and size % ranks]
 
 
+def _state_space_parts(args: Namespace, pattern: str, tp: int) -> list[tuple[str, int, int, bool]]:
+    """What Megatron's own Mamba (M) and gated delta net (G) layers deal out: whole heads and groups."""
+    parts = []
+    if "M" in pattern:
+        heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim  # Mamba expands twice
+        parts += [
+            ("the Mamba layers' heads (--mamba-num-heads)", heads, tp, True),
+            ("the Mamba layers' --mamba-num-groups", args.mamba_num_groups, tp, True),
+        ]
+    if "G" in pattern:
+        parts += [
+            ("the GDN layers' --linear-num-key-heads", args.linear_num_key_heads, tp, True),
+            ("the GDN layers' --linear-num-value-heads", args.linear_num_value_heads, tp, True),
+        ]
+    return parts
+
+
 def _has_dense_layers(args: Namespace) -> bool:
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None:
+        return "-" in pattern
     if args.num_experts is None:
         return True
     frequency = args.moe_layer_freq  # every which layer has experts, or a 1 for each that has

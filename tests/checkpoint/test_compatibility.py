@@ -191,6 +191,8 @@ SAME = [
     ({}, dict(rope_scaling_factor=32.0, rotary_scaling_factor=4.0, yarn_beta_fast=1.0)),  # read by nothing
     ({}, dict(moe_router_topk=8, mup_base_hidden_size=16, mamba_state_dim=1, window_attn_skip_freq=2)),
     ({}, dict(spec=["local"])),
+    ({}, dict(spec=["helix_megatron.megatron.specs", "gpt_layer_spec"])),
+    (MAMBA, dict(spec=["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"])),
     ({}, dict(num_experts=0, mtp_num_layers=0)),
     (dict(window_size=(8, 0)), dict(window_size=[8, 0])),
     (dict(no_rope_freq=2), dict(no_rope_freq=[0, 1, 0, 1])),

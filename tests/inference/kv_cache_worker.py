@@ -135,6 +135,7 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
 
     torch.distributed.init_process_group("nccl")
     shape = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, **model_settings}
+    pattern = shape.pop("hybrid_layer_pattern", None)
     if helix is not None:
         kv = shape["num_query_groups"], shape["kv_channels"]
         grid = helix.resolve(shape["num_attention_heads"], *kv, tp).grid
@@ -143,13 +144,17 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     torch.manual_seed(3)
     model_parallel_cuda_manual_seed(3)
     config = TransformerConfig(
-        num_layers=2, hidden_size=48, ffn_hidden_size=96, tensor_model_parallel_size=tp,
+        num_layers=len(pattern or "**"), hidden_size=48, ffn_hidden_size=96, tensor_model_parallel_size=tp,
         use_cpu_initialization=True, pipeline_dtype=torch.float32, masked_softmax_fusion=False,
         bias_dropout_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         init_method_std=0.3, attention_dropout=0.0, hidden_dropout=0.0, **shape,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
-    model = GPTModel(config, spec, vocab_size=96, max_sequence_length=64, position_embedding_type="rope")
+    tables = dict(vocab_size=96, max_sequence_length=64, position_embedding_type="rope")
+    if pattern is None:
+        model = GPTModel(config, spec, **tables)
+    else:
+        model = hybrid_model(config, spec, hybrid_layer_pattern=pattern, **tables)
     sizes = dict(max_sequence_length=64, buffer_size_gb=0.002, max_requests=12, block_size_tokens=8)
     settings = dict(settings)
     # Packed tokens are padded to a multiple of this; max_tokens, hence a chunk of a prompt, is no smaller.
@@ -159,6 +164,32 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     wrapped = wrappers.GPTInferenceWrapper(model.cuda().eval(), context)
     controller = text_generation_controller.TextGenerationController(wrapped, Letters())
     return DynamicInferenceEngine(controller, context)
+
+
+def hybrid_model(config, layer, **sizes):
+    """A HybridModel of the local layers of a GPT's layer spec; its final norm is always Transformer Engine's,
+    and left out."""
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.ssm.mlp_layer import MLPLayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    parts = layer.submodules
+    attends = TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm,
+        self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+    )
+    layers = HybridStackSubmodules(
+        attention_layer=ModuleSpec(TransformerLayer, submodules=attends),
+        mlp_layer=ModuleSpec(MLPLayer, submodules=mlp),
+    )
+    stack = ModuleSpec(HybridStack, params={"post_layer_norm": False}, submodules=layers)
+    return HybridModel(config, stack, **sizes)
 
 
 def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None):

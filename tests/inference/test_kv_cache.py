@@ -324,6 +324,7 @@ def test_the_dynamic_engine_with_uneven_slices(helix, dims):
             dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4),
             id="QK norm, prompts in chunks",
         ),
+        pytest.param(dict(hybrid_layer_pattern="*-*-"), dict(), id="hybrid model"),
         pytest.param(
             dict(), dict(enable_prefix_caching=True, async_sched_mode="async"), id="shared prefixes, async"
         ),
@@ -475,6 +476,7 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
         ({}, dict(softmax_type="learnable"), {}, "softmax type 'learnable' (--softmax-type)"),
         ({}, dict(softmax_type="off-by-one"), {}, "softmax type 'off-by-one' (--softmax-type)"),
         ({}, dict(context_parallel_size=2), {}, "--context-parallel-size"),
+        ({}, {}, dict(mamba_inference_state_config=True), "the states of Mamba layers"),
         ({}, {}, dict(block_size_tokens=9), "block of 9 tokens"),
         ({}, {}, {}, "built"),
     ]

@@ -5,7 +5,9 @@ of run k are in out/runk.pt, what was refused is the last line of output.
 """
 
 import contextlib
+import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 
 launch._PRELOAD.append("megatron.bridge")  # imported once, before the ranks are forked
+HELIX_ARGS = "--helix-dim-parallel-size 2 --helix-query-placement dims"
 TOKENS = (torch.arange(2 * 21) * 7 % 96).view(2, 21)
 
 
@@ -28,8 +31,19 @@ def provider_of(bridge, tp, pp=1):
         False
     )
     provider.bias_dropout_fusion = provider.bias_activation_fusion = False
-    provider.attention_backend = "unfused"
+    provider.attention_backend, provider.moe_permute_fusion = "unfused", False
     return provider
+
+
+def hybrid_provider(tp):
+    """One KV head: two ranks slice it."""
+    from megatron.bridge.models.hybrid import HybridModelProvider
+
+    return HybridModelProvider(
+        hybrid_layer_pattern="*-", hidden_size=48, num_attention_heads=4, num_query_groups=1, kv_channels=16,
+        ffn_hidden_size=64, vocab_size=96, seq_length=64, tensor_model_parallel_size=tp, bf16=False,
+        params_dtype=torch.float32, gradient_accumulation_fusion=False, attention_backend="unfused",
+    )  # fmt: skip
 
 
 def start(provider):
@@ -59,12 +73,18 @@ def rank_models(tp, pp, models):
     from megatron.bridge import AutoBridge
 
     from helix_megatron.megatron.bridge import forget, with_helix
+    from helix_megatron.megatron.specs import gpt_layer_spec
 
     found = {}
     for name, (folder, settings) in models.items():
         bridge = AutoBridge.from_hf_pretrained(folder)
         provider = provider_of(bridge, tp, pp)
-        if settings is not None:
+        if settings == "plugin":
+            register_by_import(HELIX_ARGS)
+        elif settings == "gpt_layer_spec":
+            provider.transformer_layer_spec = gpt_layer_spec
+            with_helix(provider, HelixConfig(1, tp))
+        elif settings is not None:
             with_helix(provider, HelixConfig(**settings))
         model = start(provider)
         assert ("Helix" in type(model[0].decoder.layers[0].self_attention).__name__) == (settings is not None)
@@ -72,6 +92,13 @@ def rank_models(tp, pp, models):
         found[name] = (whole_logits(model) if pp == 1 else None, exported)
         forget()
     return found if torch.distributed.get_rank() == 0 else None
+
+
+def register_by_import(words):
+    """Import the plugin, as a framework would in a new process."""
+    os.environ["HELIX_ARGS"] = words
+    sys.modules.pop("helix_megatron.plugin", None)
+    importlib.import_module("helix_megatron.plugin")
 
 
 def refusal(action):
@@ -111,6 +138,15 @@ def rank_refusals(folder):
 
     lora = LoRA(target_modules=["linear_qkv"], dim=4)
     found["adapter"] = refusal(lambda: lora(model[0], training=True))
+    helix_bridge.forget()
+    register_by_import("--helix-softmax per-slice")
+    found["plugin"] = refusal(lambda: provider_of(bridge, 2).finalize())
+    helix_bridge.forget()
+    register_by_import("--attention-impl megatron")
+    found["plugin of Megatron's"] = refusal(lambda: provider_of(bridge, 2).finalize())
+    helix_bridge.forget()
+    layers = start(helix_bridge.with_helix(hybrid_provider(2)))[0].decoder.layers
+    found["hybrid model"] = " ".join(type(layer.self_attention).__mro__[1].__name__ for layer in layers[:1])
     helix_bridge.forget()
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()

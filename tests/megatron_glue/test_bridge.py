@@ -10,6 +10,7 @@ import torch
 from tests.megatron_glue.te_environment import environment
 
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 TOKENS = (torch.arange(2 * 21) * 7 % 96).view(2, 21)  # as in bridge_worker.py
 SHAPE = dict(
     vocab_size=96, hidden_size=144, intermediate_size=64, num_hidden_layers=2, rms_norm_eps=1e-5,
@@ -19,12 +20,17 @@ MODELS = {  # 3 KV heads: Megatron alone refuses T = 2; Qwen3 has QK-norm, Qwen2
     "llama": transformers.LlamaConfig(**SHAPE, num_attention_heads=9, num_key_value_heads=3),
     "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16, num_attention_heads=8, num_key_value_heads=2),
     "qwen2": transformers.Qwen2Config(**SHAPE, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SHAPE, head_dim=16, num_attention_heads=8, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
+    ),
 }
-RUNS = [  # tensor-parallel and pipeline sizes, {model: Helix's settings, None for Megatron's own attention}
-    (1, 1, {"llama": None, "qwen3": None, "qwen2": None}),
-    (2, 1, {"llama": {}}),
+# Tensor-parallel and pipeline sizes, {model: Helix's settings or the way in; None: Megatron's attention}
+RUNS = [
+    (1, 1, {"llama": None, "qwen3": None, "qwen2": None, "qwen3_moe": None}),
+    (2, 1, {"llama": {}, "qwen3": "plugin", "qwen2": "gpt_layer_spec"}),
     (2, 2, {"qwen2": {"head_parallel_size": 1}}),
-    (4, 1, {"llama": {}, "qwen3": {}, "qwen2": {"query_placement": "dims"}}),
+    (4, 1, {"llama": {}, "qwen3": {}, "qwen3_moe": {}, "qwen2": {"query_placement": "dims"}}),
 ]
 
 
@@ -39,8 +45,9 @@ def found(tmp_path_factory):
         with torch.no_grad():
             for weight in model.parameters():  # biases and norms too, which start as zeros and ones
                 weight.add_(torch.randn_like(weight) * 0.05)
-            reference[name] = (model(TOKENS).logits, model.state_dict())
+            logits = model(TOKENS).logits
         model.save_pretrained(out / name)
+        reference[name] = (logits, load_file(out / name / "model.safetensors"))
     runs = [
         (tp, pp, {name: (str(out / name), settings) for name, settings in models.items()})
         for tp, pp, models in RUNS
@@ -78,6 +85,9 @@ def test_logits_and_exported_weights_are_those_of_transformers(found, run, name)
         ("uneven", "has slices of 12, 4 dimensions, but Megatron-Bridge deals"),
         ("grid", "n = 2 does not divide the 3 KV heads"),
         ("adapter", "would be exported in the wrong order"),
+        ("hybrid model", "HelixParallelSelfAttention"),  # is not refused
+        ("plugin", "Hugging Face weights are those of ordinary attention"),
+        ("plugin of Megatron's", "num_attention_heads (9) must be a multiple"),
     ],
 )
 def test_what_would_be_wrong_is_refused_on_every_rank(found, case, words):

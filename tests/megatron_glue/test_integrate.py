@@ -29,6 +29,12 @@ def touched():
         parallel_state.destroy_model_parallel,
         *([planner._determine_source_ranks_for_dst_param] if compat.megatron().resharding else []),
     ]
+    if compat.megatron().hybrid:
+        from megatron.core.dist_checkpointing import gpt_checkpoint_interop
+        from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+        model.append(hybrid_stack_spec.submodules.attention_layer.submodules.self_attention.module)
+        model.append(gpt_checkpoint_interop._prepend_gpt_layer_axis)
     if not compat.has_training():
         return model, []
     from megatron.training import arguments, checkpointing
@@ -133,7 +139,8 @@ def test_what_a_tensor_parallel_size_must_divide():
         tensor_model_parallel_size=4, expert_tensor_parallel_size=4, pipeline_model_parallel_size=1,
         context_parallel_size=1, world_size=8, ffn_hidden_size=96, num_experts=None, moe_ffn_hidden_size=None,
         moe_layer_freq=1, moe_shared_expert_intermediate_size=None, vocab_size=101, pad_vocab_size=True,
-        seq_length=50, sequence_parallel=False,
+        seq_length=50, sequence_parallel=False, hybrid_layer_pattern=None, hidden_size=64, mamba_head_dim=8,
+        mamba_num_heads=8, mamba_num_groups=4, linear_num_key_heads=4, linear_num_value_heads=8,
     )  # fmt: skip
     experts = dict(num_experts=8, moe_ffn_hidden_size=64)
     cases = [  # changes, and the number that four ranks cannot share
@@ -149,6 +156,16 @@ def test_what_a_tensor_parallel_size_must_divide():
         (dict(experts, moe_ffn_hidden_size=66), 66),
         (dict(experts, moe_ffn_hidden_size=66, expert_tensor_parallel_size=1), None),
         (dict(experts, moe_shared_expert_intermediate_size=30), 30),
+        (dict(ffn_hidden_size=98, hybrid_layer_pattern="M*E"), None),  # no dense layers, nor Mamba's below
+        (dict(ffn_hidden_size=98, hybrid_layer_pattern="M*-"), 98),
+        (dict(experts, moe_ffn_hidden_size=66, hybrid_layer_pattern="*-"), None),
+        (dict(experts, moe_ffn_hidden_size=66, hybrid_layer_pattern="*-|*E"), 66),
+        (dict(mamba_num_heads=6, hybrid_layer_pattern="M*"), 6),
+        (dict(mamba_num_heads=None, hidden_size=24, hybrid_layer_pattern="M*"), 6),  # 2 * 24 / 8
+        (dict(mamba_num_groups=2, hybrid_layer_pattern="M*"), 2),
+        (dict(mamba_num_groups=2, hybrid_layer_pattern="G*"), None),
+        (dict(linear_num_key_heads=2, hybrid_layer_pattern="G*"), 2),
+        (dict(linear_num_value_heads=6, hybrid_layer_pattern="*G"), 6),
     ]
     for changes, size in cases:
         args = Namespace(**{**dense, **changes})
@@ -346,6 +363,65 @@ def rank_spec():
         with_helix_attention(mla, HelixConfig())
     assert with_helix_attention(mla, HelixConfig(dim_parallel_size=1)) is mla
     return True
+
+
+def rank_stacks_blocks_and_named_specs():
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as megatrons
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.spec_utils import import_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from helix_megatron.megatron import specs
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
+
+    torch.distributed.init_process_group("nccl")
+    parallel_state.initialize_model_parallel(1)
+
+    def attention(stack):
+        return stack.submodules.attention_layer.submodules.self_attention.module
+
+    stack = specs.with_helix_attention(megatrons, HelixConfig())
+    assert attention(stack) is HelixParallelSelfAttention and attention(megatrons) is SelfAttention
+    assert stack.submodules.mamba_layer is megatrons.submodules.mamba_layer
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=2, transformer_impl="local", num_moe_experts=2,
+        moe_layer_freq=[0, 1], add_bias_linear=False,
+    )  # fmt: skip
+    spec = import_module(("helix_megatron.megatron.specs", "gpt_layer_spec"))  # as Megatron takes --spec
+    for given in (config, Namespace(transformer=config)):  # a provider, megatron.training's configuration
+        layers = spec(given, vp_stage=None).layer_specs
+        assert [layer.submodules.self_attention.module for layer in layers] == [SelfAttention] * 2
+        assert layers[0].submodules.mlp != layers[1].submodules.mlp
+    block = specs.with_helix_attention(spec(config), HelixConfig())
+    assert [layer.submodules.self_attention.module for layer in block.layer_specs] == [
+        HelixParallelSelfAttention
+    ] * 2
+    with pytest.raises(HelixConfigError, match="not those of --heterogeneous-layers-config-path"):
+        spec(Namespace(transformer=config, heterogeneous_block_specs=True))
+
+    integrate.enable(HelixConfig(), HelixGrid(1, 2))
+    named = import_module(("helix_megatron.megatron.specs", "hybrid_stack_spec"))
+    for module in (attention(named), spec(config).layer_specs[0].submodules.self_attention.module):
+        assert issubclass(module, HelixParallelSelfAttention)
+
+    class Windowed(SelfAttention):
+        """What it adds would be lost."""
+
+    other = get_gpt_layer_local_spec()
+    other.submodules.self_attention.module = Windowed
+    with pytest.raises(HelixConfigError, match="Windowed"):
+        specs.with_helix_attention(other, HelixConfig())
+    integrate.disable()
+    assert attention(named) is SelfAttention
+    return True
+
+
+@pytest.mark.skipif(not compat.megatron().hybrid, reason="this Megatron has no HybridModel")
+def test_stacks_blocks_and_named_specs():
+    assert run_ranks(rank_stacks_blocks_and_named_specs, 1) == [True]
 
 
 def test_layer_specs():

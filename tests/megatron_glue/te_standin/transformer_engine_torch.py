@@ -232,6 +232,24 @@ def generic_gemm(
     return out, bias_grad, None, None
 
 
+def te_general_grouped_gemm(
+    A, transa, B, transb, out, out_dtype, m_splits, bias, bias_type, single_output, gelu_in, grad, workspaces,
+    workspace_size, accumulate, use_split_accumulator, sm_count,
+):  # fmt: skip
+    """A GEMM for each expert, its part of `out` the next m_splits rows (`single_output`) or a tensor of its
+    own; biases are added, or with `grad` their gradients written into `bias`."""
+    parts = out[0].split(list(m_splits)) if single_output else out
+    for expert, part in enumerate(parts):
+        own = bias[expert] if len(bias) and bias[expert].numel() else None
+        _, bias_grad, _, _ = generic_gemm(
+            A[expert], transa, B[expert], transb, part, None, out_dtype, own, bias_type, False, None, grad,
+            None, 0, accumulate, use_split_accumulator,
+        )  # fmt: skip
+        if bias_grad is not None:
+            own.copy_(bias_grad)
+    return bias
+
+
 # ---- packed sequences ----
 def convert_thd_to_bshd(packed, bounds, batch, longest):
     """[tokens, heads, dim] and the sequences' bounds [batch + 1] -> [batch, longest, heads, dim]."""
