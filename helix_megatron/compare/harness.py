@@ -10,20 +10,21 @@ run is on disk as soon as it has ended (records.py); results.json and the report
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from helix_megatron.compare import launch, predictions, records, report, summary
+from helix_megatron.compare import kept, launch, predictions, records, report, summary
 from helix_megatron.compare.config import CompareConfig, to_json
 from helix_megatron.compare.rank import Task
 from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
@@ -135,6 +136,8 @@ class Comparison:
             self._check_disk(keeper, identity)
             if not self.options.report_only:
                 self._run_missing(keeper, identity)
+                if self.config.processes == "kept":
+                    self._run_in_turns(keeper, identity)
         finally:
             self.nodes.send_order(None)
             self.nodes.wait_for_all()
@@ -151,6 +154,35 @@ class Comparison:
             self.console.print(summary.describe_end(record), highlight=False, markup=False)
             report.write_results(self.results(keeper), self.out)
 
+    def _run_in_turns(self, keeper: records.Records, identity: dict[str, Any]) -> None:
+        """Start the ranks of every variant, then measure in turns (kept.py)."""
+        started = _now()
+
+        def save(
+            name: str, run: int, status: str, cause: str, seconds: float, ranks: list[Any] | None
+        ) -> None:
+            variant = self.plan[name]
+            record = {"variant": name, "run": run, "status": status, "started": started, "cause": cause}
+            record |= {"seconds": round(seconds, 2), "argv": self.flags[name], "identity": identity}
+            record |= {"settings": self._settings(variant)} | ({"ranks": ranks} if ranks else {})
+            keeper.save(record)
+            if name not in begun or status != "ok":
+                self.console.print(summary.describe_end(record), highlight=False, markup=False)
+
+        begun: set[str] = set()
+        runs = kept.KeptRuns(self.config, save)
+        with runs.ending():
+            for number, variant in enumerate(self.config.variants, 1):
+                task = self._task(variant, 1)
+                self._make_folders(Path(task.folder))
+                said = f"{number} of {len(self.config.variants)}: start of {variant.name}"
+                with self.console.status(escape(said)):
+                    make = functools.partial(replace, task)
+                    runs.start(variant.name, lambda turns, make=make: make(turns=turns), self.config.ranks(variant))
+                begun.add(variant.name)
+            with self.console.status(f"in turns, at most {self.config.repeat_seconds:g} s"):
+                runs.take_turns(lambda: self.results(keeper))
+
     def follow(self) -> int:
         """Another machine than the first: run what it says until it says no more."""
         while (order := self.nodes.receive_order()) is not None:
@@ -162,7 +194,8 @@ class Comparison:
     def _schedule(self, done: dict[tuple[str, int], dict[str, Any]]) -> Iterator[tuple[int, Variant]]:
         """What is to run, in order; looks at `done` again for every run, so failures end their variant."""
         rounds = [(1, list(self.references.values()))]
-        rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
+        if self.config.processes == "fresh":
+            rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
         for run, variants in rounds:
             for variant in variants:
                 failed = any(d["status"] != "ok" for (name, _), d in done.items() if name == variant.name)
@@ -176,6 +209,11 @@ class Comparison:
             for folder in (keeper.folder, self.out / "work", self.out / "reference"):
                 shutil.rmtree(folder, ignore_errors=True)
         found = keeper.load()
+        if options.resume and self.config.processes == "kept":
+            raise ValueError(
+                f"{self.out}: with processes: kept there is nothing to resume, as its ranks have ended: "
+                "--overwrite starts anew, --report writes the reports of what is there."
+            )
         if found and not (options.resume or options.report_only):
             raise ValueError(
                 f"{self.out} holds {len(found)} finished runs: --resume goes on after them, --overwrite "
@@ -232,9 +270,7 @@ class Comparison:
         task, config = self._task(variant, run), self.config
         ranks, folder = config.ranks(variant), Path(task.folder)
         if self.nodes.leads:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (self.out / "reference").mkdir(exist_ok=True)
+            self._make_folders(folder)
         started, start = _now(), time.monotonic()
         with self.console.status(escape(f"{which}{variant.name}, run {run} of {config.runs}")):
             if config.host:
@@ -253,6 +289,11 @@ class Comparison:
         if status == "ok" and self.nodes.leads:
             record["ranks"] = [summary.read_rank(folder / f"rank-{rank}.json") for rank in range(ranks)]
         return record
+
+    def _make_folders(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (self.out / "reference").mkdir(exist_ok=True)
 
     def results(self, keeper: records.Records) -> dict[str, Any]:
         """results.json: everything about this comparison, as far as it has come."""
