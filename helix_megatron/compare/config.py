@@ -74,13 +74,13 @@ class CompareConfig:
     runs: int = 3
     """Independent runs of every variant, each in fresh processes; with `processes: kept` the most turns."""
     processes: str = "fresh"
-    """`fresh`: every run starts its ranks anew. `kept`: the ranks of all variants are started once (host mode
-    only) and measure in turns; what two starts of one program differ by is then in no interval."""
+    """`fresh`: every run starts its ranks anew. `kept`: the ranks of all variants of a model are started once
+    (host mode only) and measure in turns; what two starts of one program differ by is then in no interval."""
     interval: float = 0.15
     """With `processes: kept`: turns end when every speed ratio's 95 % interval is within 1 ± this of it. The
     overview prints no ratio whose interval is wider."""
     repeat_seconds: float = 60.0
-    """With `processes: kept`: no turn begins later than this after the first."""
+    """With `processes: kept`: no turn of a model's variants begins later than this after the first."""
     overview: bool = False
     """Begin the reports with five points (overview.py), and show these in the terminal, not the tables."""
     prompt_length: int = 16
@@ -137,8 +137,8 @@ _PARSED = ("MODEL_ARGS", "ENV_VARS", "workloads", "variants")
 _LEAST: dict[str, int | float] = {  # key → the least it may be; a float where it need not be whole
     **dict.fromkeys(("world_size", "nnodes", "runs", "iterations", "ranks"), 1), "warmup_iterations": 0,
     **dict.fromkeys(("prompt_length", "batch_size", "mixed_decode_steps"), 1),
-    **dict.fromkeys(("run_timeout_s", "loss_tolerance", "peak_tflops", "scale", "slow_down", "interval"), 0.0),
-    "repeat_seconds": 0.0,
+    **dict.fromkeys(("run_timeout_s", "loss_tolerance", "peak_tflops", "scale", "slow_down"), 0.0),
+    **dict.fromkeys(("interval", "repeat_seconds"), 0.0),
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
         raise ValueError(f"{where}: processes is {processes!r}; it is fresh or kept.")
     if processes == "kept" and not document.get("host"):
         raise ValueError(
-            f"{where}: processes is kept, which several layouts at once in one GPU's memory are not: it needs "
+            f"{where}: processes is kept: several layouts share the memory, which is not for GPUs; it needs "
             "host: true."
         )
     if not isinstance(document.get("cluster", ""), str):

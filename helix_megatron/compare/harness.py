@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ class Comparison:
             record |= {"identity": identity, "settings": self._settings(variant)}
             keeper.save(record)
             done[variant.name, run] = record
-            self.console.print(summary.describe_end(record), highlight=False, markup=False)
+            self._say_end(record)
             report.write_results(self.results(keeper), self.out)
 
     def _run_in_turns(self, keeper: records.Records, identity: dict[str, Any]) -> None:
@@ -166,22 +167,32 @@ class Comparison:
             record |= {"seconds": round(seconds, 2), "argv": self.flags[name], "identity": identity}
             record |= {"settings": self._settings(variant)} | ({"ranks": ranks} if ranks else {})
             keeper.save(record)
-            if name not in begun or status != "ok":
-                self.console.print(summary.describe_end(record), highlight=False, markup=False)
+            if run == 1:
+                self._say_end(record)
 
-        begun: set[str] = set()
-        runs = kept.KeptRuns(self.config, save)
-        with runs.ending():
-            for number, variant in enumerate(self.config.variants, 1):
-                task = self._task(variant, 1)
-                self._make_folders(Path(task.folder))
-                said = f"{number} of {len(self.config.variants)}: start of {variant.name}"
-                with self.console.status(escape(said)):
-                    make = functools.partial(replace, task)
-                    runs.start(variant.name, lambda turns, make=make: make(turns=turns), self.config.ranks(variant))
-                begun.add(variant.name)
-            with self.console.status(f"in turns, at most {self.config.repeat_seconds:g} s"):
-                runs.take_turns(lambda: self.results(keeper))
+        runs, number = kept.KeptRuns(self.config, save), 0
+        for group in kept.group_by_model(self.config):
+            with runs.ending():
+                for number, variant in enumerate(group, number + 1):
+                    task = self._task(variant, 1)
+                    self._make_folders(Path(task.folder))
+                    with self._status(f"{number} of {len(self.config.variants)}: {variant.name}"):
+                        ranks = self.config.ranks(variant)
+                        runs.start(variant.name, functools.partial(_with_turns, task), ranks)
+                with self._status(f"  in turns, at most {self.config.repeat_seconds:g} s"):
+                    runs.take_turns(lambda: self.results(keeper))
+
+    def _say_end(self, record: dict[str, Any]) -> None:
+        if not self.config.overview:  # which says it all, at the end
+            self.console.print(summary.describe_end(record), highlight=False, markup=False)
+
+    @contextmanager
+    def _status(self, said: str) -> Iterator[None]:
+        """Show what is going on: a line that goes away, or one that stays where there is no terminal."""
+        if self.config.overview and not self.console.is_terminal:
+            self.console.print(said, highlight=False, markup=False)
+        with self.console.status(escape(said)):
+            yield
 
     def follow(self) -> int:
         """Another machine than the first: run what it says until it says no more."""
@@ -272,7 +283,8 @@ class Comparison:
         if self.nodes.leads:
             self._make_folders(folder)
         started, start = _now(), time.monotonic()
-        with self.console.status(escape(f"{which}{variant.name}, run {run} of {config.runs}")):
+        rest = "" if variant in self.references.values() else f", run {run} of {config.runs}"
+        with self._status(f"{which}{variant.name}{rest}"):
             if config.host:
                 status, cause = launch.run_on_host(config, task, ranks)
             elif self.options.node_rank < launch.nodes_of(config, ranks):
@@ -313,6 +325,10 @@ class Comparison:
         summary.add_variants(results, self.config, found, self.references)
         predictions.add_predictions(self.config, results)
         return results
+
+
+def _with_turns(task: Task, turns: dict[str, Any]) -> Task:
+    return replace(task, turns=turns)
 
 
 def _now() -> str:

@@ -1,9 +1,9 @@
-"""Runs in turns: the ranks of every variant are started once, and then measure in turns, A B, A B, …
+"""Runs in turns: ranks are started once, and then measure in turns, A B, A B, …
 
     start   each variant by itself: it trains, infers, says what it holds; failures and refusals are rows
     turns   variants of the same model on as many ranks, until the intervals of their speed ratios are narrow
 
-A turn is what a run in fresh processes is elsewhere: one record, one value of each measure. The others sleep
+Only the variants of one model live at a time: sleeping ranks cost memory, and gloo's threads some time. A turn is what a run in fresh processes is elsewhere: one record, one value of each measure. The others sleep
 meanwhile. What differs between two starts of the same program is not in an interval over turns.
 """
 
@@ -25,6 +25,7 @@ from helix_megatron.compare.comparisons import pair_variants
 from helix_megatron.compare.config import CompareConfig
 from helix_megatron.compare.rank import Task, folder_of_turn
 from helix_megatron.compare.turns import TurnServer
+from helix_megatron.compare.variants import Variant
 
 _PATIENCE_S = 30.0
 """How long ranks have to leave by themselves; their samples are on disk by then."""
@@ -67,10 +68,10 @@ class KeptRanks:
 
 
 class KeptRuns:
-    """All variants of a comparison."""
+    """The variants of one model after those of another."""
 
     def __init__(self, config: CompareConfig, save: Callable[..., None]) -> None:
-        """save: called with (variant's name, run, status, cause, seconds, ranks' samples) when one has ended."""
+        """save: called when one has ended: (variant's name, run, status, cause, seconds, ranks' samples)."""
         self.config, self.save = config, save
         self.server = TurnServer()
         self.kept: dict[str, KeptRanks] = {}
@@ -103,7 +104,7 @@ class KeptRuns:
 
         found: results.json as far as it has come.
         """
-        pairs = [(a["name"], b["name"]) for a, b in pair_variants(found())]
+        pairs = [(a["name"], b["name"]) for a, b in pair_variants(found()) if a["name"] in self.kept]
         self._release({name for pair in pairs for name in pair})
         deadline = time.monotonic() + self.config.repeat_seconds
         seconds: dict[str, list[dict[str, float]]] = {}
@@ -142,6 +143,14 @@ class KeptRuns:
         kept = self.kept.pop(name)
         kept.thread.join(patience)
         return kept.end()
+
+
+def group_by_model(config: CompareConfig) -> list[list[Variant]]:
+    """The variants that may stand beside each other, in the order of the file."""
+    groups: dict[tuple[str, int], list[Variant]] = {}
+    for variant in config.variants:
+        groups.setdefault((config.model_key(variant), config.ranks(variant)), []).append(variant)
+    return list(groups.values())
 
 
 def iteration_seconds(ranks: list[dict[str, Any]]) -> dict[str, float]:

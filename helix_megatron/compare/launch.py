@@ -37,8 +37,9 @@ def run_on_host(
     """
     try:
         limit = config.run_timeout_s if stop is None else threading.TIMEOUT_MAX
-        how: dict[str, Any] = {"timeout_s": limit, "stop": stop, "env": config.env_vars, "log_dir": task.folder}
-        run_ranks(run, ranks, task, **how)
+        run_ranks(
+            run, ranks, task, timeout_s=limit, env=config.env_vars, log_dir=task.folder, stop=stop
+        )  # fmt: skip
     except RankError as error:
         if error.exit_code == 124:
             return _time_out(config)

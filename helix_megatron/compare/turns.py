@@ -48,8 +48,12 @@ class TurnServer:
         return True
 
     def wake(self, key: str) -> None:
-        """End the wait for a variant whose ranks have died."""
-        self.store.set(f"{key}/{self.last[key]}/ended", "")
+        """End the wait for a variant whose ranks have died: for another thread than the one that waits.
+
+        It has a connection of its own: the waiting one is locked.
+        """
+        store = self.store.clone()
+        store.set(f"{key}/{self.last[key]}/ended", "")
 
 
 class TurnClient:

@@ -166,7 +166,9 @@ def _iterate(task: Any, name: str, meter: CommMeter, prepare: Callable[[], Calla
     return samples
 
 
-def train(model: list[torch.nn.Module], task: Any, meter: CommMeter, step: Callable[[], Any]) -> dict[str, Any]:
+def train(
+    model: list[torch.nn.Module], task: Any, meter: CommMeter, step: Callable[[], Any]
+) -> dict[str, Any]:
     """Training steps of a trained model, by `step`."""
     from megatron.core.transformer.utils import set_model_to_sequence_parallel
     from megatron.training import get_args
