@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import logging
 import shutil
 import sys
@@ -170,17 +171,18 @@ class Comparison:
             if run == 1:
                 self._say_end(record)
 
-        runs, number = kept.KeptRuns(self.config, save), 0
+        runs, numbers = kept.KeptRuns(self.config, save), itertools.count(1)
         for group in kept.group_by_model(self.config):
             with runs.ending():
-                for number, variant in enumerate(group, number + 1):
+                for variant in group:
                     task = self._task(variant, 1)
                     self._make_folders(Path(task.folder))
-                    with self._status(f"{number} of {len(self.config.variants)}: {variant.name}"):
+                    with self._status(f"{next(numbers)} of {len(self.config.variants)}: {variant.name}"):
                         ranks = self.config.ranks(variant)
                         runs.start(variant.name, functools.partial(_with_turns, task), ranks)
-                with self._status(f"  in turns, at most {self.config.repeat_seconds:g} s"):
-                    runs.take_turns(lambda: self.results(keeper))
+                if len(runs.kept) > 1:
+                    with self._status(f"these in turns, at most {self.config.repeat_seconds:g} s"):
+                        runs.take_turns(lambda: self.results(keeper))
 
     def _say_end(self, record: dict[str, Any]) -> None:
         if not self.config.overview:  # which says it all, at the end

@@ -3,8 +3,9 @@
     start   each variant by itself: it trains, infers, says what it holds; failures and refusals are rows
     turns   variants of the same model on as many ranks, until the intervals of their speed ratios are narrow
 
-Only the variants of one model live at a time: sleeping ranks cost memory, and gloo's threads some time. A turn is what a run in fresh processes is elsewhere: one record, one value of each measure. The others sleep
-meanwhile. What differs between two starts of the same program is not in an interval over turns.
+Only the variants of one model live at a time: sleeping ranks cost memory, and gloo's threads some time.
+A turn is what a run in fresh processes is elsewhere: one record, one value of each measure; the others sleep.
+What differs between two starts of the same program is not in an interval over turns.
 """
 
 from __future__ import annotations

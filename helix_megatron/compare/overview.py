@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from helix_megatron.compare import expectations
-from helix_megatron.compare.comparisons import WORKLOADS, finished_variants
+from helix_megatron.compare.comparisons import finished_variants
 from helix_megatron.compare.findings import compare_losses, compare_tokens, format_bound, format_tiny
 from helix_megatron.compare.tables import Column, Record, Table, look_up, tabulate
 from helix_megatron.models import presets
 from helix_megatron.models.support import find_support
 
-TIMED = ("train", "first_token", "decode")
+TIMED = {"train": "training step", "first_token": "first token", "decode": "decode step"}
 UNMEASURED = "not measured well enough here"
 NOT_RUN = (("qwen2-7b", 8), ("llama-3.1-70b", 16))
 """Models of which the table of what is possible says only what arithmetic does."""
@@ -146,11 +146,11 @@ def tabulate_costs(results: Record) -> Point:
         if theirs is None or "measured" not in theirs or "measured" not in own:
             continue
         sizes = [count_bytes(variant) for variant in (theirs, own)]
-        heads = name_heads(results, own)
-        records += [{"heads": heads, "layout": name_layout(v)} | s for v, s in zip((theirs, own), sizes)]
+        heads = name_heads(results, own).rpartition(" ")[2]
+        records += [{"row": f"{heads}: {name_layout(v)}"} | s for v, s in zip((theirs, own), sizes)]
         ratio = {k: f"{sizes[1][k] / sizes[0][k]:.2f}" for k in sizes[0] if sizes[0][k] and k in sizes[1]}
-        records.append({"heads": "", "layout": "Helix / Megatron"} | ratio)
-    columns = [Column("kB of one rank", lambda r: r["heads"] or " "), Column("", "layout"), *_BYTES]
+        records.append({"row": "Helix / Megatron"} | ratio)
+    columns = [Column("kB of one rank", "row"), *_BYTES]
     shown = tabulate("What it costs and saves", records, columns, tag="counted")
     words = ["Received: in a training step, by layer. State: weights, gradients, optimizer."]
     return Point("3. What it costs and saves", "counted, not timed", words, shown)
@@ -207,25 +207,26 @@ def tabulate_times(results: Record) -> Point:
     found = {(e["variant"], e["baseline"], e["workload"]): e for e in results["comparisons"]}
     records = []
     for theirs, own in pair_layouts(results):
-        for name in TIMED if theirs else ():
+        heads = name_heads(results, own).rpartition(" ")[2]
+        for name, words in TIMED.items() if theirs else ():
             entry = found.get((own["name"], theirs["name"], name))
             if entry is None:
                 continue
             work = f"measured.workloads.{name}.iteration_seconds.mean"
-            record = {"heads": name_heads(results, own), "work": WORKLOADS[name], "n": entry["n"]}
+            record = {"row": f"{heads}: {words}", "n": entry["n"]}
             if is_measured(entry, results["config"]["interval"]):
                 low, high = (1 / bound for bound in reversed(entry["ci95"]))
-                said = f"{1 / entry['ratio']:.2f} [{format_bound(low)}, {format_bound(high)}]"
-                record |= {"megatron": look_up(theirs, work), "helix": look_up(own, work), "ratio": said}
+                ratio = f"{1 / entry['ratio']:.2f} [{format_bound(low)}, {format_bound(high)}]"
+                record |= {"megatron": look_up(theirs, work), "helix": look_up(own, work), "ratio": ratio}
             records.append({"ratio": UNMEASURED} | record)
-    columns = [Column("ms", "heads"), Column("", "work"), Column("Megatron", "megatron", "{:,.0f}", 1e3),
+    columns = [Column("ms", "row"), Column("Megatron", "megatron", "{:,.0f}", 1e3),
                Column("Helix", "helix", "{:,.0f}", 1e3), Column("ratio [95 %]", "ratio"),
                Column("turns", "n")]  # fmt: skip
     shown = tabulate("Times on this machine", records, columns)
-    words = []
+    said = []
     if results["config"]["host"] and ranks > cores:
-        words = [f"{ranks} ranks share {cores} cores: these times say nothing about GPUs."]
-    return Point("5. Times on this machine", "measured", words, shown)
+        said = [f"{ranks} ranks share {cores} cores: this says nothing about GPUs. Ratio: Helix / Megatron."]
+    return Point("5. Times on this machine", "measured", said, shown)
 
 
 def is_measured(entry: Record, interval: float) -> bool:

@@ -52,11 +52,10 @@ class Table:
         return shown
 
     def to_plain(self) -> rich.table.Table:
-        """For the terminal, without a frame; the first column and those without a heading are words."""
+        """For the terminal, without a frame; the first column is words."""
         shown = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for number, heading in enumerate(self.headings):
-            left = number == 0 or not heading
-            shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+            shown.add_column(heading, justify="right" if number else "left", no_wrap=True)
         for row in self.rows:
             shown.add_row(*row)
         return shown
