@@ -4,6 +4,7 @@ name: paper shape on the host
 host: true
 world_size: 16
 runs: 5                      # independent launches of every variant, interleaved A B A B
+processes: fresh             # kept: ranks are started once, and runs are turns of theirs
 warmup_iterations: 100       # of every workload in every run, measured by nobody
 iterations: 1000             # measured ones
 workloads: {train: {}, prefill: {iterations: 200}, decode: {}}
