@@ -34,10 +34,10 @@ VARIANTS = {  # Helix settings, by KV cache
 
 
 def chosen(groups: int, context: int) -> str:
-    """The variant that `--helix-kv-cache auto` is when requests have up to `context` tokens."""
+    """The variant that `--helix-kv-cache auto` is in host mode when requests have up to `context` tokens."""
     from helix_megatron.partition.config import HelixConfig
 
-    plan = HelixConfig(context_length=context).resolve(HEADS, groups, DIM, TP)
+    plan = HelixConfig(context_length=context, host_mode=True).resolve(HEADS, groups, DIM, TP)
     return f"Helix {plan.kv_cache}"
 
 

@@ -29,7 +29,7 @@ from helix_megatron.compare import paper as paper_numbers
 from helix_megatron.models.presets import ModelShape, find
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, memory, probe, report
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
 from helix_megatron.plan.search import MICRO_BATCHES
 from helix_megatron.plan.timing import predict
 
@@ -75,7 +75,7 @@ def layouts(shape: ModelShape, ranks: int, work: Workload) -> list[Layout]:
             whole = shape.num_attention_heads % ranks == 0
             size = 1 if work.kind == "train" else work.batch
             found.insert(1, _sliced(grid, "heads" if whole else "dims", size))
-    legal = [layout for layout in dict.fromkeys(found) if illegal(shape, layout, work) is None]
+    legal = [layout for layout in dict.fromkeys(found) if illegal_reason(shape, layout, work) is None]
     return legal[:LAYOUTS]
 
 

@@ -32,6 +32,8 @@ class Megatron:
         writer_queue: the function that makes the queue of checkpoint writers.
         forked_writer: the class of the background writer has a method that starts it.
         dynamic_engine: the dynamic inference context is one that Helix can re-read as sharded positions.
+        resharding: the planner of megatron.core.resharding is one that Helix can tell of sliced heads.
+        matrix_optimizer: module and name of what builds optimizers of whole matrices (Muon).
     """
 
     training: bool = True
@@ -39,18 +41,22 @@ class Megatron:
     writer_queue: str = "get_write_results_queue"
     forked_writer: bool = True
     dynamic_engine: bool = False
+    resharding: bool = False
+    matrix_optimizer: tuple[str, str] = ("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
 
 
+_MUON = ("megatron.core.optimizer.muon", "get_megatron_muon_optimizer")
 KNOWN = {
     "0.16": Megatron(
         training=False,
         layer_arguments=(),
         writer_queue="_get_write_results_queue",
         forked_writer=False,
+        matrix_optimizer=_MUON,
     ),
-    "0.17": Megatron(training=False, layer_arguments=("pp_layer_offset",)),
+    "0.17": Megatron(training=False, layer_arguments=("pp_layer_offset",), matrix_optimizer=_MUON),
     "0.18": Megatron(training=False),
-    "0.19": Megatron(dynamic_engine=True),
+    "0.19": Megatron(dynamic_engine=True, resharding=True),
 }
 NEWEST = "0.19"
 _TESTED = "0.16.1, 0.17.1, 0.18.2 (layers, checkpoints), 0.19.2 (everything)"

@@ -194,7 +194,7 @@ def build_config() -> Any:
 
 
 def train(argv: list[str]) -> None:
-    """Train with the given flags (after `entry.prepare`); Megatron logs, saves and evaluates as told.
+    """Train with the given flags (after `entry.prepare_argv`); Megatron logs, saves and evaluates as told.
 
     ValueError for an unknown flag: Megatron's own refusal begins with its usage, a thousand lines.
     """
@@ -209,7 +209,7 @@ def train(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0, or 2 after a one-line refusal."""
     argv = sys.argv[1:] if argv is None else argv
-    return entry.guarded(lambda: train(entry.prepare(argv)), "helix_megatron.pretrain_gpt")
+    return entry.run_guarded(lambda: train(entry.prepare_argv(argv)), "helix_megatron.pretrain_gpt")
 
 
 if __name__ == "__main__":

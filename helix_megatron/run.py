@@ -29,14 +29,14 @@ def run_script(argv: list[str]) -> None:
     if not script.is_file():
         raise ValueError(f"no script at {script}.")
     sys.path.insert(0, str(script.resolve().parent))
-    sys.argv = [str(script), *entry.prepare(argv[1:])]
+    sys.argv = [str(script), *entry.prepare_argv(argv[1:])]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0, or 2 after a one-line refusal."""
     argv = sys.argv[1:] if argv is None else argv
-    return entry.guarded(lambda: run_script(argv), "helix_megatron.run")
+    return entry.run_guarded(lambda: run_script(argv), "helix_megatron.run")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 LACKS = {
     "training": ("megatron.training", compat.has_training()),
     "dynamic_engine": ("a dynamic engine that Helix serves", compat.megatron().dynamic_engine),
+    "resharding": ("a planner of resharding that Helix knows", compat.megatron().resharding),
 }
 
 

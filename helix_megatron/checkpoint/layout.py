@@ -15,19 +15,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from helix_megatron.partition.layout import Indices
-
-
-def contiguous_runs(indices: Indices) -> list[tuple[int, int]]:
-    """(start, length) of the maximal runs of consecutive numbers, in order: 4 5 6 0 1 -> (4, 3), (0, 2)."""
-    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
-    bounds = [0, *breaks.tolist(), len(indices)]
-    return [(int(indices[a]), b - a) for a, b in pairwise(bounds)]
+from helix_megatron.partition.layout import Indices, contiguous_runs
 
 
 def standard_layout(

@@ -16,7 +16,7 @@ from typing import Any
 from helix_megatron.compare.config import CompareConfig
 from helix_megatron.compare.variants import Variant
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
-from helix_megatron.plan import inputs, memory
+from helix_megatron.plan import inputs, machine, memory
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.plan.terms import total
@@ -35,7 +35,7 @@ def find_cluster(config: CompareConfig) -> Cluster:
     """The cluster that `config` names, by default this machine. ValueError for one that is not known."""
     cores = config.host and not config.cluster  # a host's ranks do not use its GPUs
     return replace(
-        inputs.of_cores() if cores else inputs.cluster(config.cluster or "this"), nodes=config.nnodes
+        machine.host_cluster() if cores else inputs.cluster(config.cluster or "this"), nodes=config.nnodes
     )
 
 

@@ -112,7 +112,7 @@ def measure(task: Task) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
 
     Returns this rank's samples as JSON types, and what takes the samples of all workloads again.
     """
-    argv = entry.prepare(task.argv)
+    argv = entry.prepare_argv(task.argv)
     meter = CommMeter()
     recorder = Recorder(workloads.Samples(task.workloads.get("train", [1, 0])[0], task.host, task.slow_down))
     seed = int(argv[argv.index("--seed") + 1]) if "--seed" in argv else 1234

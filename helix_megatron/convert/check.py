@@ -16,6 +16,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,14 @@ def reference(model: Any, tokens: list[int], new_tokens: int, logits_file: Path)
 
 
 def model_flags(checkpoint: Path, tp: int, sequence: int, more: list[str] = ()) -> list[str]:
-    """Flags that load a checkpoint in host mode: everything that `--use-checkpoint-args` restores, and the
-    three settings it does not.
+    """Flags that load a checkpoint in host mode: sizes by `--use-checkpoint-args`, which restores a part of
+    what else the weights mean, and all of that as flags.
     """
-    from helix_megatron.convert import families
+    from helix_megatron.checkpoint import compatibility
     from helix_megatron.convert.torch_dist import Checkpoint
 
     args = Checkpoint(checkpoint).args
-    flags = families.flags(args, torch.float32)
-    own = families.words(families.not_restored(flags))
+    own = compatibility.format_flags(compatibility.non_default_arguments(args))
     return [
         *HOST_FLAGS,
         *(HELIX_FLAGS if tp > 1 else []),
@@ -107,8 +107,12 @@ def model_flags(checkpoint: Path, tp: int, sequence: int, more: list[str] = ()) 
     ]
 
 
-def build_and_load(argv: list[str]) -> Any:
-    """In a rank: the model that the flags describe, with the weights of `--load`, in eval mode."""
+def build_and_load(argv: list[str], refuse: Callable[[Any], None] | None = None) -> Any:
+    """In a rank: the model that the flags describe, with the weights of `--load`, in eval mode.
+
+    Args:
+        refuse: called with the TransformerConfig before anything is built.
+    """
     from helix_megatron import pretrain_gpt
     from helix_megatron.megatron import entry, integrate
 
@@ -116,6 +120,8 @@ def build_and_load(argv: list[str]) -> Any:
     integrate.install()
     sys.argv = ["check", *argv]
     config = pretrain_gpt.build_config()
+    if refuse is not None:
+        refuse(config.model.transformer)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron

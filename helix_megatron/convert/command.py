@@ -14,11 +14,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from helix_megatron.convert import families, hf, mapping, torch_dist
+from helix_megatron.convert import families, files, hf, mapping, torch_dist
 from helix_megatron.convert.mapping import Entry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HF_FOLDER = "hf"  # inside a converted checkpoint: config.json and tokenizer of the model it came from
+HF_FOLDER = "hf"  # in a converted checkpoint: configuration, generation settings, tokenizer of its model
 FLAGS_FILE = "model.yaml"
 
 
@@ -43,6 +43,7 @@ def to_megatron(
             is not empty.
     """
     model = hf.open_source(source)
+    _untie_where_it_differs(model)
     args = families.to_megatron(model.config, divisible_by)
     wanted = list(mapping.entries(args, args.vocab_size))
     dtypes = _check_tensors(model, wanted, args, source)
@@ -56,9 +57,11 @@ def to_megatron(
         model.config.dtype = args.params_dtype
         model.config.save_pretrained(folder / HF_FOLDER)
         tokenizer = model.save_tokenizer(folder / HF_FOLDER)
+        vars(args).update(files.token_ids(folder / HF_FOLDER))
         flags = families.flags(args, args.params_dtype)
         if tokenizer:
-            args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(out / HF_FOLDER)
+            args.tokenizer_type = "HuggingFaceTokenizer"
+            args.tokenizer_model = str((out / HF_FOLDER).resolve())  # wherever a run is started
             flags |= {"--tokenizer-type": args.tokenizer_type, "--tokenizer-model": args.tokenizer_model}
         names = {flag.removeprefix("--"): value for flag, value in flags.items()}
         (folder / FLAGS_FILE).write_text(yaml.safe_dump({"MODEL_ARGS": names}, sort_keys=False))
@@ -78,8 +81,9 @@ def to_hf(
     Args:
         checkpoint: what Megatron's --load takes, or one iteration's folder in it.
         out: new folder.
-        like: folder whose config.json and tokenizer to take over; by default `hf/` in `checkpoint`, else a
-            config.json is made from the checkpoint's arguments.
+        like: folder whose config.json and tokenizer to take over; by default `hf/` in `checkpoint`, or the
+            folder it was trained with (its tokenizer, or `hf/` in what it loaded) when that is of the same
+            model. Else a config.json is made from the checkpoint's arguments and its tokenizer.
         shard_bytes: largest safetensors file.
         progress: show a progress bar.
 
@@ -97,16 +101,21 @@ def to_hf(
     args = source.args
     if not getattr(args, "group_query_attention", True):
         args.num_query_groups = args.num_attention_heads
-    dtype = source.tensors["embedding.word_embeddings.weight"].properties.dtype
-    config = families.to_hf(args, dtype)
-    if like is None and (checkpoint / HF_FOLDER / "config.json").is_file():
-        like = checkpoint / HF_FOLDER
+    embedding = source.tensors["embedding.word_embeddings.weight"]
+    dtype = embedding.properties.dtype
+    # The rows that a training run has: padding depends on its tensor-parallel size.
+    args.padded_vocab_size = embedding.size[0]
+    own = checkpoint / HF_FOLDER
+    like = like or (own if (own / files.CONFIG).is_file() else _origin(args))
+    tokenizer = like or trained_tokenizer(args)
     if like is not None:
         config = AutoConfig.from_pretrained(like)
         families.check_like(config, args)
         config.dtype = dtype
-    # The rows that a training run has: padding depends on its tensor-parallel size.
-    args.padded_vocab_size = source.tensors["embedding.word_embeddings.weight"].size[0]
+    else:
+        if tokenizer is not None:
+            _take_tokens(args, tokenizer)
+        config = families.to_hf(args, dtype)
     vocab_size = config.vocab_size
     wanted = list(mapping.entries(args, vocab_size))
     sizes = {
@@ -123,12 +132,58 @@ def to_hf(
                 yield from zip(entry.names, (part.to(dtype) for part in parts), strict=True)
 
         config.save_pretrained(folder)
-        if like is not None:
-            for pattern in hf._TOKENIZER_FILES:
-                for path in like.glob(pattern):
-                    shutil.copy(path, folder)
+        if tokenizer is not None:
+            files.copy(tokenizer, folder)
         hf.write_safetensors(folder, sizes, tensors(), shard_bytes)
     return config
+
+
+def trained_tokenizer(args: Namespace) -> Path | None:
+    """The folder of the Hugging Face tokenizer that a checkpoint's arguments name, if it is there."""
+    kind, model = (getattr(args, name, None) for name in ("tokenizer_type", "tokenizer_model"))
+    there = kind == "HuggingFaceTokenizer" and bool(model) and Path(model).is_dir()
+    return Path(model) if there else None
+
+
+def _origin(args: Namespace) -> Path | None:
+    """The folder, still there, whose config.json describes the model: its tokenizer's, or that of the
+    converted checkpoint from which its training began.
+    """
+    from transformers import AutoConfig
+
+    loaded = getattr(args, "load", None)
+    for folder in (trained_tokenizer(args), Path(loaded, HF_FOLDER) if loaded else None):
+        if folder is None or not (folder / files.CONFIG).is_file():
+            continue
+        try:
+            families.check_like(AutoConfig.from_pretrained(folder), args)
+        except ValueError:  # another model's
+            continue
+        return folder
+    return None
+
+
+def _take_tokens(args: Namespace, folder: Path) -> None:
+    """Set the beginning, end, padding and number of tokens in `args` from the tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    args.vocab_size = len(tokenizer)
+    for name, told in files.token_ids(folder).items():
+        setattr(args, name, getattr(tokenizer, name) if told is None else told)
+
+
+def _untie_where_it_differs(model: Any) -> None:
+    """Believe the weights where config.json says that embedding and output are one matrix and two differ.
+
+    So does transformers. Two that are equal stay one.
+    """
+    pair = ("model.embed_tokens.weight", "lm_head.weight")
+    if not model.config.tie_word_embeddings or not model.names.issuperset(pair):
+        return
+    (shape, dtype), other = map(model.describe, pair)
+    same = (shape, dtype) == other and torch.equal(*map(model.read, pair))
+    model.config.tie_word_embeddings = same
 
 
 def _check_tensors(model: Any, wanted: list[Entry], args: Namespace, source: Path) -> set[torch.dtype]:
@@ -145,7 +200,7 @@ def _check_tensors(model: Any, wanted: list[Entry], args: Namespace, source: Pat
             dtypes.add(dtype)
             used.add(name)
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    extra = sorted(name for name in model.names - used - ignored if not name.endswith("inv_freq"))
+    extra = sorted(name for name in model.names - used - ignored if not name.endswith(".rotary_emb.inv_freq"))
     if extra:
         raise ValueError(f"{source} has a tensor {extra[0]}, which a {kind} model of its config.json lacks.")
     return dtypes

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from helix_megatron.checkpoint import compatibility
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Families people will try, and the first thing in the way.
@@ -253,6 +255,12 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
                 f"the checkpoint's {name} is {value!r}; a model of the Llama family has "
                 f"{' or '.join(map(repr, fine))}, so it cannot be converted to Hugging Face."
             )
+    for name, value in compatibility.non_default_arguments(args).items():
+        if name not in {*_PLAIN, *_FLAGS, "add_bias_linear"}:
+            raise ValueError(
+                f"the checkpoint's {name} is {value!r}, which no model of the Llama family has, so it cannot "
+                "be converted to Hugging Face."
+            )
     if args.qk_layernorm and (args.add_qkv_bias or args.add_bias_linear):
         raise ValueError("the checkpoint has qk_layernorm and biases; Qwen3 has no biases, Qwen2 no QK-norm.")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
@@ -271,8 +279,9 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         "rope_parameters": rope,
         "rms_norm_eps": args.layernorm_epsilon,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "vocab_size": getattr(args, "vocab_size", None) or args.padded_vocab_size,
+        "vocab_size": _vocabulary(args),
         "dtype": dtype,
+        **{name: getattr(args, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
     if args.qk_layernorm:
         return Qwen3Config(**settings, attention_bias=False, architectures=["Qwen3ForCausalLM"])
@@ -280,6 +289,17 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         return Qwen2Config(**settings, architectures=["Qwen2ForCausalLM"])
     biases = {"attention_bias": args.add_bias_linear, "mlp_bias": args.add_bias_linear}
     return LlamaConfig(**settings, **biases, architectures=["LlamaForCausalLM"])
+
+
+def _vocabulary(args: Namespace) -> int:
+    """Tokens without padding, as far as the checkpoint knows. ValueError when there are more than rows."""
+    tokens = getattr(args, "vocab_size", None) or args.padded_vocab_size
+    if tokens > args.padded_vocab_size:
+        raise ValueError(
+            f"the checkpoint's tokenizer has {tokens} tokens, its embedding only {args.padded_vocab_size} "
+            "rows; give the folder of the model's own config.json and tokenizer with --like."
+        )
+    return tokens
 
 
 def check_like(config: Any, args: Namespace) -> None:

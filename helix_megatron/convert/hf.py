@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from helix_megatron.convert import files, gguf_metadata
+from helix_megatron.convert.config_json import refuse_unknown
 from helix_megatron.convert.families import refuse_family
 
 _GGUF_LAYER = {
@@ -29,7 +30,7 @@ _GGUF_WHOLE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
+_LONG = 1000  # entries of metadata that are a vocabulary, not something of every layer
 
 
 def need(*names: str) -> None:
@@ -55,53 +56,76 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         need("transformers", "safetensors")
         self.folder = folder
-        if not (folder / "config.json").is_file():
+        config = folder / files.CONFIG
+        if (folder / files.ADAPTER).is_file():
+            raise ValueError(
+                f"{folder} holds an adapter ({files.ADAPTER}), which is no model or changes it; merge it "
+                "into its model first (peft: merge_and_unload(), then save_pretrained())."
+            )
+        if not config.exists():
             raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
-        kind = json.loads((folder / "config.json").read_text()).get("model_type", "")
-        refuse_family(kind)  # before transformers, which may not know it either
+        keys = files.read_json(config)
+        refuse_family(keys.get("model_type", ""))  # before transformers, which may not know it either
         from transformers import AutoConfig
 
-        self.config: Any = AutoConfig.from_pretrained(folder)
+        try:
+            self.config: Any = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # of many kinds, its validation's among them
+            raise ValueError(f"{config} cannot be read by transformers: {error}") from error
+        refuse_unknown(config, keys)
         self._file_of = self._files()
         self.names = set(self._file_of)
 
     def _files(self) -> dict[str, Path]:
-        from safetensors import safe_open
-
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            listed = json.loads(index.read_text())["weight_map"]
-            return {name: self.folder / file for name, file in listed.items()}
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
+        """The file of every tensor, as the files themselves say."""
+        index, single = self.folder / files.INDEX, self.folder / files.WEIGHTS
+        listed: dict[str, str] = {}
+        if index.exists():
+            listed = files.read_json(index).get("weight_map") or {}
+            others = sorted(set(listed.values()) - {single.name})
+            if others and single.exists():
+                raise ValueError(
+                    f"{self.folder} holds both {single.name} and an index of other files ({others[0]}, ...), "
+                    "which may be other weights: transformers reads the first, others the second. Remove the "
+                    "one that is not the model."
+                )
+        elif not single.exists():
             raise ValueError(
-                f"{self.folder} has neither model.safetensors nor model.safetensors.index.json; other weight "
-                "formats are not read: load the model with transformers and save_pretrained() it."
+                f"{self.folder} has neither {single.name} nor {index.name}; other weight formats are not "
+                "read: load the model with transformers and save_pretrained() it."
             )
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        found: dict[str, Path] = {}
+        for name in sorted(set(listed.values())) or [single.name]:
+            with files.open_safetensors(self.folder / name) as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    if tensor in found:
+                        raise ValueError(
+                            f"{self.folder} has {tensor} in {found[tensor].name} and in {name}; download the "
+                            "model again into an empty folder."
+                        )
+                    found[tensor] = self.folder / name
+        lost = sorted(set(listed) - set(found))
+        if lost:
+            raise ValueError(
+                f"{self.folder / listed[lost[0]]} lacks {lost[0]}, which {index.name} says it has; download "
+                "the model again."
+            )
+        return found
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype. The file is closed again: a mapped one would stay in memory."""
-        from safetensors import safe_open
-
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with files.open_safetensors(self._file_of[name]) as file:
             return file.get_tensor(name)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor, without reading it."""
-        from safetensors import safe_open
-
-        with safe_open(self._file_of[name], framework="pt") as file:
+        with files.open_safetensors(self._file_of[name]) as file:
             stored = file.get_slice(name)
             return tuple(stored.get_shape()), stored[:0].dtype
 
     def save_tokenizer(self, folder: Path) -> bool:
-        """Copy the tokenizer's files, if there are any."""
-        found = {path for pattern in _TOKENIZER_FILES for path in self.folder.glob(pattern)}
-        for path in found:
-            shutil.copy(path, folder)
-        return any(path.name.startswith(("tokenizer", "vocab")) for path in found)
+        """Copy the tokenizer's files, if there are any, and what the model says of generation."""
+        return files.copy(self.folder, folder)
 
 
 class GgufFile:
@@ -115,21 +139,38 @@ class GgufFile:
 
     def __init__(self, file: Path):
         need("transformers", "gguf")
-        import gguf
-
         self.file = file
-        reader = gguf.GGUFReader(file)
-        self._arch = reader.fields["general.architecture"].contents()
-        refuse_family({"gemma3": "gemma3_text"}.get(self._arch, self._arch))
+        reader = self._reader()
+        self._fields = {
+            name: field.contents() if len(field.data) < _LONG else f"{len(field.data)} values"
+            for name, field in reader.fields.items()
+        }
+        self._arch = gguf_metadata.architecture(file, self._fields)
         self._tensors: dict[str, Any] = {}
         for tensor in reader.tensors:
             self._tensors[self._name(tensor.name)] = tensor
-        from transformers import AutoConfig
-
-        self.config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        # Stored as float32: 1e-05 arrives as 9.999999747378752e-06, the same number to a float32 model.
-        self.config.rms_norm_eps = float(str(np.float32(self.config.rms_norm_eps)))
         self.names = set(self._tensors)
+        embedding = "model.embed_tokens.weight"
+        if embedding not in self.names:
+            raise ValueError(f"{file} lacks token_embd.weight; download it again.")
+        rows = self.describe(embedding)[0][0]
+        tied = "lm_head.weight" not in self.names
+        self.config: Any = gguf_metadata.configuration(file, self._fields, rows, tied)
+
+    def _reader(self) -> Any:
+        """Of the file. ValueError when it is broken."""
+        import gguf
+
+        files.check(self.file)
+        with self.file.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise ValueError(f"{self.file} is no GGUF file: it does not begin with GGUF.")
+        try:
+            return gguf.GGUFReader(self.file)
+        except Exception as error:  # what a reader runs into where the file ends: of any kind
+            raise ValueError(
+                f"{self.file} is no complete GGUF file ({error}); download it again."
+            ) from error
 
     def _name(self, name: str) -> str:
         if name == "rope_freqs.weight":
@@ -144,11 +185,18 @@ class GgufFile:
         return f"model.layers.{layer[1]}.{known}" if layer else known
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32."""
+        """A tensor in float32. ValueError when its quantization is unknown."""
         import gguf
 
         stored = self._tensors[name]
-        tensor = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        try:
+            values = gguf.quants.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.file}: {stored.name} is quantized as {stored.tensor_type.name}, which the gguf "
+                "package does not expand; take another quantization of the model."
+            ) from error
+        tensor = torch.from_numpy(values.copy())
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         module = name.split(".")[-2]
         if self._arch == "llama" and module in heads:
@@ -161,10 +209,21 @@ class GgufFile:
         return tuple(int(size) for size in reversed(self._tensors[name].shape)), torch.float32
 
     def save_tokenizer(self, folder: Path) -> bool:
-        """Write the tokenizer in the file as Hugging Face files."""
+        """Write the tokenizer in the file, if there is one, as Hugging Face files."""
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name).save_pretrained(folder)
+        if not gguf_metadata.has_tokenizer(self._fields):
+            return False
+        with tempfile.TemporaryDirectory() as alone:  # transformers would prefer files beside it
+            Path(alone, self.file.name).symlink_to(self.file.resolve())
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.file.name)
+            except Exception as error:  # it has many converters
+                raise ValueError(
+                    f"{self.file}: transformers cannot read its tokenizer "
+                    f"({self._fields['tokenizer.ggml.model']}): {error}; convert its safetensors."
+                ) from error
+            tokenizer.save_pretrained(folder)
         return True
 
 

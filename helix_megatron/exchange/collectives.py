@@ -10,7 +10,7 @@ m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per ra
     all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
     gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none (inference)
-    SwappedPieces         partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
+    AsyncAllToAll         partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
 
 Uneven slices have d_s(j) in place of d_s. A rank receives D - d_s where it says (m-1) d_s above, except
 for output slices, which are its own: of them it receives (m-1)/m S B N d_s, and of gradients of K and V
@@ -196,7 +196,7 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     ]
 
 
-class SwappedPieces:
+class AsyncAllToAll:
     """All-to-all of pieces, under way: [m, ...], one for each rank, to [m, ...], one from each.
 
     The pieces of different ranks may differ in shape; they are then a list. It starts here and ends in

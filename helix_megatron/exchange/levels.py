@@ -26,7 +26,7 @@ from torch import Tensor
 from helix_megatron.exchange.groups import HelixGroups
 
 
-class Done:
+class CompletedWork:
     """The handle of a collective that is over."""
 
     def wait(self, *_: object) -> bool:
@@ -50,7 +50,7 @@ def all_reduce(tensor: Tensor, groups: HelixGroups) -> Tensor:
     return tensor
 
 
-def reduce_scatter(output: Tensor, source: Tensor, groups: HelixGroups) -> Done:
+def reduce_scatter(output: Tensor, source: Tensor, groups: HelixGroups) -> CompletedWork:
     """output [s/T, ...] = this rank's chunk of the sum of source [s, ...] over the tensor-parallel group."""
     n, m = groups.grid.head_parallel_size, groups.grid.dim_parallel_size
     chunks = source.reshape(n, m, -1).transpose(0, 1).contiguous()  # [m, n, c]: rank j's chunks together
@@ -59,10 +59,10 @@ def reduce_scatter(output: Tensor, source: Tensor, groups: HelixGroups) -> Done:
     own = share.new_empty(chunks.shape[-1])
     dist.reduce_scatter_tensor(own, share, group=groups.head_group)
     output.copy_(own.view(output.shape))
-    return Done()
+    return CompletedWork()
 
 
-def all_gather(output: Tensor, source: Tensor, groups: HelixGroups) -> Done:
+def all_gather(output: Tensor, source: Tensor, groups: HelixGroups) -> CompletedWork:
     """output [s, ...] = source [s/T, ...] of all ranks of the tensor-parallel group, in rank order."""
     n, m = groups.grid.head_parallel_size, groups.grid.dim_parallel_size
     share = source.new_empty(n * source.numel())
@@ -70,4 +70,4 @@ def all_gather(output: Tensor, source: Tensor, groups: HelixGroups) -> Done:
     out = source.new_empty(m * share.numel())
     dist.all_gather_into_tensor(out, share, group=groups.dim_group)
     output.copy_(out.view(m, n, -1).transpose(0, 1).reshape(output.shape))
-    return Done()
+    return CompletedWork()

@@ -7,7 +7,10 @@
     generate.py   what the ranks of `helix generate` do, and the report
     ranks.py      starting the ranks, or being one of torchrun's
     check.py      a real model against transformers: tokens and logits
-    requests.py   what the server refuses before Megatron sees it
+    requests.py   every field that a request to the server may have; all else is refused
+    messages.py   the same of a chat's messages and tools
+    stops.py      texts and special tokens that end an answer, wherever they lie
+    front_end.py  around Megatron's HTTP handlers: requests checked, answers put right, failures said
     serve.py      Megatron's own text-generation server on those ranks
     cli.py        the command lines
 """

@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     settings |= {"tolerance": TOLERANCE, "needle_tokens": options.needle_tokens, "depths": DEPTHS}
     settings |= {"source": machine.source_digest(), "versions": machine.versions()}
     results = Results(options.out, settings)
-    checkpoint = model.prepared(options.model, "float32", options.cache_dir)
+    checkpoint = model.prepare_checkpoint(options.model, "float32", options.cache_dir)
     wanted = [
         (tp, kind)
         for tp in options.tp

@@ -75,7 +75,8 @@ def _generate(options: argparse.Namespace) -> int:
     from helix_megatron.generate import ranks
 
     ranks.quiet()
-    from helix_megatron.generate.generate import Job, Sampling, rank_generate, refuse_too_long
+    from helix_megatron.generate import generate, model
+    from helix_megatron.generate.generate import Job, Sampling
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepared
     from helix_megatron.generate.prompts import read_prompts
 
@@ -88,7 +89,9 @@ def _generate(options: argparse.Namespace) -> int:
     checkpoint = prepared(options.model, layout.dtype, options.cache_dir or default_cache())
     tokenizer = open_tokenizer(checkpoint, options.tokenizer)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
-    refuse_too_long(tokens, options.max_new_tokens, Checkpoint(checkpoint).args.max_position_embeddings)
+    generate.refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
+    limit = Checkpoint(checkpoint).args.max_position_embeddings
+    generate.refuse_too_long(tokens, options.max_new_tokens, limit)
     job = Job(
         model=str(options.model),
         checkpoint=checkpoint,
@@ -103,7 +106,7 @@ def _generate(options: argparse.Namespace) -> int:
         block_tokens=options.kv_block_size,
         as_json=options.json,
     )
-    return ranks.run(rank_generate, layout.tensor_parallel, layout.on_host, job)
+    return ranks.run(generate.rank_generate, layout.tensor_parallel, layout.on_host, job)
 
 
 def add_serve(subparsers: Any) -> None:

@@ -43,8 +43,8 @@ def block_bytes(config: Any, helix: bool, block_tokens: int) -> int:
     kv, ranks = kv_bytes(config), config.tensor_model_parallel_size
     plan = _plan(config) if helix else None
     if plan is None:
-        return kv.replicated(ranks, block_tokens)
-    return kv.whole(block_tokens) // kv.head_dim * plan.paged_dim // plan.grid.head_parallel_size
+        return kv.replicated_bytes(ranks, block_tokens)
+    return kv.total_bytes(block_tokens) // kv.head_dim * plan.paged_dim // plan.grid.head_parallel_size
 
 
 def _plan(config: Any) -> Any:
@@ -61,6 +61,28 @@ def slices(config: Any) -> int:
     """m of a loaded model's grid; 1 without Helix."""
     plan = _plan(config)
     return 1 if plan is None else plan.grid.dim_parallel_size
+
+
+def refuse_without_flash_attention(config: Any) -> None:
+    """ValueError where heads are whole (m = 1) and Megatron's dynamic engine lacks its attention.
+
+    That is flash-attn: 2.7.3 or newer, 3, or 4. In host mode kernels of Helix take its place.
+    """
+    from megatron.core import utils
+    from megatron.core.transformer import attention
+
+    if slices(config) > 1 or attention.HAVE_FA3 or attention.HAVE_FA4:
+        return
+    try:
+        found = str(utils.get_fa_version())
+    except ImportError:
+        found = ""
+    if not found or not utils.is_fa_min_version("2.7.3") or attention.flash_attn_with_kvcache is None:
+        raise ValueError(
+            "with whole heads (m = 1) Megatron's dynamic engine needs flash-attn 2.7.3 or newer, here is "
+            f"{found or 'none'}: pip install 'flash-attn>=2.7.3' --no-build-isolation, or take a grid with "
+            "m > 1 (more ranks than KV heads, or --helix-dim-parallel-size), which Helix's own kernels serve."
+        )
 
 
 def default_block_tokens(config: Any, on_host: bool) -> int:
@@ -140,6 +162,30 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
     context = DynamicInferenceContext(model.config, inference_config(model.config, size, **more))
     wrapper = (GPTInferenceWrapper if watch is None else Watched)(model, context)
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
+
+
+def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
+    """Let requests end at any of these tokens, but those that asked not to end (termination_id -1).
+
+    Megatron's requests have one such token. At another the request ends as at a stop word, and keeps it, as
+    it keeps the one.
+    """
+    if not tokens:
+        return
+    add, stops = engine._add_request, engine._check_stop_words_for_request_post_append
+
+    def add_request(request: Any) -> Any:
+        if request.sampling_params.termination_id is None:
+            request.sampling_params.termination_id = tokens[0]
+        return add(request)
+
+    def check(request: Any) -> tuple[bool, int]:
+        ends = request.sampling_params.termination_id == tokens[0]
+        if ends and request.generated_tokens and request.generated_tokens[-1] in tokens:
+            return True, 0
+        return stops(request)
+
+    engine._add_request, engine._check_stop_words_for_request_post_append = add_request, check
 
 
 def tokens_of(record: Any) -> list[int]:

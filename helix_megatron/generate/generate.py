@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from helix_megatron.generate import model as models
 from helix_megatron.generate.kv_bytes import readable
 from helix_megatron.generate.prompts import TextStream
+from helix_megatron.generate.requests import COLDEST, HOTTEST, LEAST_TOP_P
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,20 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature} is negative; 0 is greedy.")
+        if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(
+                f"--temperature {self.temperature:g}: logits divided by it may not be numbers; give 0 "
+                f"(greedy), or {COLDEST:g} to {HOTTEST:g}."
+            )
         if self.top_k < 0 or not 0 <= self.top_p <= 1:
             raise ValueError(
                 f"--top-k {self.top_k} --top-p {self.top_p}: a count from 0, and a probability up to 1."
+            )
+        if not 1 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed}: a number from 1 to {2**31 - 1}.")
+        if 0 < self.top_p < LEAST_TOP_P:
+            raise ValueError(
+                f"--top-p {self.top_p:g} is less than {LEAST_TOP_P:g}; 0 is all tokens, --top-k 1 the best."
             )
         if self.top_k and self.top_p:
             raise ValueError("--top-k and --top-p together are not supported by Megatron; give one of them.")
@@ -60,7 +72,7 @@ class Sampling:
             top_k=1 if greedy else self.top_k,
             top_p=0.0 if greedy else self.top_p,
             num_tokens_to_generate=new_tokens,
-            termination_id=-1 if ignore_eos else None,  # None: the tokenizer's
+            termination_id=-1 if ignore_eos else None,  # None: the model's
         )
 
 
@@ -134,9 +146,11 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
     model.config.inference_sampling_seed = job.sampling.seed
     block = job.block_tokens or engines.default_block_tokens(model.config, job.layout.on_host)
     size = engines.size_for([len(tokens) for tokens in job.tokens], job.new_tokens, job.at_once, block)
+    stop = models.stop_tokens(job.checkpoint, tokenizer, job.tokenizer)
     with torch.inference_mode():
         engine = engines.build(model, tokenizer, size)
-        show = None if terminal is None else _Shower(terminal, tokenizer, len(job.prompts))
+        engines.stop_at(engine, stop)
+        show = None if terminal is None else _Shower(terminal, tokenizer, len(job.prompts), stop)
         answers, seconds, peak = serve_all(engine, job, show)
     agree(answers)
     return {
@@ -145,9 +159,21 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
         "attention": _attention(model.config, job.layout.attention),
         "dtype": job.layout.dtype,
         "device": "host" if job.layout.on_host else torch.cuda.get_device_name(),
-        **summary(answers, seconds, tokenizer),
+        **summary(answers, seconds, tokenizer, stop),
         "kv_cache": kv_report(engine, peak),
     }
+
+
+def refuse_vocabulary(prompts: list[list[int]], top_k: int, vocabulary: int) -> None:
+    """ValueError for a prompt with a token that the model has not, or for more top tokens than it has."""
+    if top_k >= vocabulary:
+        raise ValueError(f"--top-k {top_k}: this model has {vocabulary} tokens; give fewer, or 0 for all.")
+    for number, tokens in enumerate(prompts):
+        if tokens and not 0 <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"prompt {number} has token {max(tokens)}, this model has {vocabulary}: the tokenizer is "
+                "another model's (--tokenizer)."
+            )
 
 
 def refuse_too_long(prompts: list[list[int]], new_tokens: int, limit: int) -> None:
@@ -206,9 +232,8 @@ def _held(record: Any) -> int:
 class _Shower:
     """Prints answers in the order of their prompts, each as it comes."""
 
-    def __init__(self, terminal: TextIO, tokenizer: Any, count: int):
-        self._terminal, self._headings = terminal, count > 1
-        self._eod = tokenizer.eod
+    def __init__(self, terminal: TextIO, tokenizer: Any, count: int, stop: tuple[int, ...]):
+        self._terminal, self._headings, self._stop = terminal, count > 1, stop
         decode = lambda tokens: tokenizer.detokenize(tokens, skip_special_tokens=True)  # noqa: E731
         self._streams = [TextStream(decode) for _ in range(count)]
         self._text = [""] * count
@@ -219,7 +244,7 @@ class _Shower:
     def step(self, number: int, tokens: list[int], ended: bool) -> None:
         """New tokens of an answer."""
         stream = self._streams[number]
-        self._text[number] += "".join(stream.push(token) for token in tokens if token != self._eod)
+        self._text[number] += "".join(stream.push(token) for token in tokens if token not in self._stop)
         if ended:
             self._text[number] += stream.close()
             self._ended[number] = True
@@ -248,11 +273,13 @@ def agree(answers: list[Answer]) -> None:
         raise RuntimeError("the ranks have chosen different tokens; please report this with the command used")
 
 
-def summary(answers: list[Answer], seconds: float, tokenizer: Any) -> dict[str, Any]:
-    """What the report says of the answers."""
+def summary(
+    answers: list[Answer], seconds: float, tokenizer: Any, stop: tuple[int, ...]
+) -> dict[str, Any]:
+    """What the report says of the answers; `stop` are the tokens that end one."""
     outputs = []
     for answer in answers:
-        stopped = bool(answer.tokens) and answer.tokens[-1] == tokenizer.eod
+        stopped = bool(answer.tokens) and answer.tokens[-1] in stop
         kept = answer.tokens[:-1] if stopped else answer.tokens
         outputs.append(
             {
@@ -283,15 +310,15 @@ def kv_report(engine: Any, peak_blocks: int) -> dict[str, Any]:
     blocks = context.kv_block_allocator.total_count
     one = context.memory_buffer.nbytes // blocks
     kv, block = kv_bytes(config), context.block_size_tokens
-    replicated = kv.replicated(config.tensor_model_parallel_size, block)
+    replicated = kv.replicated_bytes(config.tensor_model_parallel_size, block)
     return {
         "block_tokens": block,
         "peak_blocks": peak_blocks,
         "bytes_per_token_per_rank": one / block,
-        "bytes_per_token_whole_model": kv.whole(),
+        "bytes_per_token_whole_model": kv.total_bytes(),
         "bytes_per_token_per_rank_megatron": replicated / block,
         "peak_bytes_per_rank": one * peak_blocks,
-        "peak_bytes_whole_model": kv.whole(block) * peak_blocks,
+        "peak_bytes_whole_model": kv.total_bytes(block) * peak_blocks,
         "peak_bytes_per_rank_megatron": replicated * peak_blocks,
     }
 

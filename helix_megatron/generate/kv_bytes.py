@@ -31,14 +31,14 @@ class KvBytes:
     head_dim: int
     itemsize: int
 
-    def whole(self, tokens: int = 1) -> int:
+    def total_bytes(self, tokens: int = 1) -> int:
         """Of the model: every key and value once."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize * tokens
 
-    def replicated(self, ranks: int, tokens: int = 1) -> int:
+    def replicated_bytes(self, ranks: int, tokens: int = 1) -> int:
         """Of a rank that holds whole heads, as Megatron's do."""
         heads = -(-self.kv_heads // ranks)
-        return self.whole(tokens) // self.kv_heads * heads
+        return self.total_bytes(tokens) // self.kv_heads * heads
 
 
 def readable(count: float) -> str:

@@ -9,21 +9,30 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.convert import command, families
+from helix_megatron.checkpoint import compatibility
+from helix_megatron.checkpoint.model_arguments import flag_of
+from helix_megatron.convert import command, files
 from helix_megatron.convert.check import HOST_FLAGS
 from helix_megatron.convert.torch_dist import Checkpoint
 
-_WEIGHTS = ("*.safetensors", "*.gguf", "config.json", "tokenizer*", "*.index.json")
-# Of a Megatron model that is no Llama: what --use-checkpoint-args restores.
-_RESTORED = (
-    "normalization", "position_embedding_type", "swiglu", "rotary_percent", "rotary_interleaved",
-    "apply_layernorm_1p", "helix_slices_as_heads",
-)  # fmt: skip
+_CONVERSION = 2  # counts up when the same files are converted into something else
+# What a model run here may have unlike Megatron's defaults; all of it is given back as flags, since
+# --use-checkpoint-args restores a part.
+_SERVED = set(
+    """normalization layernorm_epsilon layernorm_zero_centered_gamma qk_layernorm
+    position_embedding_type no_rope_freq rotary_base rotary_percent rotary_interleaved
+    rotary_seq_len_interpolation_factor use_rope_scaling rotary_scaling_factor mscale mscale_all_dim
+    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+    swiglu squared_relu quick_geglu
+    add_bias_linear add_qkv_bias untie_embeddings_and_output_weights""".split()
+)
+_POSITIONS = ("learned_absolute", "rope", "yarn", "none")
 
 
 def default_cache() -> Path:
@@ -37,21 +46,20 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _fingerprint(source: Path, dtype: str) -> str:
-    """Of the source's files by name, size and time, and of what they are converted into."""
-    folder = source if source.is_dir() else source.parent
-    files = (
-        sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
-        if source.is_dir()
-        else [source]
-    )
-    digest = hashlib.sha256(f"1 {source.resolve()} {dtype}".encode())
-    for path in files:
+    """Of every file that conversion reads or copies, and of what they are converted into.
+
+    Weights count by size and time, all others by what is in them.
+    """
+    digest = hashlib.sha256(f"{_CONVERSION} {source.resolve()} {dtype}".encode())
+    for path in files.used_files(source):
         found = path.stat()
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}".encode())
+        weights = path.suffix in (".safetensors", ".gguf")
+        state = f"{found.st_size} {found.st_mtime_ns}".encode() if weights else path.read_bytes()
+        digest.update(f"\n{path.name} {hashlib.sha256(state).hexdigest()}".encode())
     return digest.hexdigest()[:16]
 
 
-def prepared(source: Path, dtype: str, cache: Path) -> Path:
+def prepare_checkpoint(source: Path, dtype: str, cache: Path) -> Path:
     """The Megatron checkpoint of a model; several processes may ask at once.
 
     Args:
@@ -101,17 +109,10 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
     """The command line that builds and loads the model for sequences of up to `sequence` tokens.
 
     Raises:
-        ValueError: the checkpoint has a feature that Megatron would not restore from it.
+        ValueError: the checkpoint has a feature that this command does not serve.
     """
     args = Checkpoint(checkpoint).args
-    for name, fine in families._PLAIN.items():
-        value = getattr(args, name, fine[-1])
-        if name not in _RESTORED and value not in fine:
-            raise ValueError(
-                f"{checkpoint} has {name} {value!r}, which --use-checkpoint-args does not restore; this "
-                "command runs dense models with full causal attention."
-            )
-    own = families.words(families.not_restored(families.flags(args, command.DTYPES[layout.dtype])))
+    own = compatibility.format_flags(_served(checkpoint, args))
     half = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(layout.dtype, [])
     local = layout.on_host or find_spec("transformer_engine") is None
     return [
@@ -129,6 +130,33 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
     ]
 
 
+def _served(checkpoint: Path, args: Namespace) -> dict[str, Any]:
+    """What is unlike Megatron's defaults in a checkpoint's arguments. ValueError for what is not served."""
+    if unsaid := compatibility.missing_arguments(args):
+        raise ValueError(
+            f"the arguments in {checkpoint} lack {', '.join(unsaid)}, so which model it is is unknown."
+        )
+    unlike = compatibility.non_default_arguments(args)
+    for name, value in unlike.items():
+        if name not in _SERVED or (name == "position_embedding_type" and value not in _POSITIONS):
+            raise ValueError(
+                f"{checkpoint} has {name} {value!r}, which is not served; this command runs dense models "
+                "with full causal attention."
+            )
+    return unlike
+
+
+def _refuse_other_function(checkpoint: Path, asked: tuple[str, ...]) -> None:
+    """ValueError when this run's arguments are not the checkpoint's, save for those that the user gave."""
+    from megatron.training import get_args
+
+    given = {word.partition("=")[0] for word in asked}
+    known, _ = compatibility.differences(Checkpoint(checkpoint).args, get_args())
+    differ = [words for name, words in known.items() if flag_of(name) not in given]
+    if differ:
+        raise ValueError(f"{checkpoint} was not restored as it was trained: {'; '.join(differ)}.")
+
+
 def load(
     checkpoint: Path, layout: Layout, tokenizer: str | None, sequence: int, more: list[str] = ()
 ) -> tuple[Any, Any]:
@@ -139,9 +167,13 @@ def load(
         more: flags.
     """
     from helix_megatron.convert.check import build_and_load
+    from helix_megatron.generate.engine import refuse_without_flash_attention
 
     opened = open_tokenizer(checkpoint, tokenizer)
-    (model,) = build_and_load([*flags(checkpoint, layout, sequence), *more])
+    (model,) = build_and_load(
+        [*flags(checkpoint, layout, sequence), *more], refuse_without_flash_attention
+    )
+    _refuse_other_function(checkpoint, layout.more)
     mask_padding(model, vocabulary(checkpoint, opened))
     return model, opened
 
@@ -165,6 +197,28 @@ def mask_padding(model: Any, vocabulary: int) -> None:
 
     if model.vocab_size > vocabulary:
         model.register_forward_hook(mask)
+
+
+def stop_tokens(checkpoint: Path, tokenizer: Any, given: str | None) -> tuple[int, ...]:
+    """The tokens at which an answer ends: those of generation_config.json, else of config.json, else the
+    tokenizer's one.
+
+    Args:
+        checkpoint: a converted model, or one whose arguments name a tokenizer's folder.
+        tokenizer: Megatron's.
+        given: folder of a tokenizer that the user chose, or None.
+    """
+    args = Checkpoint(checkpoint).args
+    trained = command.trained_tokenizer(args)
+    for folder in (given and Path(given), checkpoint / command.HF_FOLDER, trained):
+        found = files.token_ids(folder)["eos_token_id"] if folder else None
+        if found is not None:
+            break
+    else:
+        found = getattr(args, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eod
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def open_tokenizer(checkpoint: Path, given: str | None) -> Any:

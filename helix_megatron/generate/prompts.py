@@ -12,8 +12,8 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
     Args:
         given: from the command line.
-        file: one prompt a line, empty lines aside; in a .jsonl file a line is a JSON string or an object with
-            `prompt`.
+        file: UTF-8, one prompt a line, empty lines aside; in a .jsonl file a line is a JSON string or an
+            object with `prompt`. A line ends at \\n or \\r\\n and nowhere else.
 
     Raises:
         ValueError: there is no prompt, one is empty, or the file cannot be read.
@@ -21,10 +21,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            text = file.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompts-file {file}: {error}.") from error
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
             if line.strip():
                 prompts.append(_json_prompt(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
     if not prompts:
@@ -34,6 +34,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; a model needs at least one token to go on from.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {number} is not text: {error.reason}; give UTF-8.") from error
     return prompts
 
 

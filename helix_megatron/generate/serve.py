@@ -1,9 +1,10 @@
 """`helix serve`: Megatron's own text-generation server, its engine on the ranks of this command.
 
 The engine, its coordinator and the HTTP front end are Megatron's (MegatronAsyncLLM); here are the model they
-get, a check of every request (requests.py), and the end: SIGTERM or SIGINT, once, lets the engine finish its
-step and leave on all ranks; a second one kills them. Slurm and service managers send it to all processes of a
-job at once: the coordinator, and ranks that have stopped serving, ignore it.
+get, a check of every request and answer (front_end.py), and the end: SIGTERM or SIGINT, once, lets the engine
+finish its step and leave on all ranks; a second one kills them. Slurm and service managers send it to all
+processes of a job at once: the coordinator, and ranks that have stopped serving, ignore it. When an engine
+fails, the front end says so to whoever waits or asks, and all ranks end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any, TextIO
 
 from helix_megatron.generate import model as models
 from helix_megatron.generate.requests import Limits
+
+_POLL_S = 0.1
+_LAST_WORDS_S = 2.0  # in which the front end says that the engine has failed
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,17 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     from megatron.core.inference.text_generation_server.dynamic_text_gen_server import endpoints
 
     from helix_megatron.generate import engine as engines
-    from helix_megatron.generate.requests import guard
+    from helix_megatron.generate import front_end, stops
 
     model, tokenizer = models.load(server.checkpoint, server.layout, server.tokenizer, server.sequence)
     vocabulary = models.vocabulary(server.checkpoint, tokenizer)
     block = server.block_tokens or engines.default_block_tokens(model.config, server.layout.on_host)
     blocks = server.at_once * -(-server.sequence // block)
     size = engines.CacheSize(block, blocks, server.at_once, server.sequence, max(2048, server.sequence))
-    endpoints.__all__.append(guard(Limits(server.sequence, vocabulary, server.queue)))
+    lives = os.pipe()
+    limits = Limits(server.sequence, vocabulary, server.queue)
+    ends = models.stop_tokens(server.checkpoint, tokenizer, server.tokenizer)
+    endpoints.__all__.append(front_end.blueprint(limits, frozenset(ends), lives))
     default = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the coordinator, which starts now
     llm = MegatronAsyncLLM(
         model=model,
@@ -82,29 +89,107 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
+    engines.stop_at(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
-    asyncio.run(_serve(llm, server, terminal))
+    stops.end_at_stop_texts(llm.engine, tokenizer)
+    asyncio.run(_serve(llm, server, terminal, lives[1]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-async def _serve(llm: Any, server: Server, terminal: TextIO) -> None:
+async def _serve(llm: Any, server: Server, terminal: TextIO, life: int) -> None:
+    """Serve until told to stop; RuntimeError when the engine has failed.
+
+    Args:
+        life: the front end answers while this end of a pipe is open on rank 0.
+    """
     from megatron.core.inference.apis import ServeConfig
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     await llm.serve(ServeConfig(server.host, server.port, frontend_replicas=1), blocking=False)
     for number in (signal.SIGTERM, signal.SIGINT):  # after the front end, a fork, has been started
         loop.add_signal_handler(number, stop.set if llm.is_primary_rank else lambda: None)
+    watch = Watch(llm)
+    failed = asyncio.create_task(watch.failure())
     if llm.is_primary_rank:
         server.pid_file.write_text(str(os.getpid()))
-        engine_ends = asyncio.create_task(llm.wait_for_shutdown())
-        told = asyncio.create_task(stop.wait())
         announced = asyncio.create_task(_announce(server, terminal))
-        await asyncio.wait([engine_ends, told], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([failed, asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED)
         announced.cancel()
-        if not told.done():
-            engine_ends.result()
-            raise RuntimeError("Megatron's engine has stopped by itself")
-    await llm.shutdown()
+        watch.told = True
+    if not failed.done():
+        shutdown = asyncio.create_task(llm.shutdown())  # ranks other than the first wait in it
+        await asyncio.wait([failed, shutdown], return_when=asyncio.FIRST_COMPLETED)
+        if not failed.done():
+            return shutdown.result()
+    os.close(life)
+    await asyncio.sleep(_LAST_WORDS_S if watch.mine else 2 * _LAST_WORDS_S)  # its own rank shall speak first
+    watch.end_children()
+    raise RuntimeError(failed.result()) from watch.cause
+
+
+class Watch:
+    """Sees that the engine of some rank, its coordinator or the front end has ended unasked.
+
+    Megatron's loop prints the exception, ends its thread and tells nobody. Ranks tell one another by a key of
+    torch.distributed's store: without that, those whose engine waits for a failed one would wait for ever.
+    """
+
+    _KEY = "helix_serve/failed"
+
+    def __init__(self, llm: Any):
+        from torch.distributed import distributed_c10d
+
+        self._engine, self._primary = llm.engine, llm.is_primary_rank
+        self._store = distributed_c10d._get_default_store()
+        self.told = False
+        self.mine = False
+        self.cause: BaseException | None = None
+
+    async def failure(self) -> str:
+        """Return when something has failed: what."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            found = self._engine_failure()
+            if found is None and self._child_has_ended():
+                await asyncio.sleep(10 * _POLL_S)  # a signal to all processes: this one's comes, too
+                found = self._child_has_ended()
+            if found is not None:
+                self.mine = True
+                self._store.set(self._KEY, found)
+                return found
+            with contextlib.suppress(RuntimeError):  # rank 0, whose store it may be, has left first
+                if self._store.check([self._KEY]):
+                    return "the server has failed on another rank: " + self._store.get(self._KEY).decode()
+
+    def _engine_failure(self) -> str | None:
+        loop = self._engine.engine_loop_task
+        if not loop.done() or loop.cancelled() or loop.exception() is None:
+            return None
+        stop = loop.exception()  # Megatron's SystemExit, raised while the cause was handled
+        self.cause = stop.__context__ or stop
+        return f"the engine has failed: {type(self.cause).__name__}: {self.cause}"
+
+    def _child_has_ended(self) -> str | None:
+        if not self._primary or self.told:
+            return None
+        if not self._engine.inference_coordinator_process.is_alive():
+            return "the engine's coordinator has ended"
+        if not all(process.is_alive() for process in _front_ends()):
+            return "the HTTP front end has ended"
+        return None
+
+    def end_children(self) -> None:
+        """Kill what this rank has started."""
+        if self._primary:
+            for process in (self._engine.inference_coordinator_process, *_front_ends()):
+                process.kill()
+                process.join()
+
+
+def _front_ends() -> list[Any]:
+    from megatron.core.inference.text_generation_server.dynamic_text_gen_server import text_generation_server
+
+    return text_generation_server._SERVER_PROCESSES
 
 
 async def _announce(server: Server, terminal: TextIO) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from helix_megatron.host.shared_memory import KINDS, SLOT_BYTES, Meeting, connect
+from helix_megatron.host.shared_memory import KINDS, SLOT_BYTES, SharedMemoryGroup, connect
 
 _BARRIER, _ALL_REDUCE, _ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL = range(5)
 _COMBINED = {
@@ -40,7 +40,7 @@ _COMBINED = {
     ReduceOp.MAX: lambda pieces: pieces.amax(dim=0),
     ReduceOp.MIN: lambda pieces: pieces.amin(dim=0),
 }
-_meetings: WeakKeyDictionary[ProcessGroup, Meeting | None] = WeakKeyDictionary()
+_shared_groups: WeakKeyDictionary[ProcessGroup, SharedMemoryGroup | None] = WeakKeyDictionary()
 
 
 def patch_collectives() -> None:
@@ -64,11 +64,11 @@ def patch_collectives() -> None:
 def _wrapped(original: Callable, collective: Callable) -> Callable:
     @functools.wraps(original)
     def call(group: Any, *args: Any, **named: Any) -> Any:
-        meeting = None if named or group.size() == 1 else _meeting(group)
-        if meeting is None:
+        shared = None if named or group.size() == 1 else _shared_group(group)
+        if shared is None:
             return original(group, *args, **named)
         with torch.no_grad():
-            done = collective(meeting, *args)
+            done = collective(shared, *args)
         if not done:
             return original(group, *args)
         return _finished() if getattr(args[-1], "asyncOp", True) else None
@@ -83,10 +83,10 @@ def _finished() -> Any:
     return torch._C._distributed_c10d._create_work_from_future(future)
 
 
-def _meeting(group: ProcessGroup) -> Meeting | None:
+def _shared_group(group: ProcessGroup) -> SharedMemoryGroup | None:
     """The group's shared memory, made with its first collective; None where it has none."""
     try:
-        return _meetings[group]
+        return _shared_groups[group]
     except KeyError:
         pass
 
@@ -97,8 +97,8 @@ def _meeting(group: ProcessGroup) -> Meeting | None:
 
     limit_s = float(os.environ.get("HELIX_HOST_TIMEOUT_S", "300"))
     with torch.inference_mode(False):  # memory that may be written to from any mode
-        meeting = _meetings[group] = connect(group.rank(), group.size(), agree, limit_s)
-    return meeting
+        shared = _shared_groups[group] = connect(group.rank(), group.size(), agree, limit_s)
+    return shared
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _combination(options: Any, tensor: Tensor) -> Callable[[Tensor], Tensor] | N
     return next((combine for op, combine in _COMBINED.items() if options.reduceOp == op), None)
 
 
-def _all_reduce(meeting: Meeting, tensors: Any, options: Any) -> bool:
+def _all_reduce(shared: SharedMemoryGroup, tensors: Any, options: Any) -> bool:
     combine = None if isinstance(tensors, Tensor) or len(tensors) > 1 else _combination(options, tensors[0])
     if combine is None:
         return False
@@ -132,41 +132,41 @@ def _all_reduce(meeting: Meeting, tensors: Any, options: Any) -> bool:
     kind = mine.nbytes * KINDS + _ALL_REDUCE
     sums = []
     for part in mine.split(SLOT_BYTES // size):
-        slots, _ = meeting.swap(part, kind)
+        slots, _ = shared.swap(part, kind)
         sums.append(combine(slots[:, : part.numel()]))
     _write(tensors[0], (sums[0] if len(sums) == 1 else torch.cat(sums)).to(mine.dtype))
     return True
 
 
-def _all_gather(meeting: Meeting, output: Tensor, source: Tensor, _options: Any = None) -> bool:
+def _all_gather(shared: SharedMemoryGroup, output: Tensor, source: Tensor, _options: Any = None) -> bool:
     mine = _flat(source)
     kind = mine.nbytes * KINDS + _ALL_GATHER
     parts = [
-        meeting.swap(part, kind)[0][:, : part.numel()].clone()
+        shared.swap(part, kind)[0][:, : part.numel()].clone()
         for part in mine.split(SLOT_BYTES // source.element_size())
     ]
     _write(output, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     return True
 
 
-def _reduce_scatter(meeting: Meeting, output: Tensor, source: Tensor, options: Any) -> bool:
+def _reduce_scatter(shared: SharedMemoryGroup, output: Tensor, source: Tensor, options: Any) -> bool:
     combine = _combination(options, source)
     if combine is None:
         return False
-    pieces = _flat(source).view(meeting.ranks, -1)
+    pieces = _flat(source).view(shared.ranks, -1)
     kind = pieces.nbytes * KINDS + _REDUCE_SCATTER
     sums = []
-    for part in pieces.split(SLOT_BYTES // source.element_size() // meeting.ranks, dim=1):
-        slots, _ = meeting.swap(part.reshape(-1), kind)
+    for part in pieces.split(SLOT_BYTES // source.element_size() // shared.ranks, dim=1):
+        slots, _ = shared.swap(part.reshape(-1), kind)
         width = part.shape[1]
-        own = slots[:, meeting.rank * width : (meeting.rank + 1) * width]
+        own = slots[:, shared.rank * width : (shared.rank + 1) * width]
         sums.append(combine(own))
     _write(output, (sums[0] if len(sums) == 1 else torch.cat(sums)).to(output.dtype))
     return True
 
 
 def _all_to_all(
-    meeting: Meeting,
+    shared: SharedMemoryGroup,
     output: Tensor,
     source: Tensor,
     receive: list[int],
@@ -177,22 +177,22 @@ def _all_to_all(
         return False
     mine = _flat(source).view(torch.uint8)
     row = source.nbytes // max(1, source.shape[0])
-    sizes = [rows * row for rows in send] or [mine.numel() // meeting.ranks] * meeting.ranks
-    pieces: list[list[Tensor]] = [[] for _ in range(meeting.ranks)]
+    sizes = [rows * row for rows in send] or [mine.numel() // shared.ranks] * shared.ranks
+    pieces: list[list[Tensor]] = [[] for _ in range(shared.ranks)]
     first, rounds = 0, 1
     while first < rounds:
         window = range(first * SLOT_BYTES, (first + 1) * SLOT_BYTES)
-        slots, table = meeting.swap(mine[window.start : window.stop], _ALL_TO_ALL, sizes)
+        slots, table = shared.swap(mine[window.start : window.stop], _ALL_TO_ALL, sizes)
         first += 1
         rounds = max(1, -(-int(table.sum(axis=1).max()) // SLOT_BYTES))
-        starts = table[:, : meeting.rank].sum(axis=1)
-        for other, (start, length) in enumerate(zip(starts.tolist(), table[:, meeting.rank].tolist())):
+        starts = table[:, : shared.rank].sum(axis=1)
+        for other, (start, length) in enumerate(zip(starts.tolist(), table[:, shared.rank].tolist())):
             low, high = max(start, window.start), min(start + length, window.stop)
             if low < high:
                 pieces[other].append(slots[other, low - window.start : high - window.start].clone())
     lengths = [sum(part.numel() for part in parts) for parts in pieces]
     row = output.nbytes // max(1, output.shape[0])
-    expected = [rows * row for rows in receive] or [output.nbytes // meeting.ranks] * meeting.ranks
+    expected = [rows * row for rows in receive] or [output.nbytes // shared.ranks] * shared.ranks
     if lengths != expected:
         raise RuntimeError(f"host mode: an all-to-all brought {lengths} bytes, but {expected} were expected")
     if output.numel():
@@ -200,6 +200,6 @@ def _all_to_all(
     return True
 
 
-def _barrier(meeting: Meeting, _options: Any = None) -> bool:
-    meeting.swap(torch.empty(0, dtype=torch.uint8), _BARRIER)
+def _barrier(shared: SharedMemoryGroup, _options: Any = None) -> bool:
+    shared.swap(torch.empty(0, dtype=torch.uint8), _BARRIER)
     return True

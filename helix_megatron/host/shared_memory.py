@@ -56,11 +56,11 @@ def available() -> bool:
     )
 
 
-class Meeting:
+class SharedMemoryGroup:
     """The shared memory of one group, as one of its ranks sees it.
 
     Args:
-        memory: mapped, of `Meeting.size(ranks)` bytes.
+        memory: mapped, of `SharedMemoryGroup.size(ranks)` bytes.
         rank, ranks: of the group.
         limit_s: how long a rank waits for the others.
     """
@@ -151,28 +151,29 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def connect(rank: int, ranks: int, agree: Agree, limit_s: float) -> Meeting | None:
+def connect(rank: int, ranks: int, agree: Agree, limit_s: float) -> SharedMemoryGroup | None:
     """Make the memory of a group on its rank 0 and map it on all; None when one of them cannot.
 
     Args:
         agree: gathers one int64 vector of each rank, by other means; called alike on all ranks.
-        limit_s: as Meeting.
+        limit_s: as SharedMemoryGroup.
     """
     offer, file = [0] * 4, -1
     if rank == 0 and available():
         file = os.memfd_create("helix-host-mode")
-        os.ftruncate(file, Meeting.size(ranks))
+        os.ftruncate(file, SharedMemoryGroup.size(ranks))
         token = secrets.token_bytes(_TOKEN)
         os.pwrite(file, token, 0)
         offer = [os.getpid(), file, *struct.unpack("qq", token)]
     pid, theirs, *token_words = agree(offer)[0]
     memory = None
     if pid and available():
-        memory = _mapped(f"/proc/{pid}/fd/{theirs}", Meeting.size(ranks), struct.pack("qq", *token_words))
+        size, token = SharedMemoryGroup.size(ranks), struct.pack("qq", *token_words)
+        memory = _mapped(f"/proc/{pid}/fd/{theirs}", size, token)
     everybody = all(vector[0] for vector in agree([int(memory is not None), 0, 0, 0]))
     if file >= 0:
         os.close(file)
-    return Meeting(memory, rank, ranks, limit_s) if everybody and memory is not None else None
+    return SharedMemoryGroup(memory, rank, ranks, limit_s) if everybody and memory is not None else None
 
 
 def _mapped(path: str, size: int, token: bytes) -> mmap.mmap | None:

@@ -30,7 +30,7 @@ from helix_megatron.inference.position_cache import (
     PagedStep,
     SequenceStep,
     attend_with_shards,
-    own_slots,
+    local_slots,
 )
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
 from helix_megatron.kernels.paged_attention import Requests
@@ -273,7 +273,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         raise HelixConfigError(
             f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
             f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
-            "(helix_megatron.megatron.integrate.enable), with the model's own configuration"
+            "(helix_megatron.integrate.enable), with the model's own configuration"
         )
 
 
@@ -286,7 +286,7 @@ def _dynamic_step(
     if context.helix_tokens is None:  # the same for every layer of a step
         blocks, places, requests = _new_tokens(context)
         spare_block = context.kv_block_allocator.dummy_block_idx
-        kept = own_slots(interleave, groups.dim_rank, blocks, places, spare_block)
+        kept = local_slots(interleave, groups.dim_rank, blocks, places, spare_block)
         context.helix_tokens = (*kept, requests)
     page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
     return PagedStep(

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.exchange.collectives import SwappedPieces, gather_tokens, gather_uneven
+from helix_megatron.exchange.collectives import AsyncAllToAll, gather_tokens, gather_uneven
 from helix_megatron.exchange.slices import merge_key_slices, merge_value_slices, slice_shapes
 from helix_megatron.kernels.backend import attend
 from helix_megatron.kernels.merge import merge_partials
@@ -44,7 +44,7 @@ class Step(Protocol):
     dim: int
     """Where independent rows are: 0 the packed tokens of requests, 1 the sequences of a batch."""
 
-    def keep(self, key: Tensor, value: Tensor) -> None:
+    def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """Keep those of the new tokens' [S, B, K, D] that are this rank's."""
 
     def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,8 @@ def attend_with_shards(
     Returns:
         [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement.
     """
-    query, key, value = whole_tokens(query, key, value, layout, group)
-    step.keep(key, value)
+    query, key, value = gather_new_tokens(query, key, value, layout, group)
+    step.write_new_tokens(key, value)
     rows = query.shape[step.dim]
     chunks = max(1, min(chunks, rows))
     bounds = [rows * chunk // chunks for chunk in range(chunks + 1)]
@@ -89,7 +89,7 @@ def attend_with_shards(
     return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
 
 
-def whole_tokens(
+def gather_new_tokens(
     query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One collective over `group`: attend_with_shards' shapes to [S, B, N, D], [S, B, K, D], [S, B, K, D].
@@ -114,7 +114,7 @@ def whole_tokens(
 
 def send_partials(
     out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.ProcessGroup
-) -> tuple[SwappedPieces, int]:
+) -> tuple[AsyncAllToAll, int]:
     """Start the all-to-all over `group` that gives a rank its share of all partial outputs.
 
     Args:
@@ -132,11 +132,11 @@ def send_partials(
         outs, bits = out.unflatten(-1, (m, -1)).movedim(-2, 0), bits.expand(m, *bits.shape)
     else:
         pieces = [torch.cat([piece, bits], dim=-1) for piece in out.split(layout.all_slice_dims, dim=-1)]
-        return SwappedPieces(pieces, group), bits.shape[-1]
-    return SwappedPieces(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
+        return AsyncAllToAll(pieces, group), bits.shape[-1]
+    return AsyncAllToAll(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
 
 
-def receive_partials(pieces: SwappedPieces, lse_elements: int, dtype: torch.dtype) -> Tensor:
+def receive_partials(pieces: AsyncAllToAll, lse_elements: int, dtype: torch.dtype) -> Tensor:
     """Wait for what send_partials started, merge it in fp32: [S, B, N, d_s] or [S, B, N/m, D] in `dtype`."""
     received = pieces.wait()  # [m, S, B, ...]
     outs, bits = received.split([received.shape[-1] - lse_elements, lse_elements], dim=-1)
@@ -181,7 +181,7 @@ class SequenceStep:
     start: int
     dim = 1
 
-    def keep(self, key: Tensor, value: Tensor) -> None:
+    def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """As Step."""
         first = self.interleave.count(self.rank, self.start)
         last = self.interleave.count(self.rank, self.start + key.shape[0])
@@ -210,7 +210,7 @@ class SequenceStep:
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
 
-def own_slots(
+def local_slots(
     interleave: KvInterleave, rank: int, blocks: Tensor, places: Tensor, spare_block: int
 ) -> tuple[Tensor, Tensor]:
     """Where `rank` keeps new tokens, without asking the device how many of them are its own.
@@ -236,7 +236,7 @@ class PagedStep:
         interleave: how positions are dealt; whole cycles fill a block.
         rank: this rank in its dim group.
         attention: of the layer.
-        blocks, slots: [tokens] where each new token is kept, as own_slots says.
+        blocks, slots: [tokens] where each new token is kept, as local_slots says.
         requests: whose tokens they are; tokens past the last request are padding.
         singles: row r is the only new token of request r.
     """
@@ -252,7 +252,7 @@ class PagedStep:
     singles: bool
     dim = 0
 
-    def keep(self, key: Tensor, value: Tensor) -> None:
+    def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """As Step, key and value [tokens, 1, K, D]."""
         tokens = len(self.blocks)
         self.keys[self.blocks, self.slots] = key[:tokens, 0]

@@ -82,7 +82,7 @@ def attend_over_slices(
     how = (pages.attention.left, query.shape[2], pages.keys.shape[1], SCORE_BYTES)
     if how not in requests.kept:  # the same for every layer of a step
         requests.kept[how] = [
-            [_work(alike, requests, how[2]) for alike in _alike(parts)]
+            [_attention_work(alike, requests, how[2]) for alike in _group_by_length(parts)]
             for parts in _batches(requests, *how[:2])
         ]
     for batch in requests.kept[how]:
@@ -95,20 +95,23 @@ def attend_over_slices(
     return out
 
 
-def _single(part: _Part) -> bool:
+def _is_single_token(part: _Part) -> bool:
     return part.rows.stop - part.rows.start == 1
 
 
-def _alike(parts: list[_Part]) -> list[list[_Part]]:
+def _group_by_length(parts: list[_Part]) -> list[list[_Part]]:
     """Single new tokens that see about as much (at most twice) together, prompts each on its own."""
     found: dict[int, list[_Part]] = {}
     for number, part in enumerate(parts):
-        found.setdefault((part.last - part.first).bit_length() if _single(part) else -number, []).append(part)
+        group = (part.last - part.first).bit_length() if _is_single_token(part) else -number
+        found.setdefault(group, []).append(part)
     return list(found.values())
 
 
-def _work(parts: list[_Part], requests: Requests, block: int) -> _Singles | _Prompt:
-    return _Singles(parts, requests, block) if _single(parts[0]) else _Prompt(parts[0], requests, block)
+def _attention_work(parts: list[_Part], requests: Requests, block: int) -> _Singles | _Prompt:
+    if _is_single_token(parts[0]):
+        return _Singles(parts, requests, block)
+    return _Prompt(parts[0], requests, block)
 
 
 def _batches(requests: Requests, left: int | None, heads: int) -> Iterator[list[_Part]]:

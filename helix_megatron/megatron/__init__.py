@@ -8,9 +8,12 @@ qk_norm.py         QK norm over heads of which a rank holds a slice
 gradient_range.py  adaptive gradient scaling of per-slice attention in fp16
 process_groups.py  the groups of the grid, made and registered beside Megatron's own
 sliced_linear.py   marks layers whose ranks do not hold contiguous chunks
+weight_readers.py  Megatron's tools that read weights: taught, or refused by name
 specs.py           layer specs for code that builds models itself
 bridge.py          Megatron-Bridge: Hugging Face weights into slices and back
 integrate.py       the one place that touches Megatron: explicit, version-guarded, undoable
+run_settings.py    what the arguments of a run mean, and what all ranks must share
+replacements.py, checkpoint_reading.py, level_reductions.py   parts of integrate.py
 arguments.py       the flags
 yaml_config.py     flags from a YAML file
 flag_values.py     which values Megatron's parser takes

@@ -80,8 +80,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         choices=KV_CACHES,
         default="auto",
         help="Inference: sequence caches whole heads of 1/M of the positions on each rank; dim caches slices "
-        "of all positions and sums scores over the whole context in every step. auto: dim where "
-        "--helix-context-length says that contexts are short, else sequence.",
+        "of all positions and sums scores over the whole context in every step. auto: sequence; in host "
+        "mode dim where --helix-context-length says that contexts are short.",
     )
     group.add_argument(
         "--helix-context-length",
@@ -172,6 +172,7 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         core_attention=args.helix_core_attention,
         kv_cache=args.helix_kv_cache,
         context_length=args.helix_context_length,
+        host_mode=args.helix_host_mode,
         kv_interleave_size=args.helix_kv_interleave_size,
         overlap_chunks=args.helix_overlap_chunks,
         hierarchical_allreduce=args.helix_hierarchical_allreduce,

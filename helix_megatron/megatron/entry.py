@@ -21,15 +21,15 @@ _CONFIGURATION_MODULES = (
 )
 
 
-def prepare(argv: list[str]) -> list[str]:
+def prepare_argv(argv: list[str]) -> list[str]:
     """Files into flags, environment, host mode, Helix into Megatron, in the order that these need.
 
     Returns argv as Megatron's parser takes it. ValueError for a file that cannot be used.
     """
-    rest, found = yaml_config.split(argv)
+    rest, found = yaml_config.split_config_files(argv)
     for _, config, _ in found:
         os.environ.update(config.env_vars)
-    if yaml_config.wants_host(rest, found):
+    if yaml_config.requests_host_mode(rest, found):
         from helix_megatron.host.mode import enable_host_mode
 
         enable_host_mode()
@@ -37,7 +37,7 @@ def prepare(argv: list[str]) -> list[str]:
 
     integrate.install()
     use_built_helpers()
-    return yaml_config.join(rest, found)
+    return yaml_config.join_argv(rest, found)
 
 
 def use_built_helpers() -> None:
@@ -75,7 +75,7 @@ def configuration_error(error: BaseException) -> str | None:
     return f"Megatron requires `{code}` ({module}, line {line})."
 
 
-def guarded(body: Callable[[], None], program: str) -> int:
+def run_guarded(body: Callable[[], None], program: str) -> int:
     """Run `body`; a refused configuration becomes one line on stderr and 2, anything else is raised."""
     try:
         body()

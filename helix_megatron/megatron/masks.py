@@ -81,7 +81,7 @@ def hidden_from_scores(
     if mask_type is AttnMaskType.no_mask and window is None:
         return None
     if mask_type is not AttnMaskType.arbitrary and not te_is_unfused(te):
-        if not _says_no_more(mask, own, window):
+        if not _adds_nothing(mask, own, window):
             raise NotImplementedError(
                 f"Helix: a mask of more than the causal one (--reset-attention-mask) with summed scores in "
                 f"{te}: Transformer Engine's flash and fused kernels ignore it, its unfused one does not; "
@@ -91,11 +91,11 @@ def hidden_from_scores(
     return mask if own is None else own | mask
 
 
-def _says_no_more(mask: Tensor, own: Tensor | None, window: tuple[int, int] | None) -> bool:
+def _adds_nothing(mask: Tensor, own: Tensor | None, window: tuple[int, int] | None) -> bool:
     """Does `own` hide all that the mask does? Megatron hands one tensor to every layer: asked once of it."""
-    if not hasattr(mask, "helix_says_no_more"):
-        mask.helix_says_no_more = {}
-    known = mask.helix_says_no_more
+    if not hasattr(mask, "helix_adds_nothing"):
+        mask.helix_adds_nothing = {}
+    known = mask.helix_adds_nothing
     if window not in known:
         known[window] = not bool((mask if own is None else mask & ~own).any())
     return known[window]

@@ -292,6 +292,8 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         f"{packs} with per-slice softmax and local layers (--transformer-impl local), whose core has none": (
             packed and per_slice and value("transformer_impl") == "local"
         ),
+        "weights sharded over more ranks than tensor parallelism has (--tensor-parallel-num-weight-shards, "
+        "gtp_weight_remat_size)": value("gtp_weight_remat_size", 1) > 1,
         "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
     }
     for feature, used in reasons.items():
@@ -340,11 +342,10 @@ def _slice_submodules(
     """The spec's submodules, built for slices instead of heads."""
     layout, tp = plan.layout, plan.grid.size
     rank = groups.head_rank * plan.grid.dim_parallel_size + groups.dim_rank
-    rows = Slices(layout.qkv_permutation(), layout.qkv_rows(rank), 0, config)
-    columns = Slices(layout.proj_permutation(), layout.proj_columns(rank), 1, config)
+    rows, columns = Slices(layout, rank, 0, config), Slices(layout, rank, 1, config)
     changes: dict[str, Any] = {
-        "linear_qkv": _sliced(submodules.linear_qkv, rows, rank, tp),
-        "linear_proj": _sliced(submodules.linear_proj, columns, rank, tp),
+        "linear_qkv": _sliced(submodules.linear_qkv, rows, tp),
+        "linear_proj": _sliced(submodules.linear_proj, columns, tp),
     }
     if not layout.per_slice:
 
@@ -409,7 +410,7 @@ def _build_qk_norm(
     return slice_norm(norm, config, dims, layout.shape.kv_channels, groups.dim_group)
 
 
-def _sliced(builder: Callable, slices: Slices, rank: int, tp: int) -> Callable:
+def _sliced(builder: Callable, slices: Slices, tp: int) -> Callable:
     """Wrap a linear layer's builder: it is marked, and a rank initialises ITS rows of the master weight.
 
     Megatron divides a layer's size by T, so it is told T times what this rank holds (the whole layer, where
@@ -418,7 +419,7 @@ def _sliced(builder: Callable, slices: Slices, rank: int, tp: int) -> Callable:
     columns (dim 1) of this rank's slices: the model is the same at every grid. A local draw (GPU
     initialisation) is left alone, its entries are independent.
     """
-    held, dim = len(slices.own), slices.dim
+    held, dim, rank = len(slices.own), slices.dim, slices.rank
 
     def build(*args: Any, init_method: Callable[[Tensor], Any], **kwargs: Any) -> torch.nn.Module:
         def init(weight: Tensor) -> Any:

@@ -18,6 +18,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from helix_megatron.exchange.groups import HelixGroups
+from helix_megatron.megatron import integrate
 from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
@@ -42,6 +43,7 @@ def with_helix_attention(
         if helix.dim_parallel_size == 1:
             return spec
         raise HelixConfigError(f"Helix replaces Megatron's SelfAttention; this layer spec has {module!r}")
+    integrate.teach_tools()
     params: dict[str, Any] = {**attention.params, "helix": helix, "helix_groups": helix_groups}
     helix_attention = ModuleSpec(
         module=HelixParallelSelfAttention, params=params, submodules=attention.submodules

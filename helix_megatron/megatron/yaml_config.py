@@ -196,7 +196,7 @@ def to_argv(arguments: Mapping[str, Any], where: str, known: Iterable[str] | Non
     return argv
 
 
-def split(argv: list[str]) -> tuple[list[str], list[tuple[int, RunConfig, str]]]:
+def split_config_files(argv: list[str]) -> tuple[list[str], list[tuple[int, RunConfig, str]]]:
     """Take every `--helix-config FILE` out of argv: the rest, and (position in it, config, path) of each."""
     rest: list[str] = []
     found: list[tuple[int, RunConfig, str]] = []
@@ -213,7 +213,7 @@ def split(argv: list[str]) -> tuple[list[str], list[tuple[int, RunConfig, str]]]
     return rest, found
 
 
-def wants_host(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> bool:
+def requests_host_mode(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> bool:
     """Whether the command line or its files ask for host mode; the later of them says."""
     wanted, start = False, 0
     for position, config, _ in found:
@@ -223,7 +223,7 @@ def wants_host(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> bool
     return wanted or HOST_FLAG in rest[start:]
 
 
-def join(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> list[str]:
+def join_argv(rest: list[str], found: list[tuple[int, RunConfig, str]]) -> list[str]:
     """The inverse of `split`: argv with every file's flags where `--helix-config FILE` stood.
 
     Call `integrate.install()` first: the flags are checked against Megatron's parser as it then is.

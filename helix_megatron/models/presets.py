@@ -59,6 +59,7 @@ class ModelShape:
     """Biases of q, k and v alone."""
     max_position_embeddings: int = 8192
     make_vocab_size_divisible_by: int = 128
+    """0: `vocab_size` is the padded size, whatever the tensor-parallel size."""
     notes: tuple[str, ...] = ()
     """What the model has and `model_args` does not say."""
 
@@ -89,7 +90,7 @@ class ModelShape:
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embeddings at tensor-parallel size `tp`, as Megatron pads them."""
-        multiple = self.make_vocab_size_divisible_by * tp
+        multiple = self.make_vocab_size_divisible_by * tp or 1
         return -(-self.vocab_size // multiple) * multiple
 
     def scaled(self, factor: float, num_layers: int | None = None) -> ModelShape:
@@ -315,6 +316,12 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
     if heads and groups and heads % groups:
         raise ValueError(
             f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}."
+        )
+    hidden = config.get("hidden_size")
+    if hidden and heads and not config.get("head_dim") and hidden % heads:
+        raise ValueError(
+            f"{where}: num_attention_heads {heads} does not divide hidden_size {hidden}, and there is no "
+            "head_dim, the dimension of a head; give one."
         )
 
 

@@ -18,5 +18,6 @@ config.py     the user's settings, and what they mean for one layer
 derived.py    the configuration whose heads are slices
 kv_layout.py  which position the KV cache keeps on which rank
 tensor_sizes.py  what a tensor-parallel size must divide besides heads
+resharding.py  weights from the ranks of one layout to those of another, row by row
 choice.py     the grid without a search, and why
 """

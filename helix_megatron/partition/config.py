@@ -52,11 +52,14 @@ class HelixConfig:
 
     kv_cache: str = "auto"
     """What the m ranks of a dim group cache in inference. "sequence": whole heads of 1/m of the positions.
-    "dim": slices of all positions; every step sums scores over the whole context. "auto": dim where
-    `context_length` is known and short, else sequence."""
+    "dim": slices of all positions; every step sums scores over the whole context. "auto": sequence; in host
+    mode dim where `context_length` is known and short."""
 
     context_length: int | None = None
     """Inference: tokens of the longest request, prompt and answer. None: not known, or no inference."""
+
+    host_mode: bool = False
+    """Ranks are processes of one host: "auto" follows what was measured there (SHORT_CONTEXT)."""
 
     kv_interleave_size: int = 32
     """Consecutive positions that one rank keeps in a "sequence" cache, before the next rank's turn."""
@@ -153,7 +156,9 @@ class HelixConfig:
         comm_type = "none" if per_slice else {"auto": "a2a"}.get(self.comm_type, self.comm_type)
         placement, kv_cache = self.query_placement, "none" if per_slice else self.kv_cache
         if kv_cache == "auto":
-            short = self.context_length is not None and self.context_length <= SHORT_CONTEXT
+            # Measured on a host; on a GPU dim takes far longer (docs/results.md).
+            length = self.context_length
+            short = self.host_mode and length is not None and length <= SHORT_CONTEXT
             # Whole query heads would be exchanged before and after the sum; overlap needs an exchange.
             sliced = placement != "heads" and self.overlap_chunks == 1
             kv_cache = "dim" if short and sliced else "sequence"

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import gcd
 
 import numpy as np
@@ -282,6 +282,10 @@ class HelixLayout:
         dims = np.arange(self.shape.kv_channels) if self.query_placement == "heads" else self.value_dims(j)
         return np.concatenate([int(h) * self.shape.kv_channels + dims for h in self.local_query_heads(rank)])
 
+    def held(self, dim: int, rank: int) -> Indices:
+        """Rows of `linear_qkv` (dim 0) or columns of `linear_proj` (dim 1) that `rank` holds."""
+        return self.qkv_rows(rank) if dim == 0 else self.proj_columns(rank)
+
     def qkv_permutation(self) -> Indices:
         """Rows of all ranks one after another: a permutation of the standard `linear_qkv`."""
         return np.concatenate([self.qkv_rows(r) for r in range(self.grid.size)])
@@ -289,6 +293,13 @@ class HelixLayout:
     def proj_permutation(self) -> Indices:
         """Columns of all ranks one after another: a permutation of the standard `linear_proj`."""
         return np.concatenate([self.proj_columns(r) for r in range(self.grid.size)])
+
+
+def contiguous_runs(indices: Indices) -> list[tuple[int, int]]:
+    """(start, length) of the maximal runs of consecutive numbers, in order: 4 5 6 0 1 -> (4, 3), (0, 2)."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    bounds = [0, *breaks.tolist(), len(indices)]
+    return [(int(indices[a]), b - a) for a, b in pairwise(bounds)]
 
 
 def position_chunks(length: int, part: int, parts: int) -> list[tuple[int, int]]:

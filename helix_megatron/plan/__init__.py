@@ -1,24 +1,16 @@
 """`helix plan`: which layout a model should run in on given hardware, predicted and explained.
 
-layout.py     a layout (tp, pp, dp, n x m, ...) and the work to be done   }
-memory.py     bytes that a rank holds                                     }
-traffic.py    collectives of a step, and the bytes a rank receives        } pure arithmetic
-compute.py    matrix products, attention and passing over memory          }
-hardware.py   what a cluster can do: constants of devices and links       }
-placement.py  which domains of the fast link a group's ranks lie in
-timing.py     seconds of a step, from the four above                      }
-search.py     every layout that fits, ranked                              }
-advice.py     why nothing fits, and what would                            }
-rule.py       the grid without a search, for `--attention-impl helix`     }
-clusters.py, cluster_fields.py   known clusters, and those in files
-inputs.py     models and clusters from presets, files and flags
-given.py      Megatron's flags that come with a model: what is used, named as not planned, refused
-nvml.py       this machine's GPUs
-pasted.py     flags and, on a host, the command to paste
-report.py     table, JSON, explanation
-probe.py      measures a host's constants: collectives and software,
-probe_gpu.py  or those of GPUs,
-rates.py      and what a core or a GPU does in a second
-trial.py      builds a layout with Megatron and measures it: what predictions are checked against
-command.py    the command line
+A layout (tp, pp, dp, n x m, ...) and the work to be done are a `Problem`; pure arithmetic turns it into bytes
+held, collectives, operations and, with the constants of a cluster, seconds; the search ranks all that fit.
+Constants are data sheets' or measured by a probe. Every figure is predicted and printed with its formula.
+
+layout, terms                       a problem; a quantity as a product of named factors     }
+memory, traffic, compute            bytes held, collectives, operations of a rank           } pure
+hardware, timing                    rates and times of a cluster, seconds of a step         } arithmetic
+search, suggestions                 every layout that fits, ranked; what to change          }
+clusters, machine                   known clusters and those in files; this machine
+inputs, megatron_flags              the model; Megatron's flags, read and printed
+command, report                     the command line; tables, JSON, explanation
+probe, probe_collectives, probe_rates   measures a host's or GPUs' constants
+trial                               builds a layout with Megatron and measures it, to check predictions
 """

@@ -17,6 +17,7 @@ from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
 
 BATCH, LENGTH = 128, 4096  # where neither an option nor a flag says
 _SIZES = ("--seq-length", "--micro-batch-size", "--global-batch-size")
+_POSITIVE = ("nodes", "gpus", "batch", "length", "memory", "domain", "inter_node", "tp", "pp", "top", "ranks")
 
 _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
@@ -34,114 +35,138 @@ def add_plan(subparsers: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", help="preset, config.json or its folder, or YAML with Megatron's flags")
-    parser.add_argument(
-        "--cluster", default="dgx-h100", help="preset, YAML file, or this (default: dgx-h100)"
-    )
-    parser.add_argument("--nodes", type=int, help="machines (default: the cluster's)")
-    parser.add_argument("--gpus", type=int, help="ranks in all, where not all devices are used, or shared")
-    parser.add_argument("--workload", choices=KINDS, default="train")
-    parser.add_argument("--batch", type=int, help="sequences in a step over all replicas (default: 128)")
-    parser.add_argument(
-        "--seq-length",
-        "--context",
-        dest="length",
-        type=int,
-        metavar="POSITIONS",
-        help="of a sequence (default: 4096)",
-    )
-    parser.add_argument("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
-    parser.add_argument("--no-distributed-optimizer", action="store_true")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of a device")
-    parser.add_argument("--domain", type=int, help="devices that the fast link joins")
-    parser.add_argument("--inter-node", type=float, metavar="GB/S", help="per device and direction")
-    parser.add_argument("--tp", type=int, help="only this tensor-parallel size")
-    parser.add_argument("--pp", type=int, help="only this number of pipeline stages")
-    parser.add_argument(
-        "--grid", metavar="NxM", help="only this Helix grid, beside Megatron's attention on as many ranks"
-    )
-    parser.add_argument("--top", type=int, default=8, help="rows shown (default: 8)")
-    parser.add_argument(
-        "--explain", action="store_true", help="every formula of the first rows, with numbers"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
-    parser.add_argument(
-        "--probe",
-        metavar="FILE",
-        help="measure this machine (GPUs: in torchrun), write FILE for --cluster",
-    )
-    parser.add_argument("--ranks", type=int, help="with --probe: the most ranks (default: twice the cores)")
-    parser.add_argument("flags", nargs="*", help="after --: the model as Megatron's flags")
-    parser.set_defaults(run=_plan)
+    add = parser.add_argument
+    add("--model", help="preset, config.json or its folder, or YAML with Megatron's flags")
+    add("--cluster", default="dgx-h100", help="preset, YAML file, or this (default: dgx-h100)")
+    add("--nodes", type=int, help="machines (default: the cluster's)")
+    add("--gpus", type=int, help="ranks in all, where not all devices are used, or shared")
+    add("--workload", choices=KINDS, default="train")
+    add("--batch", type=int, help="sequences in a step over all replicas (default: 128)")
+    add("--seq-length", "--context", dest="length", type=int, metavar="POSITIONS",
+        help="of a sequence (default: 4096)")  # fmt: skip
+    add("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
+    add("--no-distributed-optimizer", action="store_true")
+    add("--memory", type=float, metavar="GB", help="of a device")
+    add("--domain", type=int, help="devices that the fast link joins")
+    add("--inter-node", type=float, metavar="GB/S", help="per device and direction")
+    add("--tp", type=int, help="only this tensor-parallel size")
+    add("--pp", type=int, help="only this number of pipeline stages")
+    add("--grid", metavar="NxM", help="only this Helix grid, beside Megatron's attention on as many ranks")
+    add("--top", type=int, default=8, help="rows shown (default: 8)")
+    add("--explain", action="store_true", help="every formula of the first rows, with numbers")
+    add("--json", action="store_true", help="one JSON document instead of tables")
+    add("--probe", metavar="FILE", help="measure this machine (GPUs: in torchrun), write FILE for --cluster")
+    add("--ranks", type=int, help="with --probe: the most ranks (default: twice the cores)")
+    add("flags", nargs="*", help="after --: the model as Megatron's flags")
+    parser.set_defaults(run=run)
 
 
-def _plan(options: argparse.Namespace) -> int:
-    _check(options)
+def run(options: argparse.Namespace) -> int:
+    """What the options ask for; returns the exit code."""
+    check_options(options)
     if options.probe:
         from helix_megatron.plan import probe
 
         return probe.main(options.probe, options.ranks)
-    from helix_megatron.plan import advice, pasted, report
+    from helix_megatron.plan import report
+    from helix_megatron.plan.megatron_flags import training_command
     from helix_megatron.plan.search import search
 
     if bool(options.model) == bool(options.flags):
         raise ValueError("give the model either as --model or as Megatron's flags after --")
-    cluster = _cluster(options)
-    shape, workload, flags = _asked(options, cluster)
-    grid = _grid(options, shape, cluster)
+    cluster = chosen_cluster(options)
+    shape, workload, flags = chosen_work(options, cluster)
+    grid = chosen_grid(options, shape, cluster)
     plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
     layout = plan.candidates[0].layout if plan.candidates else None
-    command = pasted.command(shape, flags, layout, workload, cluster) if layout else None
+    command = training_command(shape, flags, layout, workload, cluster) if layout else None
     if options.json:
-        document = report.as_json(plan, shape, cluster, workload, options.top) | {"run": command}
-        print(json.dumps(document, allow_nan=False))
-        return 0 if plan.candidates else 1
-    from rich.console import Console
+        print(json.dumps(report.as_json(plan, options.top) | {"run": command}, allow_nan=False))
+    else:
+        from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 170, soft_wrap=True)
-    show = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
-    show(report.title(shape, cluster, workload))
-    if layout is None:
-        show(f"No plan: {advice.nothing(plan)}.")
-        return 1
-    console.print(report.table(plan, workload, options.top))
-    console.print(report.memory_table(plan, cluster, options.top))
-    left = f", {plan.too_big} do not fit" if plan.too_big else ""
-    show(f"{plan.tried} variants tried{left}; a row is a layout in its fastest variant.")
-    show(f"ms: a whole step ({workload.kind}); update: gradients and optimizer.")
-    for line in report.verdict(plan, shape, workload):
-        show(line)
-    show(f"Flags of 1: {pasted.line(pasted.flags(layout, workload, cluster))}")
-    if command:
-        show(f"Run 1, as it stands: {command}")
-    if options.explain:
-        for candidate in plan.best[: min(2, options.top)]:
-            for line in report.explain(candidate, cluster):
-                show(line)
-    return 0
+        console = Console(width=None if sys.stdout.isatty() else 170, soft_wrap=True)
+        for part in report.as_text(plan, options.top, command, options.explain):
+            console.print(part, highlight=False, markup=False)
+    return 0 if layout else 1
 
 
-def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, Workload, dict[str, Any]]:
+def check_options(options: argparse.Namespace) -> None:
+    """ValueError for an option that is no size."""
+    for name in _POSITIVE:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            flag = "seq-length" if name == "length" else name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; it must be positive{' and finite' * (value > 0)}.")
+    for name, unit in (("memory", "GB"), ("inter_node", "GB/s")):
+        value = getattr(options, name)
+        if value is not None and value >= 1e6:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value:g} {unit}; it is in {unit}, not in bytes."
+            )
+
+
+def chosen_cluster(options: argparse.Namespace) -> Cluster:
+    """The cluster with the user's changes. ValueError for sizes that cannot be."""
+    from helix_megatron.plan import clusters, inputs
+
+    cluster = inputs.cluster(options.cluster)
+    if options.gpus:
+        cluster = clusters.resize(cluster, *_devices(options, cluster))
+    elif options.nodes:
+        cluster = replace(cluster, nodes=options.nodes)
+    changes = {
+        "memory": options.memory and options.memory * 1e9,
+        "domain": options.domain,
+        "slow": options.inter_node and options.inter_node * 1e9,
+    }
+    where = f"--memory {options.memory:g}" if options.memory else options.cluster
+    return clusters.check(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
+
+
+def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
+    """(devices of a node, nodes) for --gpus. ValueError where they are not that many, or not equally many."""
+    gpus, full = options.gpus, cluster.gpus_per_node
+    enough = gpus // full if gpus % full == 0 and not cluster.slots else cluster.nodes
+    nodes = options.nodes or enough
+    if gpus % nodes:
+        raise ValueError(f"--gpus {gpus} is not a multiple of {nodes} nodes.")
+    if gpus // nodes > full and not cluster.slots:  # ranks may share a host's cores, not a GPU
+        least = next(n for n in range(-(-gpus // full), gpus + 1) if gpus % n == 0)
+        raise ValueError(
+            f"--gpus {gpus} on {nodes} node{'s' * (nodes > 1)} is {gpus // nodes} in each, and a node of "
+            f"{cluster.name} has {full}; give --nodes {least} ({gpus // least} in each), or a YAML file "
+            f"with {{base: {options.cluster}, gpus_per_node: {gpus // nodes}}}."
+        )
+    return gpus // nodes, nodes
+
+
+def chosen_work(
+    options: argparse.Namespace, cluster: Cluster
+) -> tuple[ModelShape, Workload, dict[str, Any]]:
     """The model, the work, and Megatron's flags that came with the model; options and flags say the work.
 
     Raises:
         ValueError: a flag and an option that contradict one another, or values that cannot be.
     """
-    from helix_megatron.plan import given, inputs
+    from helix_megatron.plan import inputs
+    from helix_megatron.plan import megatron_flags as mf
 
-    flags, where = inputs.flags_of(options.model, options.flags)
-    notes = given.unplanned(flags, where, cluster.fused)  # unknown flags first: one may be a needed one's
-    train = options.workload == "train"
-    size = {name: given.whole(flags, name, where) for name in _SIZES if name in flags}
+    flags, where = inputs.model_flags(options.model, options.flags)
+    notes = mf.unplanned_flags(flags, where, cluster.fused)  # unknown flags first: one may be a needed one's
+    size = {name: mf.parse_int_flag(flags, where, name) for name in _SIZES if name in flags}
     length, batch, micro = options.length or size.get("--seq-length"), options.batch, None
-    if train:
-        length = given.settled(
+    if options.workload == "train":
+        length = mf.merge_option(
             "--seq-length", options.length, "--seq-length", size.get("--seq-length"), where
         )
-        batch = given.settled("--batch", batch, "--global-batch-size", size.get("--global-batch-size"), where)
+        batch = mf.merge_option(
+            "--batch", batch, "--global-batch-size", size.get("--global-batch-size"), where
+        )
         micro = size.get("--micro-batch-size")
-    dtype = given.settled("--dtype", options.dtype, "--bf16 or --fp16", given.dtype(flags, where), where)
-    distributed = given.on(flags, "--use-distributed-optimizer", where)
+    of_flags = mf.parse_dtype_flags(flags, where)
+    dtype = mf.merge_option("--dtype", options.dtype, "--bf16 or --fp16", of_flags, where)
+    distributed = mf.parse_bool_flag(flags, where, "--use-distributed-optimizer")
     if distributed and options.no_distributed_optimizer:
         raise ValueError(f"--no-distributed-optimizer contradicts --use-distributed-optimizer of {where}.")
     if flags:
@@ -168,27 +193,7 @@ def _asked(options: argparse.Namespace, cluster: Cluster) -> tuple[ModelShape, W
     return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 
 
-def _cluster(options: argparse.Namespace) -> Cluster:
-    """The cluster with the user's changes. ValueError for sizes that cannot be."""
-    from helix_megatron.plan import clusters, inputs
-
-    cluster = inputs.cluster(options.cluster)
-    if options.gpus:
-        cluster = clusters.resized(cluster, *_nodes(options, cluster))
-    elif options.nodes:
-        cluster = replace(cluster, nodes=options.nodes)
-    changes: dict[str, Any] = {}
-    if options.memory:
-        changes["memory"] = options.memory * 1e9
-    if options.domain:
-        changes["domain"] = options.domain
-    if options.inter_node:
-        changes["slow"] = options.inter_node * 1e9
-    given = f"--memory {options.memory:g}" if options.memory else options.cluster
-    return clusters.checked(replace(cluster, **changes), given)
-
-
-def _grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
+def chosen_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
     """The grid of --grid. ValueError where it is none, or none that can be planned here."""
     if options.grid is None:
         return None
@@ -211,47 +216,3 @@ def _grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> H
             f"and the MLP's {shape.ffn_hidden_size}."
         )
     return HelixGrid(n, m)
-
-
-def _nodes(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
-    """(devices of a node, nodes) for --gpus. ValueError where they are not that many, or not equally many."""
-    gpus, whole = options.gpus, cluster.gpus_per_node
-    enough = gpus // whole if gpus % whole == 0 and not cluster.slots else cluster.nodes
-    nodes = options.nodes or enough
-    if gpus % nodes:
-        raise ValueError(f"--gpus {gpus} is not a multiple of {nodes} nodes.")
-    if gpus // nodes > whole and not cluster.slots:  # ranks may share a host's cores, not a GPU
-        least = next(n for n in range(-(-gpus // whole), gpus + 1) if gpus % n == 0)
-        raise ValueError(
-            f"--gpus {gpus} on {nodes} node{'s' * (nodes > 1)} is {gpus // nodes} in each, and a node of "
-            f"{cluster.name} has {whole}; give --nodes {least} ({gpus // least} in each), or a YAML file "
-            f"with {{base: {options.cluster}, gpus_per_node: {gpus // nodes}}}."
-        )
-    return gpus // nodes, nodes
-
-
-def _check(options: argparse.Namespace) -> None:
-    """ValueError for an option that is no size."""
-    for name in (
-        "nodes",
-        "gpus",
-        "batch",
-        "length",
-        "memory",
-        "domain",
-        "inter_node",
-        "tp",
-        "pp",
-        "top",
-        "ranks",
-    ):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            flag = "seq-length" if name == "length" else name.replace("_", "-")
-            raise ValueError(f"--{flag} is {value}; it must be positive{' and finite' * (value > 0)}.")
-    for name, unit in (("memory", "GB"), ("inter_node", "GB/s")):
-        value = getattr(options, name)
-        if value is not None and value >= 1e6:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {value:g} {unit}; it is in {unit}, not in bytes."
-            )

@@ -21,12 +21,8 @@ from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total
 
 GEMM, PASS, UPDATE = "gemm", "pass", "update"
-FUSED, UNFUSED, CACHED, REPEATED = (
-    "fused attention",
-    "unfused attention",
-    "cached attention",
-    "repeated attention",
-)
+FUSED, UNFUSED = "fused attention", "unfused attention"
+CACHED, REPEATED = "cached attention", "repeated attention"
 _BACKWARD = {GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, REPEATED: 0.0, PASS: 2.0}
 
 
@@ -56,65 +52,57 @@ class Operation:
 def operations(problem: Problem, stage: int) -> list[Operation]:
     """Forward pass of a micro-batch on a rank of `stage`."""
     shape, layout = problem.shape, problem.layout
-    h, tp, layers = shape.hidden_size, layout.tp, problem.layers
-    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels / tp
-    heads = shape.num_attention_heads * shape.kv_channels / tp
-    f, up = shape.ffn_hidden_size / tp, (2 if shape.swiglu else 1)
+    h, tp, layers, e = shape.hidden_size, layout.tp, problem.layers, problem.workload.element
+    heads, f = shape.num_attention_heads * shape.kv_channels / tp, shape.ffn_hidden_size / tp
+
+    def gemm(name: str, calls: int, inner: float, columns: float, t: int = problem.tokens) -> Operation:
+        flops = Term(name, {"2": 2, "t": t, "inner": inner, "columns": columns})
+        moved = Term(name, {"weights, input, output": inner * columns + t * (inner + columns), "bytes": e})
+        return Operation(name, GEMM, calls, flops, moved)
+
     found = [
-        _gemm(problem, "linear_qkv", layers, h, qkv),
+        gemm("linear_qkv", layers, h, problem.qkv_width / tp),
         attention(problem),
-        _gemm(problem, "linear_proj", layers, heads, h),
-        _gemm(problem, "linear_fc1", layers, h, up * f),
-        _gemm(problem, "linear_fc2", layers, f, h),
+        gemm("linear_proj", layers, heads, h),
+        gemm("linear_fc1", layers, h, (2 if shape.swiglu else 1) * f),
+        gemm("linear_fc2", layers, f, h),
         _passes(problem),
     ]
     if stage == layout.pp - 1:
         tokens = problem.tokens if problem.workload.kind == "train" else layout.micro_batch
-        found.append(_gemm(problem, "output layer", 1, h, shape.padded_vocab_size(tp) / tp, tokens))
+        found.append(gemm("output layer", 1, h, shape.padded_vocab_size(tp) / tp, tokens))
     return found
-
-
-def _gemm(
-    problem: Problem, name: str, calls: int, inner: float, columns: float, tokens: int | None = None
-) -> Operation:
-    t = tokens or problem.tokens
-    e = problem.workload.element
-    flops = Term(name, {"2": 2, "t": t, "inner": inner, "columns": columns})
-    moved = Term(name, {"weights, input, output": inner * columns + t * (inner + columns), "bytes": e})
-    return Operation(name, GEMM, calls, flops, moved)
 
 
 def attention(problem: Problem) -> Operation:
     """The attention core of all layers, on whole heads or slices of them."""
     shape, layout, work = problem.shape, problem.layout, problem.workload
-    b, d, e = layout.micro_batch, shape.kv_channels, work.element
+    b, d, e, s = layout.micro_batch, shape.kv_channels, work.element, work.length
     heads = shape.num_attention_heads / layout.tp
+
+    def made(kind: str, pairs: dict[str, float], moved: dict[str, float]) -> Operation:
+        flops = Term("attention", {"4": 4, "d": d, **pairs})
+        return Operation("attention", kind, problem.layers, flops, Term("attention", moved))
+
     if work.kind == "decode":
-        keys = work.length + 1
         kv: float = max(1, shape.num_query_groups // layout.tp)
         if layout.sliced:
             kv = problem.heads.kv_heads / layout.m
         repeated = not layout.sliced and not work.fused and heads > kv
         read = {"heads, repeated": kv + 2 * heads} if repeated else {"heads": kv}
-        cached = Term("KV cache", {"K and V": 2, "b": b, "keys": keys, **read, "d": d, "bytes": e})
-        flops = Term("attention", {"4": 4, "d": d, "b": b, "H/tp": heads, "keys": keys})
-        return Operation("attention", REPEATED if repeated else CACHED, problem.layers, flops, cached)
-    s = work.length
+        cache = {"K and V": 2, "b": b, "keys": s + 1, **read, "d": d, "bytes": e}
+        return made(REPEATED if repeated else CACHED, {"b": b, "H/tp": heads, "keys": s + 1}, cache)
     sums = layout.sliced and layout.comm_type == "all_reduce" and work.kind == "train"
     pairs = {"b": b, "H/tp": heads, "queries": s}
     if not sums and (work.fused or layout.sliced):
         skipped = work.fused or work.kind == "train"  # on a host, prompts in a cache of slices are masked
         pairs["keys"] = s / 2 if skipped else s
-        flops = Term("attention", {"4": 4, "d": d, **pairs})
-        moved = Term("attention", {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e})
-        if not work.fused:  # a core is as busy with the scores, in its caches
-            moved = Term("attention", {**pairs, "fp32": 4})
-        return Operation("attention", FUSED, problem.layers, flops, moved)
+        if work.fused:
+            return made(FUSED, pairs, {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e})
+        return made(FUSED, pairs, {**pairs, "fp32": 4})  # a core is as busy with the scores, in its caches
     pairs["keys"] = s
-    flops = Term("attention", {"4": 4, "d": d, **pairs})
     copies = layout.m if sums else 1  # every rank of the dim group has all scores of the head group
-    moved = Term("attention", {"passes over scores": 6 * copies, **pairs, "fp32": 4})
-    return Operation("attention", UNFUSED, problem.layers, flops, moved)
+    return made(UNFUSED, pairs, {"passes over scores": 6 * copies, **pairs, "fp32": 4})
 
 
 def _passes(problem: Problem) -> Operation:
@@ -125,10 +113,9 @@ def _passes(problem: Problem) -> Operation:
     heads = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / layout.tp
     mlp = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
     elements = hidden + (2 if work.fused else 6) * heads + (2 if work.fused else 4) * mlp
-    moved = Term(
-        "passes", {"t": problem.tokens, "elements read and written": elements, "bytes": work.element}
-    )
-    return Operation("norms, RoPE, activation", PASS, problem.layers, Term("passes", {"0": 0}), moved)
+    moved = {"t": problem.tokens, "elements read and written": elements, "bytes": work.element}
+    nothing, name = Term("passes", {"0": 0}), "norms, RoPE, activation"
+    return Operation(name, PASS, problem.layers, nothing, Term("passes", moved))
 
 
 def optimizer_bytes(problem: Problem, stage: int) -> tuple[Term, Term]:
@@ -141,10 +128,8 @@ def optimizer_bytes(problem: Problem, stage: int) -> tuple[Term, Term]:
     per_element = 28 if work.dtype == "fp32" else 34  # fp32 weights beside the half-precision ones
     share = {"1/dp": 1 / problem.layout.dp} if work.distributed_optimizer else {}
     elements = {"elements": total(parameters(problem, stage)), **share}
-    return (
-        Term("norm, clipping, zeroing", {**elements, "bytes moved": 16}),
-        Term("update", {**elements, "bytes moved": per_element}),
-    )
+    passes = Term("norm, clipping, zeroing", {**elements, "bytes moved": 16})
+    return passes, Term("update", {**elements, "bytes moved": per_element})
 
 
 def accumulation_bytes(problem: Problem, stage: int) -> Term:
@@ -155,7 +140,7 @@ def accumulation_bytes(problem: Problem, stage: int) -> Term:
 
 def flops_of_step(problem: Problem) -> float:
     """Floating-point operations of a whole step over all ranks: the model's, recomputation apart."""
-    train = problem.workload.kind == "train"
+    train, layout = problem.workload.kind == "train", problem.layout
 
     def of_stage(stage: int) -> float:
         return sum(
@@ -163,6 +148,5 @@ def flops_of_step(problem: Problem) -> float:
             for operation in operations(problem, stage)
         )
 
-    layout = problem.layout
-    stages = of_stage(layout.pp - 1) + (layout.pp - 1) * of_stage(0) if layout.pp > 1 else of_stage(0)
+    stages = of_stage(layout.pp - 1) + (layout.pp - 1) * (of_stage(0) if layout.pp > 1 else 0)
     return stages * problem.micro_batches * layout.tp * layout.dp

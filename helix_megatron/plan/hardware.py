@@ -8,38 +8,44 @@ Note [Time of a collective]
     steps: 2 (p-1) for all_reduce, p-1 otherwise; bandwidth: the slower of the links in the domain and, for
     a group over several nodes, the adapters of its k ranks in a node together (an all_to_all: each rank's
     own). Over several nodes a low-latency step in the domain takes 1.8 times as long. "Nodes" are domains of
-    the fast link. Of all groups of a size and stride the slowest counts: k is its smallest number of ranks in
-    a domain (the tree's: the largest). A message between stages passes the slow link if any does.
+    the fast link. A message between stages passes the slow link if any does.
 
     A probe measures instead. On a host: latency and bandwidth of each collective, group size and number of
     busy ranks. Between GPUs: of each collective, number of domains and ranks in each, for small messages and
     for large ones (the faster line holds). Groups that lie unevenly, or beyond what was measured: NCCL's.
 
+Note [Placement of a group]
+    A domain is `domain` neighbours of a node, or as many whole nodes as fit in it. Groups of `size` ranks,
+    `stride` apart, fill the devices one after another, so some straddle a domain's edge. Of all groups of
+    a size and stride the slowest counts: k is its smallest number of ranks in a domain (the tree's: largest).
+
+        tp = 6, nodes of 8    0 1 2 3 4 5 | 6 7 . 8 9 10 11 | 12 13 14 15 . 16 17 | 18 ... 23
+                              (1, 6, 6)     (2, 2, 4)         (2, 2, 4)             (1, 6, 6)
+
 Note [Ranks that share a device]
-    On a host `slots` cores serve all ranks. A rank's computing takes share = busy ranks / slots times as long
-    (at least once); collectives are measured while that many ranks are busy.
+    On a host `slots` cores serve all ranks. A rank's computing takes busy ranks / slots times as long (at
+    least once); collectives are measured while that many ranks are busy.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import log2
 
-from helix_megatron.plan.placement import placements, reach
+Placement = tuple[int, int, int]
+"""Domains that a group touches, ranks in the one with fewest and in the one with most."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """seconds = launch + max(FLOP / flops, bytes / bandwidth)."""
+    """seconds = launch + max(FLOP / flops, bytes / bandwidth), in FLOP/s and bytes/s that are reached."""
 
     flops: float
-    """FLOP/s that are reached."""
     bandwidth: float
-    """Bytes/s that are reached."""
     launch: float = 0.0
-    """Seconds that a call costs at least."""
 
     def seconds(self, flops: float, moved: float) -> float:
         return self.launch + max(flops / self.flops, moved / self.bandwidth)
@@ -54,7 +60,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Way:
+class Algorithm:
     """seconds of a collective = sum of count x seconds over its steps + bytes received / bandwidth."""
 
     name: str
@@ -77,42 +83,34 @@ class Way:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal devices in equal nodes.
-
-    Args:
-        name: as shown.
-        memory: bytes of a device.
-        rates: "gemm", "fused attention", "unfused attention", "cached attention", "repeated attention",
-            "pass", "update" (compute.py) to Rate; of one dtype as "gemm fp32".
-        gpus_per_node: devices of a node.
-        nodes: how many.
-        domain: devices that the fast link joins, at least a node's.
-        fast, slow: bytes/s per device and direction inside the domain and between nodes, as reached.
-        reserve: bytes of a device that are not ours (context, communicators, fragmentation).
-        layer_overhead: seconds that a layer costs besides its operations, by what it does (host: Python and
-            small tensors), see `overhead_key`.
-        slots: devices that really exist when ranks share them; 0: one for each rank.
-        lines: measured collectives of ranks that share devices, "kind xSIZE @BUSY" to Line.
-        links: measured collectives of ranks with a device each, "kind DOMAINSxRANKS" (of each domain) to
-            Line, of small messages "kind DOMAINSxRANKS small"; what is in neither: NCCL's model.
-        step_overhead: seconds of a step or a forward pass outside the layers.
-        sources: where the figures are from.
-    """
+    """Equal devices in equal nodes. Bytes, bytes/s and seconds."""
 
     name: str
     memory: float
+    """Bytes of a device."""
     rates: Mapping[str, Rate]
+    """Kind of an operation (compute.py) to Rate; of one dtype alone as "gemm fp32"."""
     gpus_per_node: int = 8
     nodes: int = 1
     domain: int = 8
+    """Devices that the fast link joins: part of a node, a node, or several."""
     fast: float = 0.0
+    """Bytes/s per device and direction inside a domain, as reached."""
     slow: float = 0.0
+    """The same between domains."""
     reserve: float = 0.0
+    """Bytes of a device that are not ours (context, communicators, fragmentation)."""
     layer_overhead: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a layer besides its operations (host: Python, small tensors), by `overhead_key`."""
     step_overhead: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of a step or a forward pass outside the layers, by the kind of work."""
     slots: int = 0
+    """Devices that really exist when ranks share them; 0: one for each rank."""
     lines: Mapping[str, Line] = field(default_factory=dict)
+    """Measured collectives of ranks that share devices, "kind xSIZE @BUSY"."""
     links: Mapping[str, Line] = field(default_factory=dict)
+    """Measured collectives of ranks with a device each, "kind DOMAINSxRANKS" (of each domain), of small
+    messages "kind DOMAINSxRANKS small"; what is in neither: NCCL's model."""
     fused: bool = True
     """Whether Megatron runs Transformer Engine's fused layers here."""
     sources: tuple[str, ...] = ()
@@ -127,6 +125,11 @@ class Cluster:
         ranks = max(1, self.devices // self.slots) if self.slots else 1
         return (self.memory - self.reserve) / ranks
 
+    @property
+    def joined(self) -> int:
+        """Devices that the fast link really joins: part of a node, or whole nodes."""
+        return joined_devices(self.gpus_per_node, self.domain)
+
     def rate(self, kind: str, dtype: str) -> Rate:
         """The rate of an operation's kind. ValueError where the cluster has none."""
         rate = self.rates.get(f"{kind} {dtype}") or self.rates.get(kind)
@@ -137,16 +140,16 @@ class Cluster:
             )
         return rate
 
-    def share(self, busy: int) -> float:
+    def slowdown(self, busy: int) -> float:
         """How many times longer computing takes while `busy` ranks compute."""
         return max(1.0, busy / self.slots) if self.slots else 1.0
 
-    def collective(self, kind: str, size: int, stride: int, received: float, busy: int) -> float:
-        """Seconds of one collective; arguments as of `way`."""
-        return self.way(kind, size, stride, received, busy).seconds(received)
+    def collective_seconds(self, kind: str, size: int, stride: int, received: float, busy: int) -> float:
+        """Seconds of one collective; arguments as of `algorithm`."""
+        return self.algorithm(kind, size, stride, received, busy).seconds(received)
 
-    def way(self, kind: str, size: int, stride: int, received: float, busy: int) -> Way:
-        """How one collective goes, in the slowest group of its kind: measured, or the fastest of NCCL's ways.
+    def algorithm(self, kind: str, size: int, stride: int, received: float, busy: int) -> Algorithm:
+        """How one collective goes, in the slowest group of its kind: measured, or NCCL's fastest algorithm.
 
         Args:
             kind: as CommMeter names it.
@@ -156,25 +159,24 @@ class Cluster:
             busy: ranks that are at work at the same time.
         """
         if self.lines:
-            line = self.line(kind, size, busy)
-            return Way("measured", ((1, "latency", line.latency),), line.bandwidth)
+            line = self.nearest_line(kind, size, busy)
+            return _measured_algorithm("measured", line.latency, line.bandwidth)
         if kind == "recv":  # some two neighbours are the farthest apart
-            near = self.devices <= reach(self.gpus_per_node, self.domain)
-            found = frozenset({(1, 2, 2) if near else (2, 1, 1)})
+            found = frozenset({(1, 2, 2) if self.devices <= self.joined else (2, 1, 1)})
         else:
             found = placements(size, stride, self.devices, self.gpus_per_node, self.domain)
-        ways = (self._measured(kind, *one) or self._nccl(kind, size, *one) for one in found)
+        candidates = (self._measured(kind, *one) or self._nccl(kind, size, *one) for one in found)
 
-        def seconds(way: Way) -> float:
-            return way.seconds(received)
+        def seconds(algorithm: Algorithm) -> float:
+            return algorithm.seconds(received)
 
-        return max((min(several, key=seconds) for several in ways), key=seconds)
+        return max((min(several, key=seconds) for several in candidates), key=seconds)
 
-    def line(self, kind: str, size: int, busy: int) -> Line:
+    def nearest_line(self, kind: str, size: int, busy: int) -> Line:
         """The measured line of the nearest group size and number of busy ranks, scaled to the size."""
-        known = [_key(key) for key in self.lines]
-        kinds = {entry[0] for entry in known}
-        kind = kind if kind in kinds else "all_reduce"
+        keys = [key.split(" ") for key in self.lines]
+        known = [(name, int(ranks[1:]), int(at_work[1:])) for name, ranks, at_work in keys]
+        kind = kind if any(entry[0] == kind for entry in known) else "all_reduce"
         near = min(
             (entry for entry in known if entry[0] == kind),
             key=lambda entry: (abs(log2(entry[1] / size)), abs(log2(entry[2] / busy))),
@@ -193,9 +195,9 @@ class Cluster:
             found.setdefault((" ".join([kind, *small]), domains), {})[ranks] = line
         return found
 
-    def _measured(self, kind: str, domains: int, fewest: int, most: int) -> list[Way]:
-        """Ways that were measured, between two measured numbers of ranks in proportion; or none."""
-        ways = []
+    def _measured(self, kind: str, domains: int, fewest: int, most: int) -> list[Algorithm]:
+        """What was measured, between two numbers of ranks in proportion; or nothing."""
+        found = []
         for name in (kind, f"{kind} small"):
             known = self._lines_of_links.get((name, domains), {})
             low = max((ranks for ranks in known if ranks <= fewest), default=None)
@@ -205,48 +207,73 @@ class Cluster:
             part = (most - low) / (high - low) if high > low else 0.0
             latency = known[low].latency * (1 - part) + known[high].latency * part
             inverse = (1 - part) / known[low].bandwidth + part / known[high].bandwidth
-            ways.append(Way(f"measured{name[len(kind) :]}", ((1, "latency", latency),), 1 / inverse))
-        return ways
+            found.append(_measured_algorithm(f"measured{name[len(kind) :]}", latency, 1 / inverse))
+        return found
 
-    def _nccl(self, kind: str, size: int, nodes: int, fewest: int, most: int) -> list[Way]:
-        """NCCL's ways in a group over `nodes` domains, with that few and that many ranks in one of them."""
+    def _nccl(self, kind: str, size: int, nodes: int, fewest: int, most: int) -> list[Algorithm]:
+        """NCCL's algorithms in a group over `nodes` domains, `fewest` to `most` ranks in one of them."""
         if kind == "recv":
             latency, bandwidth = (8e-6, self.fast) if nodes == 1 else (14e-6, self.slow)
-            return [Way("message", ((1, "latency", latency),), bandwidth)]
+            return [Algorithm("message", ((1, "latency", latency),), bandwidth)]
         adapters = self.slow * (fewest if kind != "all_to_all" else 1)
         bandwidth = self.fast if nodes == 1 else min(self.fast, adapters)
         if kind == "all_to_all" and nodes > 1:  # what stays in the domain does not pass the adapter
             bandwidth = self.slow * (size - 1) / max(1, size - fewest)
-        steps = 2 * (size - 1) if kind == "all_reduce" else size - 1
-        between = 2 * (nodes - 1) if kind == "all_reduce" else nodes - 1
-        inside = steps - between
-        near_ll = 0.6e-6 * (1.8 if nodes > 1 else 1)
-        ways = [
-            _way("ring, low latency", 6.6e-6, inside, near_ll, between, 2.7e-6, bandwidth / 4),
-            _way("ring", 8.4e-6, inside, 3.4e-6, between, 14e-6, bandwidth),
+        rounds = 2 if kind == "all_reduce" else 1
+        between = rounds * (nodes - 1)
+        inside = rounds * (size - 1) - between
+        near = 0.6e-6 * (1.8 if nodes > 1 else 1)
+
+        def made(name: str, start: float, inside: float, near: float, between: float, far: float,
+                 bandwidth: float) -> Algorithm:  # fmt: skip
+            steps = ((inside, "steps in the domain", near), (between, "between nodes", far))
+            return Algorithm(name, ((1, "start", start), *steps), bandwidth)
+
+        found = [
+            made("ring, low latency", 6.6e-6, inside, near, between, 2.7e-6, bandwidth / 4),
+            made("ring", 8.4e-6, inside, 3.4e-6, between, 14e-6, bandwidth),
         ]
         if kind == "all_reduce":
-            inside, far = 2 * (most - 1), 2 * log2(nodes)
-            ways.append(_way("tree", 6.8e-6, inside, near_ll, far, 5e-6, bandwidth / 4))
-        return ways
+            found.append(made("tree", 6.8e-6, 2 * (most - 1), near, 2 * log2(nodes), 5e-6, bandwidth / 4))
+        return found
 
 
-def _way(
-    name: str, start: float, inside: float, near: float, between: float, far: float, bandwidth: float
-) -> Way:
-    steps = (1, "start", start), (inside, "steps in the domain", near), (between, "between nodes", far)
-    return Way(name, steps, bandwidth)
+def _measured_algorithm(name: str, latency: float, bandwidth: float) -> Algorithm:
+    return Algorithm(name, ((1, "latency", latency),), bandwidth)
 
 
-def _key(text: str) -> tuple[str, int, int]:
-    kind, size, busy = text.split(" ")
-    return kind, int(size[1:]), int(busy[1:])
+def joined_devices(node: int, domain: int) -> int:
+    """Devices that the fast link really joins: part of a node, or whole nodes."""
+    return domain if domain < node else domain // node * node
+
+
+@cache
+def placements(size: int, stride: int, devices: int, node: int, domain: int) -> frozenset[Placement]:
+    """How the groups of `size` ranks, `stride` apart, lie over domains, each placement once.
+
+    A group that needs more than the `devices` of all nodes lies at their beginning.
+    """
+    joined = joined_devices(node, domain)
+    if size == 1 or stride >= joined:  # neighbours are never in one domain
+        return frozenset({(size, 1, 1)})
+    node = max(node, joined)
+    last = (size - 1) * stride
+    devices = max(devices, last + 1)
+    starts = {
+        start % node
+        for block in range(0, devices, size * stride)
+        for start in range(block, min(block + stride, devices - last))
+    }
+    found = set()
+    for start in starts:
+        ranks = range(start, start + last + 1, stride)
+        counts = Counter((rank // node, rank % node // joined) for rank in ranks).values()
+        found.add((len(counts), min(counts), max(counts)))
+    return frozenset(found)
 
 
 def overhead_key(kind: str, sliced: bool, comm_type: str, placement: str, cache: str) -> str:
     """What a layer does, as `layer_overhead` names it: "train megatron", "decode heads sequence", ..."""
     if not sliced:
         return f"{kind} megatron"
-    if kind == "train":
-        return f"{kind} {comm_type} {placement}"
-    return f"{kind} {placement} {cache}"
+    return f"{kind} {comm_type} {placement}" if kind == "train" else f"{kind} {placement} {cache}"

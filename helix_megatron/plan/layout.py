@@ -46,15 +46,6 @@ class Workload:
     micro_batch: int | None = None
     """Sequences of a micro-batch in training, where it is given and not chosen."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"workload {self.kind!r} is unknown; choose from {', '.join(KINDS)}.")
-        if self.dtype not in ELEMENT_BYTES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(ELEMENT_BYTES)}.")
-        for name in ("batch", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-
     @property
     def element(self) -> int:
         """Bytes of a parameter or an activation."""
@@ -100,22 +91,15 @@ class Layout:
     def sliced(self) -> bool:
         return self.m > 1
 
-    def helix_layout(self, shape: ModelShape) -> HelixLayout:
-        """Heads and slices of a rank; only when sliced."""
-        assert self.grid is not None
-        return HelixLayout(shape.attention, self.grid, self.placement)
-
     def helix_config(self, shape: ModelShape) -> HelixConfig | None:
         """The settings that give this layout; None for Megatron's own attention."""
         if not self.helix or self.grid is None:
             return None
-        choices: dict[str, Any] = (
-            {"comm_type": self.comm_type, "query_placement": self.placement, "kv_cache": self.kv_cache}
-            if self.sliced
-            else {}
-        )
         rotary = shape.rotary_percent if shape.position_embedding_type == "rope" else 0.0
-        return HelixConfig(self.n, self.m, rotary_percent=rotary, **choices)
+        if not self.sliced:
+            return HelixConfig(self.n, self.m, rotary_percent=rotary)
+        return HelixConfig(self.n, self.m, comm_type=self.comm_type, query_placement=self.placement,
+                           kv_cache=self.kv_cache, rotary_percent=rotary)  # fmt: skip
 
     def describe(self, workload: Workload | None = None) -> str:
         """One short line; with the work, also what it depends on: the cache, or micro-batches."""
@@ -143,8 +127,8 @@ class Layout:
             if workload.kind != "train":
                 flags["--helix-kv-cache"] = self.kv_cache
         if workload.kind == "train":
-            flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch}
-            flags |= {"--seq-length": workload.length}
+            flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch,
+                      "--seq-length": workload.length}  # fmt: skip
         switches = {
             "--sequence-parallel": self.sequence_parallel,
             "--use-distributed-optimizer": workload.kind == "train" and workload.distributed_optimizer,
@@ -152,8 +136,8 @@ class Layout:
         }
         flags |= {name: True for name, on in switches.items() if on}
         if self.recompute:
-            flags |= {"--recompute-granularity": "full", "--recompute-method": "uniform"}
-            flags |= {"--recompute-num-layers": 1}
+            flags |= {"--recompute-granularity": "full", "--recompute-method": "uniform",
+                      "--recompute-num-layers": 1}  # fmt: skip
         return flags
 
 
@@ -166,7 +150,7 @@ class Problem:
     workload: Workload
 
     def __post_init__(self) -> None:
-        reason = illegal(self.shape, self.layout, self.workload)
+        reason = illegal_reason(self.shape, self.layout, self.workload)
         if reason:
             raise HelixConfigError(f"{self.layout.describe()} cannot run {self.shape.name}: {reason}")
 
@@ -190,10 +174,21 @@ class Problem:
         """New tokens of a micro-batch in one forward pass."""
         return self.layout.micro_batch * (1 if self.workload.kind == "decode" else self.workload.length)
 
+    @property
+    def own_tokens(self) -> int:
+        """Of these, those that a rank keeps between layers: 1/tp with sequence parallelism."""
+        return self.tokens // self.layout.tp if self.layout.sequence_parallel else self.tokens
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the QKV projection over all ranks, (H + 2G) d."""
+        return (self.shape.num_attention_heads + 2 * self.shape.num_query_groups) * self.shape.kv_channels
+
     @cached_property
     def heads(self) -> HelixLayout:
-        """Heads and slices of a rank when sliced."""
-        return self.layout.helix_layout(self.shape)
+        """Heads and slices of a rank; only when sliced."""
+        assert self.layout.grid is not None
+        return HelixLayout(self.shape.attention, self.layout.grid, self.layout.placement)
 
     @property
     def gathers_qkv(self) -> bool:
@@ -201,19 +196,28 @@ class Problem:
         return not self.layout.sliced and self.layout.tp > self.shape.num_query_groups
 
 
-def illegal(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
+def indivisible_reason(shape: ModelShape, tp: int) -> str | None:
+    """Which size that Megatron deals evenly, attention's apart, `tp` ranks do not divide; None where all."""
+    if shape.ffn_hidden_size % tp:
+        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    if shape.padded_vocab_size(tp) % tp:
+        return f"tensor-parallel size {tp} does not divide the padded vocabulary of {shape.vocab_size}"
+    return None
+
+
+def illegal_reason(shape: ModelShape, layout: Layout, workload: Workload) -> str | None:
     """Why this layout cannot do this work, from arithmetic alone (memory apart); None when it can."""
     tp, heads, groups = layout.tp, shape.num_attention_heads, shape.num_query_groups
     if shape.num_layers % layout.pp:
         return f"{layout.pp} pipeline stages do not divide {shape.num_layers} layers"
-    if shape.ffn_hidden_size % tp:
-        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    if reason := indivisible_reason(shape, tp):
+        return reason
     if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
         return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"
-    if workload.batch % layout.dp:
+    replica, rest = divmod(workload.batch, layout.dp)
+    if rest:
         return f"{layout.dp} replicas do not divide a batch of {workload.batch}"
-    if (workload.batch // layout.dp) % layout.micro_batch:
-        replica = workload.batch // layout.dp
+    if replica % layout.micro_batch:
         return f"micro-batches of {layout.micro_batch} do not divide a replica's {replica}"
     if layout.grid is not None and layout.grid.size != tp:
         return f"grid {layout.grid} has not {tp} ranks"

@@ -49,8 +49,7 @@ def fullest(problem: Problem) -> tuple[int, Memory]:
     """The pipeline stage whose ranks hold most, and what they hold."""
     last = problem.layout.pp - 1
     stages = {stage: of_stage(problem, stage) for stage in {0, min(1, last), last}}
-    stage = max(stages, key=lambda stage: stages[stage].total)
-    return stage, stages[stage]
+    return max(stages.items(), key=lambda item: item[1].total)
 
 
 def of_stage(problem: Problem, stage: int) -> Memory:
@@ -74,15 +73,14 @@ def of_stage(problem: Problem, stage: int) -> Memory:
     )
 
 
-# ---- parameters ----
 def parameters(problem: Problem, stage: int) -> list[Term]:
     """Elements of the parameters of a rank."""
     shape, layout = problem.shape, problem.layout
     h, tp, layers = shape.hidden_size, layout.tp, problem.layers
-    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels / tp
-    heads = shape.num_attention_heads * shape.kv_channels / tp
+    qkv, heads = problem.qkv_width / tp, shape.num_attention_heads * shape.kv_channels / tp
     f, up = shape.ffn_hidden_size / tp, (2 if shape.swiglu else 1)
     norm = 2 if shape.normalization == "LayerNorm" else 1
+    rows = shape.padded_vocab_size(tp) / tp
     terms = [
         Term("linear_qkv", {"layers": layers, "h": h, "(H+2G)d/tp": qkv}),
         Term("linear_proj", {"layers": layers, "h": h, "Hd/tp": heads}),
@@ -91,40 +89,32 @@ def parameters(problem: Problem, stage: int) -> list[Term]:
         Term("norms", {"layers": layers, "norms": 2, "vectors": norm, "h": h}),
     ]
     if shape.add_bias_linear:
-        terms += [Term("biases", {"layers": layers, "rows": qkv + up * f + 2 * h})]
+        terms.append(Term("biases", {"layers": layers, "rows": qkv + up * f + 2 * h}))
     elif shape.add_qkv_bias:
-        terms += [Term("QKV bias", {"layers": layers, "(H+2G)d/tp": qkv})]
+        terms.append(Term("QKV bias", {"layers": layers, "(H+2G)d/tp": qkv}))
     if shape.qk_layernorm:
-        terms += [Term("QK norms", {"layers": layers, "norms": 2, "vectors": norm, "d": shape.kv_channels})]
-    first, last = stage == 0, stage == layout.pp - 1
-    rows = shape.padded_vocab_size(tp) / tp
-    if first:
+        vectors = {"layers": layers, "norms": 2, "vectors": norm}
+        terms.append(Term("QK norms", {**vectors, "d": shape.kv_channels}))
+    if stage == 0:
         terms.append(Term("embedding", {"h": h, "V/tp": rows}))
         if shape.position_embedding_type == "learned_absolute":
             terms.append(Term("position embedding", {"h": h, "positions": shape.max_position_embeddings}))
-    if last:
+    if stage == layout.pp - 1:
         terms.append(Term("final norm", {"vectors": norm, "h": h}))
-        if not (first and shape.tied_embeddings):
+        if stage or not shape.tied_embeddings:
             terms.append(Term("output layer", {"h": h, "V/tp": rows}))
     return terms
 
 
-# ---- KV cache ----
 def kv_cache(problem: Problem, dim_rank: int | None = None) -> list[Term]:
     """Bytes of the keys and values that a rank keeps; by default the fullest of its dim group."""
     shape, layout, work = problem.shape, problem.layout, problem.workload
     positions = work.length + (1 if work.kind == "decode" else 0)
-    common = {
-        "K and V": 2,
-        "layers": problem.layers,
-        "sequences": problem.replica_batch,
-        "bytes": work.element,
-    }
+    common = {"K and V": 2, "layers": problem.layers, "sequences": problem.replica_batch,
+              "bytes": work.element}  # fmt: skip
     if not layout.sliced:
-        heads = max(1, shape.num_query_groups // layout.tp)
-        return [
-            Term("whole heads", {**common, "positions": positions, "heads": heads, "d": shape.kv_channels})
-        ]
+        sizes = {"positions": positions, "heads": _local_heads(problem)[1], "d": shape.kv_channels}
+        return [Term("whole heads", {**common, **sizes})]
     heads = problem.heads.kv_heads
     if layout.kv_cache == "dim":
         sizes = {"positions": positions, "hk": heads, "d/m": problem.heads.slice_dim}
@@ -139,30 +129,39 @@ def kv_cache(problem: Problem, dim_rank: int | None = None) -> list[Term]:
 # ---- activations ----
 def activations(problem: Problem, stage: int) -> list[Term]:
     """Bytes that autograd keeps of one micro-batch, parameters apart."""
-    shape, layout, work = problem.shape, problem.layout, problem.workload
-    t, e = problem.tokens, work.element
-    own = t // layout.tp if layout.sequence_parallel else t
-    one = problem.layers
+    shape, layout, t, own = problem.shape, problem.layout, problem.tokens, problem.own_tokens
+    layers = {"layers": problem.layers}
     if layout.recompute:
-        terms = [Term("inputs of layers", {"layers": one, "t'": own, "h": shape.hidden_size, "bytes": e})]
+        inputs = {"t'": own, "h": shape.hidden_size, "bytes": problem.workload.element}
+        terms = [Term("inputs of layers", {**layers, **inputs})]
     else:
-        per_layer = [*norm_terms(problem, own), *attention_terms(problem), *mlp_terms(problem)]
-        terms = [term.times({"layers": one}) for term in per_layer]
+        terms = [term.times(layers) for term in layer_terms(problem)]
     if stage == 0:
         terms.append(Term("tokens and their mask", {"t": t, "bytes": 9}))
     if stage == layout.pp - 1:
-        terms += [term.times({}, f"final {term.name}") for term in _one_norm(problem, own)]
+        terms += [term.times({}, f"final {term.name}") for term in _norm_terms(problem)]
         rows = shape.padded_vocab_size(layout.tp) / layout.tp
         terms.append(Term("softmax of the logits", {"t": t, "V/tp": rows, "fp32": 4}))
         terms.append(Term("targets and their mask", {"t": t, "bytes": 9}))
     return terms
 
 
-def _one_norm(problem: Problem, own: int) -> list[Term]:
+def layer_terms(problem: Problem) -> list[Term]:
+    """Bytes of one layer: both norms, attention, and the MLP."""
+    shape, work = problem.shape, problem.workload
+    gated = 3 if work.fused else 5  # unfused, silu(gate) and up are kept beside fc1's output
+    # The output of fc1, what the activation keeps, and the input of fc2.
+    mlp = {"t": problem.tokens, "copies": gated if shape.swiglu else 2,
+           "f/tp": shape.ffn_hidden_size / problem.layout.tp, "bytes": work.element}  # fmt: skip
+    norms = [term.times({"norms": 2}) for term in _norm_terms(problem)]
+    return [*norms, *_attention_terms(problem), Term("MLP", mlp)]
+
+
+def _norm_terms(problem: Problem) -> list[Term]:
     """A norm and the input of the linear layer after it: its input, statistics, products, output."""
     shape, work = problem.shape, problem.workload
     layer = shape.normalization == "LayerNorm"
-    e, h = work.element, shape.hidden_size
+    e, h, own = work.element, shape.hidden_size, problem.own_tokens
     terms = [Term("norm output", {"t'": own, "h": h, "bytes": e})]
     if layer or work.fused:
         terms.append(Term("norm input", {"t'": own, "h": h, "bytes": e}))
@@ -174,13 +173,8 @@ def _one_norm(problem: Problem, own: int) -> list[Term]:
     return terms
 
 
-def norm_terms(problem: Problem, own: int) -> list[Term]:
-    """Bytes of both norms of a layer."""
-    return [term.times({"norms": 2}) for term in _one_norm(problem, own)]
-
-
-def attention_terms(problem: Problem) -> list[Term]:
-    """Bytes of a layer's attention, between the QKV projection and the output projection's input."""
+def _attention_terms(problem: Problem) -> list[Term]:
+    """A layer's attention, between the QKV projection and the output projection's input."""
     shape, work = problem.shape, problem.workload
     terms: list[Term] = []
     if shape.position_embedding_type == "rope" and not work.fused:
@@ -206,35 +200,28 @@ def _local_heads(problem: Problem) -> tuple[int, int]:
 
 def _mixed_qkv(problem: Problem) -> float:
     """Elements per token of the projection that a rank's q, k and v are views of."""
-    shape, tp = problem.shape, problem.layout.tp
-    all_heads = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
-    return all_heads if problem.gathers_qkv else all_heads / tp
+    return problem.qkv_width if problem.gathers_qkv else problem.qkv_width / problem.layout.tp
 
 
 def _qk_norm_terms(problem: Problem) -> list[Term]:
-    layout, shape = problem.layout, problem.shape
-    if layout.sliced:
-        query = problem.heads.query_heads * problem.heads.slice_dim
-        heads = problem.heads.query_heads + problem.heads.kv_heads
-        elements = query + problem.heads.kv_heads * problem.heads.slice_dim
-    else:
-        heads = sum(_local_heads(problem))
-        elements = heads * shape.kv_channels
-    products = {"t": problem.tokens, "q and k of a rank": elements, "fp32": 4}
+    local = _local_heads(problem)
+    if problem.layout.sliced:
+        local = (problem.heads.query_heads, problem.heads.kv_heads)
+    dim = problem.heads.slice_dim if problem.layout.sliced else problem.shape.kv_channels
+    t = {"t": problem.tokens}
+    mixed = {"qkv of a rank": _mixed_qkv(problem), "bytes": problem.workload.element}
     return [
-        Term("QK norm input", {"t": problem.tokens, "qkv of a rank": _mixed_qkv(problem),
-                               "bytes": problem.workload.element}),
-        Term("QK norm product", products),
-        Term("QK norm statistics", {"t": problem.tokens, "heads": heads, "fp32": 4}),
-    ]  # fmt: skip
+        Term("QK norm input", {**t, **mixed}),
+        Term("QK norm product", {**t, "q and k of a rank": sum(local) * dim, "fp32": 4}),
+        Term("QK norm statistics", {**t, "heads": sum(local), "fp32": 4}),
+    ]
 
 
 def _unfused_core(problem: Problem) -> list[Term]:
     """Megatron's DotProductAttention: q, k, v as batched matrices, the mask, and the probabilities."""
-    shape, work = problem.shape, problem.workload
-    t, e, d = problem.tokens, work.element, shape.kv_channels
+    work, t, d = problem.workload, problem.tokens, problem.shape.kv_channels
+    e, b, s = work.element, problem.layout.micro_batch, work.length
     heads, kv_heads = _local_heads(problem)
-    b, s = problem.layout.micro_batch, work.length
     copied = heads > kv_heads  # KV heads are repeated; else v is a view of the whole projection
     value = heads * d if copied else _mixed_qkv(problem)
     softmax = 4 if work.dtype == "fp32" else 4 + e  # in fp32, and as what multiplies the values
@@ -250,27 +237,23 @@ def _unfused_core(problem: Problem) -> list[Term]:
 
 def _fused_core(problem: Problem) -> list[Term]:
     """A fused attention core on whole heads: q, k, v, output, log-sum-exp; and the projection's input."""
-    shape, layout, work = problem.shape, problem.layout, problem.workload
-    t, e, d = problem.tokens, work.element, shape.kv_channels
-    if not layout.sliced:
-        heads, kv_heads = _local_heads(problem)
-        share = 1.0
-    else:
-        parts = layout.m if layout.placement == "heads" else problem.heads.head_parts
+    shape, layout, length = problem.shape, problem.layout, problem.workload.length
+    t, e, d = problem.tokens, problem.workload.element, shape.kv_channels
+    heads, kv_heads = _local_heads(problem)
+    share = 1.0
+    if layout.sliced:
+        whole = layout.placement == "heads"
+        parts = layout.m if whole else problem.heads.head_parts
         heads = problem.heads.query_heads // parts
         needed = problem.heads.kv_head_of(0, parts)
-        kv_heads = len(set(needed))
-        if len({needed.count(head) for head in needed}) > 1:  # uneven: every query head has its own copy
-            kv_heads = heads
-        positions = 1 if layout.placement == "heads" else problem.heads.position_parts
-        share = part_length(work.length, 0, positions) / work.length
+        uneven = len({needed.count(head) for head in needed}) > 1  # every query head has its own copy
+        kv_heads = heads if uneven else len(set(needed))
+        share = part_length(length, 0, 1 if whole else problem.heads.position_parts) / length
+    queries = {"t": t, "share of positions": share}
     terms = [
         Term("key and value", {"t": t, "2": 2, "KV heads": kv_heads, "d": d, "bytes": e}),
-        Term(
-            "query and output",
-            {"t": t, "share of positions": share, "2": 2, "heads": heads, "d": d, "bytes": e},
-        ),
-        Term("log-sum-exp", {"t": t, "share of positions": share, "heads": heads, "fp32": 4}),
+        Term("query and output", {**queries, "2": 2, "heads": heads, "d": d, "bytes": e}),
+        Term("log-sum-exp", {**queries, "heads": heads, "fp32": 4}),
     ]
     if layout.sliced and (layout.placement == "dims" or layout.micro_batch > 1):
         elements = shape.num_attention_heads * d / layout.tp
@@ -280,51 +263,36 @@ def _fused_core(problem: Problem) -> list[Term]:
 
 def _summed_scores(problem: Problem) -> list[Term]:
     """Comm type all_reduce: scores are kept twice, in fp32."""
-    work, heads = problem.workload, problem.heads
-    t, b, s = problem.tokens, problem.layout.micro_batch, work.length
-    mixed = {"t": t, "qkv of a rank": _mixed_qkv(problem), "bytes": work.element}
+    work, t, b, s = problem.workload, problem.tokens, problem.layout.micro_batch, problem.workload.length
+    hq, hk, d, e = problem.heads.query_heads, problem.heads.kv_heads, problem.heads.slice_dim, work.element
     return [
-        Term("query and key, fp32", {"t": t, "hq + hk": heads.query_heads + heads.kv_heads,
-                                     "d/m": heads.slice_dim, "fp32": 4}),
-        Term("value", mixed),
+        Term("query and key, fp32", {"t": t, "hq + hk": hq + hk, "d/m": d, "fp32": 4}),
+        Term("value", {"t": t, "qkv of a rank": _mixed_qkv(problem), "bytes": e}),
         Term("causal mask", {"s": s, "s again": s, "bool": 1}),
-        Term("scores and probabilities", {"2": 2, "b": b, "hq": heads.query_heads, "s": s, "s again": s,
-                                          "fp32": 4}),
-        Term("input of linear_proj", {"t": t, "hq": heads.query_heads, "d/m": heads.slice_dim,
-                                      "bytes": work.element}),
-    ]  # fmt: skip
-
-
-def mlp_terms(problem: Problem) -> list[Term]:
-    """Bytes of a layer's MLP: the output of fc1, what the activation keeps, and the input of fc2."""
-    shape, work = problem.shape, problem.workload
-    f = shape.ffn_hidden_size / problem.layout.tp
-    gated = 3 if work.fused else 5  # unfused, silu(gate) and up are kept beside fc1's output
-    copies = gated if shape.swiglu else 2
-    return [Term("MLP", {"t": problem.tokens, "copies": copies, "f/tp": f, "bytes": work.element})]
+        Term("scores and probabilities", {"2": 2, "b": b, "hq": hq, "s": s, "s again": s, "fp32": 4}),
+        Term("input of linear_proj", {"t": t, "hq": hq, "d/m": d, "bytes": e}),
+    ]
 
 
 # ---- buffers ----
 def buffers(problem: Problem, stage: int) -> list[Term]:
     """The largest temporary tensors: an estimate."""
-    shape, layout, work = problem.shape, problem.layout, problem.workload
-    t, e = problem.tokens, work.element
+    shape, layout, t, e = problem.shape, problem.layout, problem.tokens, problem.workload.element
     up = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
+    hidden = {"t": t, "h": shape.hidden_size, "bytes": e}
     terms = [Term("output of fc1", {"t": t, "f/tp": up, "bytes": e})]
-    if work.kind == "train":
-        terms.append(Term("gathered or summed hidden", {"2": 2, "t": t, "h": shape.hidden_size, "bytes": e}))
+    if problem.workload.kind == "train":
+        terms.append(Term("gathered or summed hidden", {"2": 2, **hidden}))
         if stage == layout.pp - 1:
             rows = shape.padded_vocab_size(layout.tp) / layout.tp
             terms.append(Term("logits and their gradient", {"t": t, "V/tp": rows, "2": 2, "bytes": e}))
         if layout.recompute:
-            own = t // layout.tp if layout.sequence_parallel else t
-            layer = [*norm_terms(problem, own), *attention_terms(problem), *mlp_terms(problem)]
-            terms += [term.times({}, f"recomputed {term.name}") for term in layer]
+            terms += [term.times({}, f"recomputed {term.name}") for term in layer_terms(problem)]
     else:
-        terms.append(Term("hidden states", {"3": 3, "t": t, "h": shape.hidden_size, "bytes": e}))
+        terms.append(Term("hidden states", {"3": 3, **hidden}))
     if layout.sliced:
-        whole = 2 * problem.heads.kv_heads * shape.kv_channels
-        terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 hk d": whole, "bytes": e}))
+        both = 2 * problem.heads.kv_heads * shape.kv_channels
+        terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 hk d": both, "bytes": e}))
     elif problem.gathers_qkv:
-        terms.append(Term("gathered QKV", {"t": t, "(H+2G)d": _mixed_qkv(problem), "bytes": e}))
+        terms.append(Term("gathered QKV", {"t": t, "(H+2G)d": problem.qkv_width, "bytes": e}))
     return terms

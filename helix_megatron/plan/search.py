@@ -27,7 +27,7 @@ from helix_megatron.models.presets import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import memory
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason, indivisible_reason
 from helix_megatron.plan.memory import Memory
 from helix_megatron.plan.timing import Prediction, predict
 
@@ -37,6 +37,31 @@ _VARIANTS = {  # comm types and caches that differ
     "prefill": (("a2a", "sequence"), ("a2a", "dim"), ("all_reduce", "dim")),
     "decode": (("a2a", "sequence"), ("a2a", "dim")),
 }
+
+
+@dataclass
+class Request:
+    """What is asked: a model, machines, work, and sizes where only one is allowed."""
+
+    shape: ModelShape
+    cluster: Cluster
+    workload: Workload
+    tp: int | None = None
+    pp: int | None = None
+    grid: HelixGrid | None = None
+    """Of `tp` ranks and with equal slices, beside Megatron's own attention; None: the search chooses."""
+
+    def changed(self, **changes: int | None) -> Request:
+        """With other values of tp, pp, batch, length or devices (of one node), and any grid."""
+        work = {name: changes[name] for name in ("batch", "length") if name in changes}
+        nodes = {"nodes": 1, "gpus_per_node": changes["devices"]} if "devices" in changes else {}
+        return Request(
+            self.shape,
+            replace(self.cluster, **nodes),  # type: ignore[arg-type]
+            replace(self.workload, **work),  # type: ignore[arg-type]
+            changes.get("tp", self.tp),
+            changes.get("pp", self.pp),
+        )
 
 
 @dataclass(frozen=True)
@@ -59,18 +84,9 @@ class Candidate:
 
 
 @dataclass
-class Plan:
+class Plan(Request):
     """What was asked, and the result of the search."""
 
-    shape: ModelShape
-    cluster: Cluster
-    workload: Workload
-    tp: int | None = None
-    """The only tensor-parallel size that was allowed."""
-    pp: int | None = None
-    """The only number of pipeline stages that was allowed."""
-    grid: HelixGrid | None = None
-    """The only grid that was allowed, of `tp` ranks."""
     candidates: list[Candidate] = field(default_factory=list)
     """Fastest first."""
     tried: int = 0
@@ -105,17 +121,12 @@ def search(
     pp: int | None = None,
     grid: HelixGrid | None = None,
 ) -> Plan:
-    """All layouts of `shape` on all devices of `cluster`, fastest first.
-
-    Args:
-        tp, pp: only these sizes.
-        grid: only this one, of tp ranks and with equal slices, beside Megatron's own attention.
-    """
+    """All layouts of `shape` on all devices of `cluster`, fastest first; arguments as of `Request`."""
     plan = Plan(shape, cluster, workload, tp, pp, grid)
-    for layout in layouts(shape, cluster, workload, tp, pp, grid):
+    for layout in layouts(plan):
         plan.tried += 1
         plan.sliced += layout.sliced
-        for problem in _ways(shape, layout, workload):
+        for problem in _problems(plan, layout):
             stage, held = memory.fullest(problem)
             if held.total <= cluster.capacity:
                 plan.candidates.append(Candidate(problem, predict(problem, cluster), stage, held))
@@ -124,95 +135,75 @@ def search(
                 plan.least = (problem.layout, held)
         else:
             plan.too_big += 1
-    plan.candidates.sort(key=_order)
+    # Equals: Megatron's own, fewer stages, smaller tp.
+    plan.candidates.sort(key=lambda c: (c.seconds, c.layout.helix, c.layout.pp, c.layout.tp))
     return plan
 
 
-def fits(
-    shape: ModelShape, cluster: Cluster, workload: Workload, tp: int | None = None, pp: int | None = None
-) -> bool:
-    """Whether any layout is legal and fits; arguments as of `search`."""
+def fits(request: Request) -> bool:
+    """Whether any layout is legal and fits."""
     return any(
-        memory.fullest(problem)[1].total <= cluster.capacity
-        for layout in layouts(shape, cluster, workload, tp, pp)
-        for problem in _ways(shape, layout, workload)
+        memory.fullest(problem)[1].total <= request.cluster.capacity
+        for layout in layouts(request)
+        for problem in _problems(request, layout)
     )
 
 
-def _order(candidate: Candidate) -> tuple[float, bool, int, int]:
-    """Fastest first; equals: Megatron's own, fewer stages, smaller tp."""
-    layout = candidate.layout
-    return (candidate.seconds, layout.helix, layout.pp, layout.tp)
+def _problems(request: Request, layout: Layout) -> Iterator[Problem]:
+    """The layout as it is and, in training, with full recompute."""
+    yield Problem(request.shape, layout, request.workload)
+    if request.workload.kind == "train":
+        yield Problem(request.shape, replace(layout, recompute=True), request.workload)
 
 
-def _ways(shape: ModelShape, layout: Layout, workload: Workload) -> Iterator[Problem]:
-    """As it is and, in training, with full recompute."""
-    yield Problem(shape, layout, workload)
-    if workload.kind == "train":
-        yield Problem(shape, replace(layout, recompute=True), workload)
-
-
-def layouts(
-    shape: ModelShape,
-    cluster: Cluster,
-    workload: Workload,
-    tp: int | None = None,
-    pp: int | None = None,
-    grid: HelixGrid | None = None,
-) -> Iterator[Layout]:
+def layouts(request: Request) -> Iterator[Layout]:
     """Every layout of all devices that is legal and not left out (see the note above)."""
+    shape, work = request.shape, request.workload
+    measured = bool(request.cluster.layer_overhead)
     attentions: dict[int, list[Layout]] = {}
-    for size_tp, size_pp, dp in sizes(shape, cluster.devices, workload, tp, pp):
-        if workload.batch % dp:
+    for tp, pp, dp in sizes(request):
+        if work.batch % dp:
             continue
-        if size_tp not in attentions:
-            measured = bool(cluster.layer_overhead)
-            attentions[size_tp] = list(attention_layouts(shape, size_tp, workload, grid, measured))
-        for size, attention in product(_micro_batches(workload, dp), attentions[size_tp]):
+        if tp not in attentions:
+            attentions[tp] = list(attention_layouts(shape, tp, work, request.grid, measured))
+        # Where Megatron advises it: training with tensor parallelism.
+        sequence_parallel = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
+        for size, attention in product(_micro_batches(work, dp), attentions[tp]):
             layout = replace(
-                attention,
-                pp=size_pp,
-                dp=dp,
-                micro_batch=size,
-                sequence_parallel=_sequence_parallel(workload, size_tp),
+                attention, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sequence_parallel
             )
-            if illegal(shape, layout, workload) is None:
+            if illegal_reason(shape, layout, work) is None:
                 yield layout
 
 
-def sizes(
-    shape: ModelShape, devices: int, workload: Workload, tp: int | None = None, pp: int | None = None
-) -> Iterator[tuple[int, int, int]]:
-    """(tp, pp, dp) of all `devices` that the model allows, whatever the batch."""
-    for size_tp in [k for k in _divisors(devices) if tp in (None, k)]:
-        if shape.ffn_hidden_size % size_tp or not any(attention_layouts(shape, size_tp, workload)):
+def sizes(request: Request) -> Iterator[tuple[int, int, int]]:
+    """(tp, pp, dp) of all devices that the model allows, whatever the batch."""
+    shape, devices = request.shape, request.cluster.devices
+    for tp in _allowed(devices, request.tp):
+        if indivisible_reason(shape, tp) or not any(attention_layouts(shape, tp, request.workload)):
             continue
-        for size_pp in [k for k in _divisors(devices // size_tp) if pp in (None, k)]:
-            if shape.num_layers % size_pp == 0:
-                yield size_tp, size_pp, devices // size_tp // size_pp
+        for pp in _allowed(devices // tp, request.pp):
+            if shape.num_layers % pp == 0:
+                yield tp, pp, devices // tp // pp
 
 
-def uneven_only(shape: ModelShape, tp: int, workload: Workload) -> bool:
+def only_uneven_slices(request: Request, tp: int) -> bool:
     """Whether `tp` ranks can run this model, but only by slices of unequal size, which are not modelled."""
-    if shape.ffn_hidden_size % tp or any(attention_layouts(shape, tp, workload)):
+    shape = request.shape
+    if indivisible_reason(shape, tp) or any(attention_layouts(shape, tp, request.workload)):
         return False
     return bool(legal_grids(shape.attention, tp))
 
 
-def sizes_with_uneven_slices(plan: Plan) -> list[int]:
-    """The tensor-parallel sizes that would be legal for a plan, but are left out as `uneven_only`."""
-    shape, work, devices = plan.shape, plan.workload, plan.cluster.devices
+def sizes_with_uneven_slices(request: Request) -> list[int]:
+    """The tensor-parallel sizes that would be legal, but are left out as `only_uneven_slices`."""
+    devices, batch = request.cluster.devices, request.workload.batch
     found = []
-    for tp in [k for k in _divisors(devices) if plan.tp in (None, k)]:
-        stages = [k for k in _divisors(devices // tp) if plan.pp in (None, k) and shape.num_layers % k == 0]
-        if any(work.batch % (devices // tp // k) == 0 for k in stages) and uneven_only(shape, tp, work):
+    for tp in _allowed(devices, request.tp):
+        stages = [pp for pp in _allowed(devices // tp, request.pp) if request.shape.num_layers % pp == 0]
+        if any(batch % (devices // tp // pp) == 0 for pp in stages) and only_uneven_slices(request, tp):
             found.append(tp)
     return found
-
-
-def _sequence_parallel(workload: Workload, tp: int) -> bool:
-    """Where Megatron advises it: training with tensor parallelism."""
-    return workload.kind == "train" and workload.fused and tp > 1 and workload.length % tp == 0
 
 
 def _micro_batches(workload: Workload, dp: int) -> list[int]:
@@ -225,34 +216,27 @@ def _micro_batches(workload: Workload, dp: int) -> list[int]:
 
 
 def attention_layouts(
-    shape: ModelShape,
-    tp: int,
-    workload: Workload,
-    given: HelixGrid | None = None,
-    measured: bool = False,
+    shape: ModelShape, tp: int, workload: Workload, grid: HelixGrid | None = None, measured: bool = False
 ) -> Iterator[Layout]:
     """Ways to do attention on `tp` ranks: Megatron's own, and Helix with sliced heads or the given grid.
 
     Args:
-        given: in place of the grid with most head groups.
+        grid: in place of the one with most head groups.
         measured: the software of a layer has its time, which turns on the query placement.
     """
     plain = Layout(tp)
-    if illegal(shape, plain, replace(workload, batch=1)) is None:
+    if illegal_reason(shape, plain, replace(workload, batch=1)) is None:
         yield plain
-    whole = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
-    sliced = [grid for grid in legal_grids(shape.attention, tp, even=True) if grid.dim_parallel_size > 1]
-    grids = [] if whole else sliced[:1]  # most head groups first
-    if given is not None:
-        grids = [given] if given.dim_parallel_size > 1 else []
+    whole_heads = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
+    sliced = [one for one in legal_grids(shape.attention, tp, even=True) if one.dim_parallel_size > 1]
+    grids = [] if whole_heads else sliced[:1]  # most head groups first
+    if grid is not None:
+        grids = [grid] if grid.dim_parallel_size > 1 else []
         if not grids:
-            yield Layout(tp, helix=True, grid=given)
-    for grid in grids:
-        for comm, cache in _VARIANTS[workload.kind]:
-            for placement in _placements(shape, tp, workload, comm, cache, measured):
-                yield Layout(
-                    tp, helix=True, grid=grid, comm_type=comm, placement=placement, kv_cache=cache
-                )  # fmt: skip
+            yield Layout(tp, helix=True, grid=grid)
+    for one, (comm, cache) in product(grids, _VARIANTS[workload.kind]):
+        for placement in _placements(shape, tp, workload, comm, cache, measured):
+            yield Layout(tp, helix=True, grid=one, comm_type=comm, placement=placement, kv_cache=cache)
 
 
 def _placements(
@@ -266,6 +250,7 @@ def _placements(
     return ["dims"] if summed else ["heads"]
 
 
-def _divisors(number: int) -> list[int]:
+def _allowed(number: int, only: int | None) -> list[int]:
+    """The divisors of a number in order; of these `only` one, where it is given."""
     small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
-    return sorted({*small, *(number // k for k in small)})
+    return [k for k in sorted({*small, *(number // k for k in small)}) if only in (None, k)]

@@ -35,16 +35,11 @@ class Term:
         return Term(name or self.name, {**factors, **self.factors})
 
     def __str__(self) -> str:
-        return " x ".join(
-            name if name == f"{number:g}" else f"{name} {_number(number)}"
-            for name, number in self.factors.items()
-        )
+        shown = {name: f"{n:,.0f}" if n == round(n) else f"{n:,.4g}" for name, n in self.factors.items()}
+        alone = [name for name, number in self.factors.items() if name == f"{number:g}"]
+        return " x ".join(name if name in alone else f"{name} {shown[name]}" for name in shown)
 
 
 def total(terms: Iterable[Term]) -> float:
     """Sum of the products."""
     return sum(term.value for term in terms)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:,.4g}"

@@ -42,7 +42,11 @@ class Line:
 
     def times(self, factors: Mapping[str, float]) -> Line:
         """As often: name of a factor to its number, put before the formula; factors of 1 are not shown."""
-        shown = "".join(f"{_exact(number)} {name} x " for name, number in factors.items() if number != 1)
+        shown = "".join(
+            f"{n:,.0f} {name} x " if n == round(n) else f"{n:.6g} {name} x "
+            for name, n in factors.items()
+            if n != 1
+        )
         return replace(self, seconds=self.seconds * prod(factors.values()), formula=shown + self.formula)
 
 
@@ -69,10 +73,8 @@ class Prediction:
 
 def predict(problem: Problem, cluster: Cluster) -> Prediction:
     """Seconds of a step of `problem` on `cluster`."""
-    last = problem.layout.pp - 1
-    stages = {stage: _Stage(problem, cluster, stage) for stage in {0, last}}
-    slowest = max(stages, key=lambda stage: stages[stage].pace)
-    return stages[slowest].prediction()
+    stages = [_Stage(problem, cluster, stage) for stage in sorted({0, problem.layout.pp - 1})]
+    return max(stages, key=lambda stage: stage.pace).prediction()
 
 
 class _Stage:
@@ -80,45 +82,37 @@ class _Stage:
 
     def __init__(self, problem: Problem, cluster: Cluster, stage: int):
         self.problem, self.cluster, self.stage = problem, cluster, stage
-        layout = problem.layout
-        self.busy = layout.tp * layout.dp
         self.train = problem.workload.kind == "train"
         self.computing = self._computing()
-        found = traffic.collectives(problem, stage)
-        self.collectives = [item for item in found if item.phase != STEP]
-        self.once = [item for item in found if item.phase == STEP]
-        self.pace = _seconds(self._micro_batch(self.busy))
+        self.collectives = traffic.collectives(problem, stage)
+        self.one = self._micro_batch(problem.layout.tp * problem.layout.dp)
+        self.pace = _seconds(self.one)
 
     def _computing(self) -> list[Line]:
         """One micro-batch on a device of its own."""
-        problem, work = self.problem, self.problem.workload
+        problem, layout, work = self.problem, self.problem.layout, self.problem.workload
         lines = []
         for operation in compute.operations(problem, self.stage):
             rate = self.cluster.rate(operation.kind, work.dtype)
-            passes = 1.0
-            if self.train:
-                passes += operation.backward + (1 if problem.layout.recompute else 0)
-            one = rate.seconds(operation.flops.value, operation.bytes.value)
+            passes = 1 + operation.backward + layout.recompute if self.train else 1.0
+            flops, moved = operation.flops, operation.bytes
             formula = (
                 f"({rate.launch * 1e6:.6g} us + max of "
-                f"{operation.flops} = {operation.flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
-                f"{operation.bytes} = {operation.bytes.value:.6g} B at {rate.bandwidth:.6g} B/s)"
+                f"{flops} = {flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
+                f"{moved} = {moved.value:.6g} B at {rate.bandwidth:.6g} B/s)"
             )
-            line = Line("compute", operation.name, one, formula)
+            line = Line("compute", operation.name, rate.seconds(flops.value, moved.value), formula)
             lines.append(line.times({"calls": operation.calls, "passes": passes}))
-        if self.train:
-            accumulated = compute.accumulation_bytes(problem, self.stage)
-            if accumulated.value:
-                lines.append(self._moved("compute", accumulated, compute.PASS))
-        layout = problem.layout
+        accumulated = compute.accumulation_bytes(problem, self.stage)
+        if self.train and accumulated.value:
+            lines.append(self._moved("compute", accumulated, compute.PASS))
         key = overhead_key(work.kind, layout.sliced, layout.comm_type, layout.placement, layout.kv_cache)
         overhead = self.cluster.layer_overhead
         per_layer = overhead.get(key, overhead.get(f"{work.kind} megatron", 0.0))
         if self.train and layout.recompute:
             per_layer *= 4 / 3
         if per_layer:
-            formula = f"({per_layer * 1e6:.6g} us); {key}"
-            line = Line("compute", "software of a layer", per_layer, formula)
+            line = Line("compute", "software of a layer", per_layer, f"({per_layer * 1e6:.6g} us); {key}")
             lines.append(line.times({"layers": problem.layers}))
         return lines
 
@@ -128,59 +122,54 @@ class _Stage:
         formula = f"({term} = {term.value:.6g} B at {rate.bandwidth:.6g} B/s)"
         return Line(part, term.name, term.value / rate.bandwidth, formula)
 
-    def _once(self, item: Collective, busy: int) -> Line:
+    def _call(self, item: Collective, busy: int) -> Line:
         """One call of a collective."""
-        layout = self.problem.layout
-        stride = {"dp": layout.tp, "pp": layout.tp * layout.dp, "embd": layout.tp * layout.dp}.get(
-            item.group, 1
-        )
-        if item.group == "embd":
-            stride *= layout.pp - 1
-        size = 2 if item.group == "pp" else item.size  # a message passes between two ranks
-        if item.group == "pp" and self.cluster.lines:
-            size = item.size
-        way = self.cluster.way(item.kind, size, stride, item.bytes, busy)
-        part = "gradients" if item.phase == STEP and item.what != "optimizer" else item.what
-        formula = f"({way.formula(item.bytes)}); {item.kind} over {item.size} ({item.group}) of {item.term}"
-        return Line(part, item.name, way.seconds(item.bytes), formula)
+        tp, dp, last = self.problem.layout.tp, self.problem.layout.dp, self.problem.layout.pp - 1
+        stride = {"dp": tp, "pp": tp * dp, "embd": tp * dp * last}.get(item.group, 1)
+        message = item.group == "pp" and not self.cluster.lines  # it passes between two ranks
+        size = 2 if message else item.size
+        algorithm = self.cluster.algorithm(item.kind, size, stride, item.bytes, busy)
+        part = "gradients" if item.phase == STEP and item.part != "optimizer" else item.part
+        how = algorithm.formula(item.bytes)
+        formula = f"({how}); {item.kind} over {item.size} ({item.group}) of {item.term}"
+        return Line(part, item.name, algorithm.seconds(item.bytes), formula)
 
     def _micro_batch(self, busy: int) -> list[Line]:
         """One micro-batch while `busy` ranks are at work."""
-        share = self.cluster.share(busy)
-        lines = [line.times({SHARE: share}) for line in self.computing]
-        for item in self.collectives:
-            calls = item.calls / self.problem.micro_batches
-            lines.append(self._once(item, busy).times({"calls": calls}))
-        return lines
+        share = {SHARE: self.cluster.slowdown(busy)}
+        return [line.times(share) for line in self.computing] + [
+            self._call(item, busy).times({"calls": item.calls / self.problem.micro_batches})
+            for item in self.collectives
+            if item.phase != STEP
+        ]
 
     def prediction(self) -> Prediction:
         layout, batches = self.problem.layout, self.problem.micro_batches
-        one, crowded = self._micro_batch(self.busy), self._micro_batch(layout.world)
-        pace, fill = _seconds(one), layout.pp - 1
-        if (batches + fill) * pace < batches * _seconds(crowded):
+        one, fill = self.one, layout.pp - 1
+        crowded = self._micro_batch(layout.world)
+        if (batches + fill) * self.pace < batches * _seconds(crowded):
             one, fill = crowded, 0
         lines = [line.times({"micro-batches": batches}) for line in one]
         if fill:
-            formula = f"({pace * 1e6:.6g} us); one micro-batch: the lines above but for their first factor"
-            if batches == 1:
-                formula = f"({pace * 1e6:.6g} us); one micro-batch: the lines above"
-            fills = Line("pipeline", "filling and draining", pace, formula)
+            but = " but for their first factor" if batches > 1 else ""
+            formula = f"({self.pace * 1e6:.6g} us); one micro-batch: the lines above{but}"
+            fills = Line("pipeline", "filling and draining", self.pace, formula)
             lines.append(fills.times({"other stages": fill}))
-        lines += self._step_end()
-        return Prediction(tuple(lines), self.stage)
+        return Prediction((*lines, *self._step_end()), self.stage)
 
     def _step_end(self) -> list[Line]:
         """Once in a step, with all ranks at work."""
         world = self.problem.layout.world
-        share = {SHARE: self.cluster.share(world)}
+        share = {SHARE: self.cluster.slowdown(world)}
         software = self.cluster.step_overhead.get(self.problem.workload.kind, 0.0)
-        part = "optimizer" if self.train else "compute"
         lines = []
         if software:
+            part = "optimizer" if self.train else "compute"
             line = Line(part, "software of a step", software, f"({software * 1e6:.6g} us)")
             lines.append(line.times(share))
         if self.train:
-            lines += [self._once(item, world).times({"calls": item.calls}) for item in self.once]
+            once = [item for item in self.collectives if item.phase == STEP]
+            lines += [self._call(item, world).times({"calls": item.calls}) for item in once]
             passes, update = compute.optimizer_bytes(self.problem, self.stage)
             for term, kind in ((passes, compute.PASS), (update, compute.UPDATE)):
                 lines.append(self._moved("optimizer", term, kind).times(share))
@@ -189,7 +178,3 @@ class _Stage:
 
 def _seconds(lines: list[Line]) -> float:
     return sum(line.seconds for line in lines)
-
-
-def _exact(number: float) -> str:
-    return f"{number:,.0f}" if number == round(number) else f"{number:.6g}"

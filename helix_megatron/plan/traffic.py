@@ -1,7 +1,7 @@
 """Collectives of one step on a rank of a pipeline stage, and the bytes it receives in them.
 
-Bytes are counted as helix_megatron.measure.comm counts them: what the rank has to receive, without any
-algorithm's detours. In a group of p:
+Bytes are counted as CommMeter counts them: what the rank has to receive, without any algorithm's detours. In
+a group of p:
 
     all_gather      (p-1)/p of the output        all_reduce   2 (p-1)/p of the tensor
     reduce_scatter  (p-1)/p of the input         recv         the tensor
@@ -13,7 +13,7 @@ Note [Tensor parallelism in a layer]             plain              sequence par
     after proj and fc2      forward              all_reduce t h     reduce_scatter t h
                             backward             -                  all_gather t h
     attention               Megatron, tp > G: all_gather t (H+2G) d, backward reduce_scatter
-                            Helix: see exchange/ and inference/position_cache.py; only inside the dim group
+                            Helix: as its exchanges and KV caches do; only inside the dim group
 
 What Megatron's training script adds (broadcasts of the batch, sums of the logged loss) is left out.
 """
@@ -21,7 +21,7 @@ What Megatron's training script adds (broadcasts of the batch, sums of the logge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
@@ -29,7 +29,9 @@ from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
-_SHARES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+_ROUNDS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+_PARTS = {"tp": "all-reduce", "dim": "exchange", "dp": "gradients", "embd": "gradients", "pp": "pipeline",
+          "world": "optimizer"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Collective:
     """Equal collectives of a step.
 
     Args:
-        what: the part of time it belongs to: "all-reduce" (Megatron's tensor parallelism), "exchange" (of
-            attention), "gradients" (over data-parallel ranks), "pipeline", "optimizer".
+        part: of a step's time: "all-reduce" (Megatron's tensor parallelism), "exchange" (of attention),
+            "gradients" (over data-parallel ranks), "pipeline", "optimizer".
         kind: as in CommMeter.
         group: "tp", "dim", "dp", "pp", "embd" or "world".
         size: ranks of the group.
@@ -48,7 +50,7 @@ class Collective:
     """
 
     name: str
-    what: str
+    part: str
     kind: str
     group: str
     size: int
@@ -62,51 +64,13 @@ class Collective:
         return self.term.value
 
 
-@dataclass
-class _List:
-    """Collects collectives of one problem; those over one rank are none."""
-
-    problem: Problem
-    items: list[Collective] = field(default_factory=list)
-    forward_passes: int = 1
-
-    def add(
-        self, name: str, what: str, kind: str, group: str, calls: int, factors: Mapping[str, float],
-        phase: str = FORWARD,
-    ) -> None:  # fmt: skip
-        layout = self.problem.layout
-        if phase == FORWARD:
-            calls *= self.forward_passes
-        sizes = {"tp": layout.tp, "dim": layout.m, "dp": layout.dp, "pp": layout.pp, "embd": 2}
-        sizes["world"] = (
-            layout.world if self.problem.workload.distributed_optimizer else layout.tp * layout.pp
-        )
-        size = sizes[group]
-        if size == 1 or not calls:
-            return
-        if kind in _SHARES and "(p-1)" not in factors:
-            twice = "2(p-1)/p" if kind == "all_reduce" else "(p-1)/p"
-            factors = {**factors, twice: _SHARES[kind] * (size - 1) / size}
-        self.items.append(Collective(name, what, kind, group, size, calls, Term(name, factors), phase))
-
-
 def collectives(problem: Problem, stage: int, rank: int = 0) -> list[Collective]:
     """Every collective of a step on a rank of `stage`.
 
     Args:
         rank: in the tensor-parallel group; it matters where query positions are dealt unevenly.
     """
-    found = _List(problem)
-    train = problem.workload.kind == "train"
-    found.forward_passes = 2 if train and problem.layout.recompute else 1
-    _layers(found, train)
-    _attention(found, rank, train)
-    found.forward_passes = 1
-    _ends(found, stage, train)
-    _pipeline(found, stage, train)
-    if train:
-        _gradients(found, stage)
-    return found.items
+    return _Step(problem, stage, rank % problem.layout.m).items
 
 
 def received(items: list[Collective]) -> dict[str, tuple[int, float]]:
@@ -118,208 +82,189 @@ def received(items: list[Collective]) -> dict[str, tuple[int, float]]:
     return sums
 
 
-def _layers(found: _List, train: bool) -> None:
-    """Megatron's tensor parallelism in the layers of a stage."""
-    problem = found.problem
-    calls = problem.layers * problem.micro_batches
-    hidden = _hidden(problem)
-    if not problem.layout.sequence_parallel:
-        found.add("outputs of proj and fc2", "all-reduce", "all_reduce", "tp", 2 * calls, hidden)
-        if train:
-            found.add("input gradients of qkv and fc1", "all-reduce", "all_reduce", "tp", 2 * calls, hidden,
-                      BACKWARD)  # fmt: skip
-        return
-    found.add("inputs of qkv and fc1", "all-reduce", "all_gather", "tp", 2 * calls, hidden)
-    found.add("outputs of proj and fc2", "all-reduce", "reduce_scatter", "tp", 2 * calls, hidden)
-    if train:
-        found.add("inputs again, and output gradients", "all-reduce", "all_gather", "tp", 4 * calls,
-                  hidden, BACKWARD)  # fmt: skip
-        found.add("input gradients of qkv and fc1", "all-reduce", "reduce_scatter", "tp", 2 * calls, hidden,
-                  BACKWARD)  # fmt: skip
+class _Step:
+    """Collects the collectives of a step on one rank; those over one rank are none."""
 
+    def __init__(self, problem: Problem, stage: int, dim_rank: int):
+        self.problem, self.stage, self.dim_rank = problem, stage, dim_rank
+        shape, layout, work = problem.shape, problem.layout, problem.workload
+        self.train, self.e, self.m, self.t = work.kind == "train", work.element, layout.m, problem.tokens
+        self.first, self.last = stage == 0, stage == layout.pp - 1
+        self.hidden = {"t": self.t, "h": shape.hidden_size, "bytes": self.e}
+        world = layout.world if work.distributed_optimizer else layout.tp * layout.pp
+        self.sizes = {"tp": layout.tp, "dim": self.m, "dp": layout.dp, "pp": layout.pp, "embd": 2}
+        self.sizes["world"] = world
+        self.items: list[Collective] = []
+        self.calls = problem.layers * problem.micro_batches
+        self.forward_passes = 2 if self.train and layout.recompute else 1
+        self.add_layers()
+        self.add_attention()
+        self.calls, self.forward_passes = problem.micro_batches, 1
+        self.add_ends()
+        self.add_pipeline()
+        if self.train:
+            self.add_gradients()
 
-def _hidden(problem: Problem) -> dict[str, float]:
-    return {"t": problem.tokens, "h": problem.shape.hidden_size, "bytes": problem.workload.element}
+    def add(
+        self, name: str, kind: str, group: str, factors: Mapping[str, float], phase: str = FORWARD,
+        times: int = 1, part: str = "",
+    ) -> None:  # fmt: skip
+        """`times` in a layer or a micro-batch, or in the step; backward only in training."""
+        size = self.sizes[group]
+        calls = times if phase == STEP else times * self.calls
+        if phase == FORWARD:
+            calls *= self.forward_passes
+        if size == 1 or not calls or (phase == BACKWARD and not self.train):
+            return
+        if kind in _ROUNDS and "(p-1)" not in factors:
+            share = "2(p-1)/p" if kind == "all_reduce" else "(p-1)/p"
+            factors = {**factors, share: _ROUNDS[kind] * (size - 1) / size}
+        term = Term(name, factors)
+        self.items.append(Collective(name, part or _PARTS[group], kind, group, size, calls, term, phase))
 
+    def add_layers(self) -> None:
+        """Megatron's tensor parallelism in the layers of a stage."""
+        if not self.problem.layout.sequence_parallel:
+            self.add("outputs of proj and fc2", "all_reduce", "tp", self.hidden, times=2)
+            self.add("input gradients of qkv and fc1", "all_reduce", "tp", self.hidden, BACKWARD, 2)
+            return
+        self.add("inputs of qkv and fc1", "all_gather", "tp", self.hidden, times=2)
+        self.add("outputs of proj and fc2", "reduce_scatter", "tp", self.hidden, times=2)
+        self.add("inputs again, and output gradients", "all_gather", "tp", self.hidden, BACKWARD, 4)
+        self.add("input gradients of qkv and fc1", "reduce_scatter", "tp", self.hidden, BACKWARD, 2)
 
-def _attention(found: _List, rank: int, train: bool) -> None:
-    """What attention exchanges; see exchange/ and inference/position_cache.py."""
-    problem = found.problem
-    shape, layout = problem.shape, problem.layout
-    calls = problem.layers * problem.micro_batches
-    if problem.gathers_qkv:
-        elements = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
-        mixed = {"t": problem.tokens, "(H+2G)d": elements, "bytes": problem.workload.element}
-        found.add("mixed QKV", "exchange", "all_gather", "tp", calls, mixed)
-        if train:
-            found.add("gradient of the mixed QKV", "exchange", "reduce_scatter", "tp", calls, mixed, BACKWARD)
-    if not layout.sliced:
-        return
-    if shape.qk_layernorm:
-        _qk_norm(found, calls, train)
-    work = problem.workload
-    if work.kind != "train" and layout.kv_cache == "sequence":
-        _sequence_cache(found, calls)
-    elif layout.comm_type == "all_reduce" or work.kind == "decode":
-        _summed_scores(found, calls, train)
-    else:
-        _whole_heads(found, calls, rank % layout.m, train)
+    def add_attention(self) -> None:
+        """What attention exchanges."""
+        shape, layout, work = self.problem.shape, self.problem.layout, self.problem.workload
+        if self.problem.gathers_qkv:
+            mixed = {"t": self.t, "(H+2G)d": self.problem.qkv_width, "bytes": self.e}
+            self.add("mixed QKV", "all_gather", "tp", mixed, part="exchange")
+            self.add("gradient of the mixed QKV", "reduce_scatter", "tp", mixed, BACKWARD, part="exchange")
+        if not layout.sliced:
+            return
+        if shape.qk_layernorm:
+            self.add_qk_norm()
+        if work.kind != "train" and layout.kv_cache == "sequence":
+            self.add_sequence_cache()
+        elif layout.comm_type == "all_reduce" or work.kind == "decode":
+            self.add_summed_scores()
+        else:
+            self.add_gathered_heads()
 
+    def add_qk_norm(self) -> None:
+        heads = self.problem.heads
+        moments = 2 if self.problem.shape.normalization == "LayerNorm" else 1
+        sliced = {"keys": heads.kv_heads}
+        if self.problem.layout.placement == "dims":
+            sliced["queries"] = heads.query_heads
+        for name, count in sliced.items():
+            for phase in (FORWARD, BACKWARD):
+                size = {"t": self.t, "heads": count, "fp32": 4}
+                self.add(f"QK norm of {name}", "all_reduce", "dim", size, phase, moments)
 
-def _qk_norm(found: _List, calls: int, train: bool) -> None:
-    problem = found.problem
-    moments = 2 if problem.shape.normalization == "LayerNorm" else 1
-    sliced = {"keys": problem.heads.kv_heads}
-    if problem.layout.placement == "dims":
-        sliced["queries"] = problem.heads.query_heads
-    for name, heads in sliced.items():
-        size = {"t": problem.tokens, "heads": heads, "fp32": 4}
-        found.add(f"QK norm of {name}", "exchange", "all_reduce", "dim", moments * calls, size)
-        if train:
-            found.add(f"QK norm of {name}", "exchange", "all_reduce", "dim", moments * calls, size, BACKWARD)
+    def add_sequence_cache(self) -> None:
+        heads, lse = self.problem.heads, 4 / self.e  # an fp32 log-sum-exp travels as elements of the dtype
+        tokens = {"(p-1)": self.m - 1, "t": self.t, "bytes": self.e}
+        new = (heads.query_heads + 2 * heads.kv_heads) * heads.slice_dim
+        self.add("new q, k, v", "all_gather", "dim", {**tokens, "(hq+2hk)d/m": new})
+        if self.problem.layout.placement == "heads":
+            partial = {"hq/m(d+lse)": heads.query_heads / self.m * (self.problem.shape.kv_channels + lse)}
+        else:
+            partial = {"hq(d/m+lse)": heads.query_heads * (heads.slice_dim + lse)}
+        self.add("partial outputs", "all_to_all", "dim", {**tokens, **partial})
 
+    def add_gathered_heads(self) -> None:
+        """Comm type a2a."""
+        heads, b = self.problem.heads, self.problem.layout.micro_batch
+        keys = {"(p-1)": self.m - 1, "t": self.t, "2 hk d/m": 2 * heads.kv_heads * heads.slice_dim,
+                "bytes": self.e}  # fmt: skip
+        self.add("K and V slices", "all_gather", "dim", keys)
+        self.add("gradients of K and V", "all_to_all", "dim", keys, BACKWARD)
+        if self.problem.layout.placement == "heads":
+            return
+        a, c, s = heads.head_parts, heads.position_parts, self.problem.workload.length
+        per_head = {"hq/a": heads.query_heads // a, "d/m": heads.slice_dim, "bytes": self.e}
+        own = part_length(s, self.dim_rank % c, c)  # positions of this rank, received from every other rank
+        others = a * s - own  # positions of this rank's slices, over all parts but its own
+        queries = {"(p-1)": 1, "positions from others": (self.m - 1) * own * b, **per_head}
+        outputs = {"(p-1)": 1, "positions from others": others * b, **per_head}
+        self.add("queries", "all_to_all", "dim", queries)
+        self.add("output slices", "all_to_all", "dim", outputs)
+        # Each gradient travels its exchange's way back.
+        self.add("gradients of queries", "all_to_all", "dim", outputs, BACKWARD)
+        self.add("gradients of output slices", "all_to_all", "dim", queries, BACKWARD)
 
-def _sequence_cache(found: _List, calls: int) -> None:
-    problem, heads = found.problem, found.problem.heads
-    m, e = problem.layout.m, problem.workload.element
-    lse = 4 / e  # an fp32 log-sum-exp travels as elements of the model's dtype
-    tokens = {"(p-1)": m - 1, "t": problem.tokens, "bytes": e}
-    new = (heads.query_heads + 2 * heads.kv_heads) * heads.slice_dim
-    found.add("new q, k, v", "exchange", "all_gather", "dim", calls, {**tokens, "(hq+2hk)d/m": new})
-    if problem.layout.placement == "heads":
-        partial = heads.query_heads / m * (problem.shape.kv_channels + lse)
-        found.add(
-            "partial outputs", "exchange", "all_to_all", "dim", calls, {**tokens, "hq/m(d+lse)": partial}
-        )
-    else:
-        partial = heads.query_heads * (heads.slice_dim + lse)
-        found.add(
-            "partial outputs", "exchange", "all_to_all", "dim", calls, {**tokens, "hq(d/m+lse)": partial}
-        )
+    def add_summed_scores(self) -> None:
+        """Comm type all_reduce (and a cache of slices)."""
+        heads, work = self.problem.heads, self.problem.workload
+        keys = work.length + (1 if work.kind == "decode" else 0)
+        scores = {"t": self.t, "hq": heads.query_heads, "keys": keys, "fp32": 4}
+        per_head = heads.query_heads // self.m * heads.slice_dim
+        pieces = {"(p-1)": self.m - 1, "t": self.t, "hq/m d/m": per_head, "bytes": self.e}
+        for phase in (FORWARD, BACKWARD):
+            self.add("partial scores", "all_reduce", "dim", scores, phase)
+            if self.problem.layout.placement == "heads":
+                self.add("query slices", "all_to_all", "dim", pieces, phase)
+                self.add("whole outputs", "all_to_all", "dim", pieces, phase)
 
+    def add_ends(self) -> None:
+        """Embedding on the first stage; output layer and loss, or logits, on the last."""
+        sequence_parallel = self.problem.layout.sequence_parallel
+        summed = "reduce_scatter" if sequence_parallel else "all_reduce"
+        if self.first:
+            self.add("embedding", summed, "tp", self.hidden)
+            if sequence_parallel:
+                self.add("gradient of the embedding", "all_gather", "tp", self.hidden, BACKWARD)
+        if not self.last:
+            return
+        if not self.train:
+            vocabulary = self.problem.shape.padded_vocab_size(self.problem.layout.tp)
+            logits = {"sequences": self.problem.layout.micro_batch, "V": vocabulary, "bytes": self.e}
+            self.add("logits of the last token", "all_gather", "tp", logits)
+            return
+        softmax = {"t": self.t, "fp32": 4}
+        self.add("maximum, target and sum of the softmax", "all_reduce", "tp", softmax, times=3)
+        if sequence_parallel:
+            self.add("input of the output layer", "all_gather", "tp", self.hidden)
+            self.add("input of the output layer again", "all_gather", "tp", self.hidden, BACKWARD)
+        self.add("input gradient of the output layer", summed, "tp", self.hidden, BACKWARD)
 
-def _whole_heads(found: _List, calls: int, dim_rank: int, train: bool) -> None:
-    """Comm type a2a."""
-    problem, heads = found.problem, found.problem.heads
-    m, e, b = problem.layout.m, problem.workload.element, problem.layout.micro_batch
-    keys = {"(p-1)": m - 1, "t": problem.tokens, "2 hk d/m": 2 * heads.kv_heads * heads.slice_dim, "bytes": e}
-    found.add("K and V slices", "exchange", "all_gather", "dim", calls, keys)
-    if train:
-        found.add("gradients of K and V", "exchange", "all_to_all", "dim", calls, keys, BACKWARD)
-    if problem.layout.placement == "heads":
-        return
-    a, c, s = heads.head_parts, heads.position_parts, problem.workload.length
-    per_head = {"hq/a": heads.query_heads // a, "d/m": heads.slice_dim, "bytes": e}
-    own = part_length(s, dim_rank % c, c)  # positions of this rank, received from every other rank
-    others = a * s - own  # positions of this rank's slices, over all parts but its own
-    queries = {"positions from others": (m - 1) * own * b, **per_head}
-    outputs = {"positions from others": others * b, **per_head}
-    for name, factors in (("queries", queries), ("output slices", outputs)):
-        found.add(name, "exchange", "all_to_all", "dim", calls, {"(p-1)": 1, **factors})
-    if train:  # each gradient travels its exchange's way back
-        for name, factors in (("gradients of queries", outputs), ("gradients of output slices", queries)):
-            found.add(name, "exchange", "all_to_all", "dim", calls, {"(p-1)": 1, **factors}, BACKWARD)
+    def add_pipeline(self) -> None:
+        layout = self.problem.layout
+        hidden = {**self.hidden, "1/tp": 1 / layout.tp} if layout.sequence_parallel else self.hidden
+        if not self.first:
+            self.add("hidden states of the stage before", "recv", "pp", hidden)
+        if not self.last:
+            self.add("gradients of the stage after", "recv", "pp", hidden, BACKWARD)
 
+    def add_gradients(self) -> None:
+        """Once in a step: gradients over replicas, those that tp ranks have to sum, their norm."""
+        shape, layout, work = self.problem.shape, self.problem.layout, self.problem.workload
+        gradient = {"bytes": 2 if work.dtype == "fp16" else 4}
+        elements = total(parameters(self.problem, self.stage))
+        tied = shape.tied_embeddings and layout.pp > 1 and (self.first or self.last)
+        embedding = shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size
+        if work.distributed_optimizer:
+            # Megatron keeps a tied embedding that two stages share in a buffer of its own.
+            for buffer in [elements - embedding, embedding] if tied else [elements]:
+                self.add("gradients", "reduce_scatter", "dp", {"elements": buffer, **gradient}, STEP)
+                self.add("updated weights", "all_gather", "dp", {"elements": buffer, "bytes": self.e}, STEP)
+        else:
+            self.add("gradients", "all_reduce", "dp", {"elements": elements, **gradient}, STEP)
+        if replicated := self.summed_over_tp():
+            size = {"elements": replicated, **gradient}
+            self.add("gradients of norms and biases", "all_reduce", "tp", size, STEP)
+        if tied:
+            size = {"elements": embedding, **gradient}
+            self.add("gradients of the tied embedding", "all_reduce", "embd", size, STEP)
+        self.add("norm of the gradients", "all_reduce", "world", {"fp32": 4}, STEP)
 
-def _summed_scores(found: _List, calls: int, train: bool) -> None:
-    """Comm type all_reduce (and a cache of slices)."""
-    problem, heads = found.problem, found.problem.heads
-    work, layout = problem.workload, problem.layout
-    keys = work.length + (1 if work.kind == "decode" else 0)
-    scores = {"t": problem.tokens, "hq": heads.query_heads, "keys": keys, "fp32": 4}
-    passes = [FORWARD, BACKWARD] if train else [FORWARD]
-    for phase in passes:
-        found.add("partial scores", "exchange", "all_reduce", "dim", calls, scores, phase)
-        if layout.placement == "heads":
-            per_head = heads.query_heads // layout.m * heads.slice_dim
-            pieces = {"(p-1)": layout.m - 1, "t": problem.tokens, "hq/m d/m": per_head, "bytes": work.element}
-            for name in ("query slices", "whole outputs"):
-                found.add(name, "exchange", "all_to_all", "dim", calls, pieces, phase)
-
-
-def _ends(found: _List, stage: int, train: bool) -> None:
-    """Embedding on the first stage; output layer and loss, or logits, on the last."""
-    problem = found.problem
-    layout, calls = problem.layout, problem.micro_batches
-    hidden = _hidden(problem)
-    if stage == 0:
-        kind = "reduce_scatter" if layout.sequence_parallel else "all_reduce"
-        found.add("embedding", "all-reduce", kind, "tp", calls, hidden)
-        if train and layout.sequence_parallel:
-            found.add("gradient of the embedding", "all-reduce", "all_gather", "tp", calls, hidden, BACKWARD)
-    if stage != layout.pp - 1:
-        return
-    if not train:
-        logits = {
-            "sequences": layout.micro_batch,
-            "V": problem.shape.padded_vocab_size(layout.tp),
-            "bytes": problem.workload.element,
-        }
-        found.add("logits of the last token", "all-reduce", "all_gather", "tp", calls, logits)
-        return
-    found.add("maximum, target and sum of the softmax", "all-reduce", "all_reduce", "tp", 3 * calls,
-              {"t": problem.tokens, "fp32": 4})  # fmt: skip
-    if layout.sequence_parallel:
-        found.add("input of the output layer", "all-reduce", "all_gather", "tp", calls, hidden)
-        found.add(
-            "input of the output layer again", "all-reduce", "all_gather", "tp", calls, hidden, BACKWARD
-        )
-        kind = "reduce_scatter"
-    else:
-        kind = "all_reduce"
-    found.add("input gradient of the output layer", "all-reduce", kind, "tp", calls, hidden, BACKWARD)
-
-
-def _pipeline(found: _List, stage: int, train: bool) -> None:
-    problem = found.problem
-    calls, hidden = problem.micro_batches, _hidden(problem)
-    if problem.layout.sequence_parallel:
-        hidden = {**hidden, "1/tp": 1 / problem.layout.tp}
-    if stage > 0:
-        found.add("hidden states of the stage before", "pipeline", "recv", "pp", calls, hidden)
-    if train and stage < problem.layout.pp - 1:
-        found.add("gradients of the stage after", "pipeline", "recv", "pp", calls, hidden, BACKWARD)
-
-
-def _gradients(found: _List, stage: int) -> None:
-    """Once in a step: gradients over replicas, those that tensor parallelism leaves to sum, their norm."""
-    problem = found.problem
-    shape, layout, work = problem.shape, problem.layout, problem.workload
-    gradient = 2 if work.dtype == "fp16" else 4
-    elements = total(parameters(problem, stage))
-    tied = shape.tied_embeddings and layout.pp > 1 and stage in (0, layout.pp - 1)
-    embedding = shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size
-    if work.distributed_optimizer:
-        # Megatron keeps a tied embedding that two stages share in a buffer of its own.
-        for buffer in [elements - embedding, embedding] if tied else [elements]:
-            size = {"elements": buffer, "bytes": gradient}
-            found.add("gradients", "gradients", "reduce_scatter", "dp", 1, size, STEP)
-            size = {"elements": buffer, "bytes": work.element}
-            found.add("updated weights", "gradients", "all_gather", "dp", 1, size, STEP)
-    else:
-        size = {"elements": elements, "bytes": gradient}
-        found.add("gradients", "gradients", "all_reduce", "dp", 1, size, STEP)
-    replicated = _summed_over_tp(problem, stage)
-    if replicated:
-        found.add("gradients of norms and biases", "all-reduce", "all_reduce", "tp", 1,
-                  {"elements": replicated, "bytes": gradient}, STEP)  # fmt: skip
-    if tied:
-        size = {"elements": embedding, "bytes": gradient}
-        found.add("gradients of the tied embedding", "gradients", "all_reduce", "embd", 1, size, STEP)
-    found.add("norm of the gradients", "optimizer", "all_reduce", "world", 1, {"fp32": 4}, STEP)
-
-
-def _summed_over_tp(problem: Problem, stage: int) -> float:
-    """Elements of the replicated parameters whose gradients differ between tensor-parallel ranks."""
-    shape, layout = problem.shape, problem.layout
-    norm = 2 if shape.normalization == "LayerNorm" else 1
-    count = 0
-    if layout.sequence_parallel:
-        count += problem.layers * 2 * norm * shape.hidden_size
-        if shape.add_bias_linear:
-            count += problem.layers * 2 * shape.hidden_size
-        if stage == layout.pp - 1:
-            count += norm * shape.hidden_size
-    if shape.qk_layernorm:
-        count += problem.layers * 2 * norm * shape.kv_channels
-    return count
+    def summed_over_tp(self) -> float:
+        """Elements of the replicated parameters whose gradients differ between tensor-parallel ranks."""
+        shape, layers = self.problem.shape, self.problem.layers
+        norm = 2 if shape.normalization == "LayerNorm" else 1
+        count = layers * 2 * norm * shape.kv_channels if shape.qk_layernorm else 0
+        if self.problem.layout.sequence_parallel:
+            biases = 1 if shape.add_bias_linear else 0
+            count += (layers * 2 * (norm + biases) + (norm if self.last else 0)) * shape.hidden_size
+        return count

@@ -36,44 +36,33 @@ class Measured:
     """Bytes: parameters, gradients, optimizer, activations (of one micro-batch), kv_cache."""
 
 
+_AS_MEGATRON = """num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
+    normalization qk_layernorm add_bias_linear add_qkv_bias""".split()
+_FUSIONS = """masked_softmax_fusion apply_rope_fusion gradient_accumulation_fusion bias_activation_fusion
+    bias_dropout_fusion persist_layer_norm variable_seq_lengths""".split()
+
+
 def core_config(problem: Problem) -> Any:
     """Megatron's TransformerConfig of the model in this layout, every fusion off."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     shape, layout, work = problem.shape, problem.layout, problem.workload
-    dtype = DTYPES[work.dtype]
+    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1} if layout.recompute else {}
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.kv_channels,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        **{name: getattr(shape, name) for name in _AS_MEGATRON},
+        **dict.fromkeys(_FUSIONS, False),
+        **{f"recompute_{name}": value for name, value in recompute.items()},
         gated_linear_unit=shape.swiglu,
         activation_func=torch.nn.functional.silu if shape.swiglu else torch.nn.functional.gelu,
-        normalization=shape.normalization,
         layernorm_epsilon=shape.norm_epsilon,
-        qk_layernorm=shape.qk_layernorm,
-        add_bias_linear=shape.add_bias_linear,
-        add_qkv_bias=shape.add_qkv_bias,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         sequence_parallel=layout.sequence_parallel,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
+        pipeline_dtype=DTYPES[work.dtype],
+        params_dtype=DTYPES[work.dtype],
         bf16=work.dtype == "bf16",
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        persist_layer_norm=False,
-        variable_seq_lengths=False,
-        recompute_granularity="full" if layout.recompute else None,
-        recompute_method="uniform" if layout.recompute else None,
-        recompute_num_layers=1 if layout.recompute else None,
     )
 
 
@@ -127,10 +116,8 @@ def build(problem: Problem) -> torch.nn.Module:
         rotary_base=shape.rotary_base,
     )
     model = model.to(torch.cuda.current_device())
-    return model if problem.workload.dtype == "fp32" else _half(model, problem)
-
-
-def _half(model: torch.nn.Module, problem: Problem) -> torch.nn.Module:
+    if problem.workload.dtype == "fp32":
+        return model
     from megatron.core.transformer.module import Float16Module
 
     return Float16Module(model.config, model)
@@ -162,25 +149,33 @@ def slowest_seconds(body: Callable[[], Any]) -> float:
     return elapsed.item()
 
 
-def _timed(step: Callable[[], Any], steps: int, warmup: int) -> list[float]:
-    """Seconds of each step, the slowest rank's."""
-    return [slowest_seconds(step) for _ in range(warmup + steps)][warmup:]
+def _run(step: Callable[[], Any], steps: int, warmup: int, held: bool) -> Measured:
+    """Seconds of each step and, if `held`, the collectives of one more."""
+    measured = Measured([slowest_seconds(step) for _ in range(warmup + steps)][warmup:])
+    if held:
+        meter = CommMeter()
+        with meter.counting():
+            step()
+        measured.comm = meter.as_json()
+    return measured
 
 
 # ---- training ----
 def _batches(problem: Problem) -> Iterator[dict[str, torch.Tensor]]:
     """The same micro-batch of random tokens for ever."""
-    generator = torch.Generator().manual_seed(1234)
-    size = (problem.layout.micro_batch, problem.workload.length)
-    tokens = torch.randint(0, problem.shape.vocab_size, size, generator=generator)
-    batch = {
-        "tokens": tokens,
-        "labels": tokens.roll(-1, dims=1),
-        "position_ids": torch.arange(size[1]).expand(size),
-    }
-    batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
+    tokens = _random_tokens(problem, problem.layout.micro_batch)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, dims=1), "position_ids": positions}
     while True:
         yield batch
+
+
+def _random_tokens(problem: Problem, sequences: int) -> torch.Tensor:
+    """[sequences, length], the same on every rank."""
+    generator = torch.Generator().manual_seed(1234)
+    size = (sequences, problem.workload.length)
+    tokens = torch.randint(0, problem.shape.vocab_size, size, generator=generator)
+    return tokens.to(torch.cuda.current_device())
 
 
 def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -203,24 +198,14 @@ def _train(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     work = problem.workload
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=work.dtype == "bf16",
-        use_distributed_optimizer=work.distributed_optimizer,
-    )
+    zero = {"use_distributed_optimizer": work.distributed_optimizer}
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=work.dtype == "bf16", **zero)
     module = build(problem)
     model = DistributedDataParallel(module.config, ddp, module)
     model.broadcast_params()
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-4,
-            bf16=work.dtype == "bf16",
-            params_dtype=DTYPES[work.dtype],
-            use_distributed_optimizer=work.distributed_optimizer,
-            clip_grad=1.0,
-        ),
-        [model],
-    )
+    dtype = {"bf16": work.dtype == "bf16", "params_dtype": DTYPES[work.dtype]}
+    adam = OptimizerConfig(optimizer="adam", lr=1e-4, clip_grad=1.0, **dtype, **zero)
+    optimizer = get_megatron_optimizer(adam, [model])
     module.config.finalize_model_grads_func = finalize_model_grads
     run = partial(
         get_forward_backward_func(),
@@ -237,12 +222,8 @@ def _train(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
         run(num_microbatches=problem.micro_batches, forward_only=False)
         optimizer.step()
 
-    measured = Measured(_timed(step, steps, warmup))
+    measured = _run(step, steps, warmup, held)
     if held:
-        meter = CommMeter()
-        with meter.counting():
-            step()
-        measured.comm = meter.as_json()
         measured.memory = memory.state_bytes([model], optimizer)
         measured.memory["activations"] = memory.activation_bytes(
             [model], lambda: run(num_microbatches=1, forward_only=True)
@@ -258,9 +239,7 @@ def _infer(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
 
     work, batch = problem.workload, problem.replica_batch
     model = build(problem).eval()
-    generator = torch.Generator().manual_seed(1234)
-    prompt = torch.randint(0, problem.shape.vocab_size, (batch, work.length), generator=generator)
-    prompt = prompt.to(torch.cuda.current_device())
+    prompt = _random_tokens(problem, batch)
     pp = parallel_state.get_pipeline_model_parallel_group()
     context: Any = None
 
@@ -279,12 +258,8 @@ def _infer(problem: Problem, steps: int, warmup: int, held: bool) -> Measured:
             context.sequence_len_offset = work.length
             context.enable_decode_mode()
         step = prefill if work.kind == "prefill" else decode
-        measured = Measured(_timed(step, steps, warmup))
+        measured = _run(step, steps, warmup, held)
         if held:
-            meter = CommMeter()
-            with meter.counting():
-                step()
-            measured.comm = meter.as_json()
             cached = [tensor for pair in context.key_value_memory_dict.values() for tensor in pair]
             measured.memory = {
                 "parameters": memory.storage_bytes(list(model.parameters()), set()),

@@ -166,6 +166,25 @@ def test_weights_of_another_function_are_refused(train, saved):
     assert len(tuned) == 1
 
 
+def test_a_forgotten_yarn_or_layer_without_rope_is_refused(train, folder):
+    """By the flags alone, and where --use-checkpoint-args restores YaRN without its numbers."""
+    meant = f"{HELIX} --position-embedding-type yarn --rotary-scaling-factor 4 --no-rope-freq 2"
+    meant += " --yarn-original-max-position-embeddings 16"
+    written = folder / "yarn"
+    losses = train(1, f"{meant} --save {written} --save-interval 5 --exit-interval 5")
+    with pytest.raises(RankError) as refused:
+        train(1, f"{HELIX} --load {written}")
+    no_rope = "--no-rope-freq is not given here and was [0, 1] in training"
+    for words in ("--position-embedding-type is rope here and was yarn", no_rope):
+        assert words in str(refused.value)
+    with pytest.raises(RankError) as refused:
+        train(1, f"{HELIX} --load {written} --use-checkpoint-args")
+    for words in ("--rotary-scaling-factor is 1.0 here and was 4.0", "is 4096 here and was 16", no_rope):
+        assert words in str(refused.value)
+    more = train(1, f"{meant} --load {written} --micro-batch-size 1 --attention-dropout 0.1")
+    assert len(losses) == len(more) == 5
+
+
 def test_arguments_come_from_the_checkpoint(train, saved, ten_steps):
     ranks, flags = LAYOUTS["Helix 1x2"]
     losses = train(ranks, f"{flags} --load {saved('Helix 3x2')} --use-checkpoint-args")

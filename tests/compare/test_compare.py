@@ -120,7 +120,7 @@ def decoded_with_and_without_cache(argv):
     from helix_megatron.megatron import entry
 
     recorder = rank.Recorder(workloads.Samples(1, True))
-    argv = entry.prepare(argv)
+    argv = entry.prepare_argv(argv)
     with rank.record_training(recorder, comm.CommMeter()):
         pretrain_gpt.train(argv)
     prompt = workloads.draw_tokens(2, 5)

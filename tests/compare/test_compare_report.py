@@ -257,8 +257,8 @@ def test_what_the_planner_cannot_predict_is_said(tmp_path, monkeypatch):
     assert "the planner does not model context parallelism." in text
     with pytest.raises(ValueError, match=r"dgx-h1000.*did you mean"):
         compare(tmp_path / "two", variants=items, cluster="dgx-h1000")
-    unknown = predictions.inputs.of_gpus
-    monkeypatch.setattr(predictions.inputs, "of_cores", lambda: unknown([("unknown", 1, 0)]))
+    gpu_cluster = predictions.machine.gpu_cluster
+    monkeypatch.setattr(predictions.machine, "host_cluster", lambda: gpu_cluster([("unknown", 1, 0)]))
     _, results, text, _ = compare(tmp_path / "three", variants=items)
     assert "no preset fits this machine's GPUs" in results["prediction"]["cause"]
     assert "The planner predicts nothing: no preset fits this machine's GPUs" in text

@@ -184,6 +184,10 @@ def test_refusals(tmp_path, changes, message):
         ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm'"),
         ({"helix_slices_as_heads": 2}, "helix_slices_as_heads is 2"),
         ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma is True"),
+        ({"mup_output_mult": 0.5}, "mup_output_mult is 0.5, which no model of the Llama family has"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor is 32.0"),
+        ({"softmax_scale": 0.1}, "softmax_scale is 0.1"),
+        ({"spec": ["a.module", "spec"]}, "spec is"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "Qwen3 has no biases"),
     ],
 )

@@ -1,9 +1,13 @@
 """`helix generate` against transformers: the same tokens at any size, sampled alike, and KV bytes counted."""
 
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
-from helix_megatron.generate import generate, model
+from helix_megatron.convert import check, mapping, torch_dist
+from helix_megatron.generate import engine as engines
+from helix_megatron.generate import generate, model, stops
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
 from helix_megatron.host.launcher import run_ranks
+from helix_megatron.partition.config import HelixConfig
 from tests.generate import tiny_model
 
 PROMPTS = [
@@ -31,7 +38,7 @@ NEW = 20
 def tiny(tmp_path_factory):
     """(folder, checkpoint) of a model of 6 heads and 2 KV heads; T = 4 is a grid of 2x2."""
     folder = tiny_model.make(tmp_path_factory.mktemp("tiny"))
-    return folder, model.prepared(folder, "float32", tmp_path_factory.mktemp("cache"))
+    return folder, model.prepare_checkpoint(folder, "float32", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,15 @@ def helix(*arguments, **environment):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
+
+
+@pytest.fixture(scope="module")
+def two_ends(tiny, expected, tmp_path_factory):
+    """(folder, checkpoint) of the same model, which may end at a token of the third answer too."""
+    folder = shutil.copytree(tiny[0], tmp_path_factory.mktemp("two") / "ends")
+    later = next(t for t in expected[2][2:] if t not in [*expected[0], *expected[2][:2]])
+    tiny_model.end_at(folder, tiny_model.EOS, later)
+    return folder, model.prepare_checkpoint(folder, "float32", tiny[1].parent)
 
 
 # ---- the command ----
@@ -91,6 +107,17 @@ def test_a_grid_that_cannot_work_is_one_line(tiny):
         ),
         (["x", "--tensor-model-parallel-size", "0"], "at least one rank"),
         (["x", "--temperature", "-1"], "negative"),
+        (["x", "--temperature", "1e-40"], "--temperature 1e-40: logits divided by it"),
+        (["x", "--temperature", "0.009"], "give 0 (greedy), or 0.01 to 1e+38"),
+        (["x", "--temperature", "1e300"], "logits divided by it"),
+        (["x", "--temperature", "nan"], "logits divided by it"),
+        (["x", "--temperature", "inf"], "logits divided by it"),
+        (["x", "--temperature", "1", "--top-p", "1e-46"], "less than 1e-06"),
+        (["x", "--temperature", "1", "--top-p", "nan"], "a probability up to 1"),
+        (["x", "--temperature", "1", "--top-k", "259"], "this model has 259 tokens"),
+        (["x", "--seed", "0"], "--seed 0: a number from 1"),
+        (["x", "--seed", str(10**30)], "a number from 1"),
+        (["caf\udce9"], "prompt 0 is not text"),
         (["x", "--temperature", "1", "--top-k", "3", "--top-p", "0.5"], "together"),
         (["x", "--top-p", "0.5"], "do nothing at --temperature 0"),
         (["x", "--temperature", "1", "--top-p", "1.5"], "a probability up to 1"),
@@ -114,29 +141,109 @@ def test_a_model_that_is_not_there_is_refused(capsys, tmp_path):
 
 def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
     folder, checkpoint = tiny
-    assert model.prepared(folder, "float32", checkpoint.parent) == checkpoint
-    assert model.prepared(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
+    assert model.prepare_checkpoint(folder, "float32", checkpoint.parent) == checkpoint
+    assert model.prepare_checkpoint(checkpoint, "bfloat16", checkpoint.parent) == checkpoint
     assert model._fingerprint(folder, "float32") != model._fingerprint(folder, "bfloat16")
-    before, path = model._fingerprint(folder, "float32"), folder / "config.json"
+    before, path = model._fingerprint(folder, "float32"), folder / "model.safetensors"
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    assert model._fingerprint(folder, "float32") != before
+    assert model._fingerprint(folder, "float32") != before  # the other files: test_convert_sources.py
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch):
-    args = model.Checkpoint(tiny[1]).args
-    args.window_size = (8, 0)
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"window_size": (8, 0)}, "window_size (8, 0)"),
+        ({"num_experts": 4}, "num_experts 4"),
+        ({"mup_output_mult": 0.5}, "mup_output_mult 0.5"),
+        ({"softmax_scale": 0.5}, "softmax_scale 0.5"),
+        ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor 32.0"),
+        ({"position_embedding_type": "mrope"}, "position_embedding_type 'mrope'"),
+        ({"normalization": None}, "lack normalization"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tiny, monkeypatch, changed, message):
+    args = Namespace(**vars(model.Checkpoint(tiny[1]).args) | changed)
     monkeypatch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
-    with pytest.raises(ValueError, match=r"window_size \(8, 0\)"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         model.flags(tiny[1], model.Layout(2, "helix", "float32", True), 64)
 
 
+@pytest.mark.training
+def test_what_was_not_restored_is_refused_unless_it_was_asked_for(tiny, monkeypatch):
+    import megatron.training
+
+    saved = model.Checkpoint(tiny[1]).args
+    ours = Namespace(**vars(saved) | {"layernorm_epsilon": 0.1, "no_rope_freq": 2})
+    monkeypatch.setattr(megatron.training, "get_args", lambda: ours)
+    with pytest.raises(ValueError, match=r"as it was trained: --norm-epsilon is .*; --no-rope-freq is "):
+        model._refuse_other_function(tiny[1], ())
+    with pytest.raises(ValueError, match=r"as it was trained: --no-rope-freq is [^;]*$"):
+        model._refuse_other_function(tiny[1], ("--norm-epsilon=0.1",))
+    model._refuse_other_function(tiny[1], ("--norm-epsilon", "0.1", "--no-rope-freq", "2"))
+
+
+@pytest.mark.dynamic_engine
+@pytest.mark.parametrize("version, m, refused", [
+    (None, 1, "here is none"), ("2.7.2", 1, "here is 2.7.2"), ("2.7.3", 1, None), (None, 2, None)
+])  # fmt: skip
+def test_whole_heads_on_a_gpu_need_flash_attention_before_the_model_is_built(
+    tiny, monkeypatch, version, m, refused
+):
+    from megatron.core import utils
+    from megatron.core.transformer import attention
+    from packaging.version import Version
+
+    from helix_megatron import pretrain_gpt
+    from helix_megatron.megatron import entry, integrate
+
+    config = SimpleNamespace(
+        num_attention_heads=6, num_query_groups=2, kv_channels=16, rotary_interleaved=False,
+        tensor_model_parallel_size=2 * m,
+    )  # fmt: skip
+    container = SimpleNamespace(model=SimpleNamespace(transformer=config))
+    monkeypatch.setattr(pretrain_gpt, "build_config", lambda: container)
+    monkeypatch.setattr(entry, "use_built_helpers", lambda: None)
+    monkeypatch.setattr(integrate, "install", lambda: None)
+    monkeypatch.setattr(integrate, "_active", HelixConfig())
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(utils, "_fa_version", version and Version(version))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # not installed
+    for name, value in [("HAVE_FA3", False), ("HAVE_FA4", False), ("flash_attn_with_kvcache", version)]:
+        monkeypatch.setattr(attention, name, value)
+
+    def built(*args):
+        raise FileExistsError
+
+    monkeypatch.setattr("megatron.training.initialize.initialize_megatron", built)
+    with pytest.raises(ValueError if refused else FileExistsError, match=refused) as error:
+        model.load(tiny[1], model.Layout(2 * m, "helix", "bfloat16", on_host=False), None, 64)
+    assert not refused or "pip install 'flash-attn>=2.7.3'" in str(error.value)
+
+
 # ---- in ranks: many jobs with one model ----
+class Stopping(generate.Sampling):
+    """Greedy, to the text that $STOP names."""
+
+    def params(self, new_tokens, ignore_eos):
+        found = super().params(new_tokens, ignore_eos)
+        found.stop_words = [os.environ["STOP"]]
+        return found
+
+
 def rank_jobs(job, variants):
-    """The report of each variant of a job."""
+    """The report of each variant of a job; in the first, `stopped`: the tokens up to a stop text."""
     from dataclasses import replace
 
     loaded = model.load(job.checkpoint, job.layout, None, job.sequence)
-    return [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    found = [generate.answer(*loaded, replace(job, **variant)) for variant in variants]
+    if "STOP" not in os.environ:
+        return found
+    with torch.inference_mode():
+        engine = engines.build(*loaded, size_for([len(tokens) for tokens in job.tokens], NEW, 64, 64))
+        stops.end_at_stop_texts(engine, loaded[1])
+        answers, _, _ = generate.serve_all(engine, replace(job, sampling=Stopping()))
+    found[0]["stopped"] = [answer.tokens for answer in answers]
+    return found
 
 
 def job_of(checkpoint, tp, attention):
@@ -147,8 +254,22 @@ def job_of(checkpoint, tp, attention):
 
 
 @pytest.fixture(scope="module")
-def reports(tiny):
-    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time."""
+def stop(tiny, expected):
+    """(a stop text that lies within the first answer, the tokens of all answers up to it)."""
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tiny[0]).decode
+    text = decode(expected[0])
+    pairs = [text[k : k + 2] for k in range(4, len(text))]
+    word = next(pair for pair in pairs if "\N{REPLACEMENT CHARACTER}" not in pair)
+    ends = [next((k for k in range(len(all_)) if word in decode(all_[:k])), None) for all_ in expected]
+    return word, [tokens[:end] for tokens, end in zip(expected, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reports(tiny, stop, two_ends):
+    """Of Megatron at T = 1 and Helix at T = 4: greedy, sampled twice, by top-p, one prompt at a time, with no
+    end, with two ends and with neither of them."""
     variants = [
         {},
         {"sampling": generate.Sampling(0.9, top_k=40)},
@@ -156,9 +277,12 @@ def reports(tiny):
         {"sampling": generate.Sampling(3.0, top_p=0.8)},
         {"at_once": 1, "block_tokens": 16},
         {"ignore_eos": True},
+        {"checkpoint": two_ends[1]},
+        {"checkpoint": two_ends[1], "ignore_eos": True},
     ]
-    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, timeout_s=300)
-    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, timeout_s=300)
+    more = {"timeout_s": 300, "env": {"STOP": stop[0]}}
+    vanilla = run_ranks(rank_jobs, 1, job_of(tiny[1], 1, "megatron"), variants, **more)
+    ours = run_ranks(rank_jobs, 4, job_of(tiny[1], 4, "helix"), variants, **more)
     return {1: vanilla, 4: ours}
 
 
@@ -172,6 +296,63 @@ def test_tokens_are_those_of_transformers_and_of_every_size(reports, expected):
                 assert [o["tokens"] for o in mine["outputs"]] == [o["tokens"] for o in alone["outputs"]]
     sampled = [[tuple(o["tokens"]) for o in report["outputs"]] for report in reports[1][0]]
     assert len({tuple(answers) for answers in sampled[:4]}) == 4  # the seed and the settings matter
+
+
+def test_the_engine_ends_a_request_with_the_token_that_ends_its_stop_text(reports, stop, expected):
+    assert 4 < len(stop[1][0]) < len(expected[0])
+    for ranks in reports.values():
+        assert [rank[0]["stopped"] for rank in ranks] == [stop[1]] * len(ranks)
+
+
+def test_an_answer_ends_at_any_of_the_models_ends(reports, expected, two_ends):
+    """The list of generation_config.json, which transformers obeys; Megatron's requests have one end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(two_ends[0])
+    theirs = tiny_model.greedy(two_ends[0], PROMPTS, NEW)
+    length = len(theirs[2])
+    assert [len(answer) for answer in theirs] == [NEW, 1, length] and 2 < length < NEW
+    for ranks in reports.values():
+        outputs = ranks[0][6]["outputs"]
+        assert [output["tokens"] for output in outputs] == theirs
+        assert [output["finish_reason"] for output in outputs] == ["length", "stop", "stop"]
+        assert outputs[2]["text"] == tokenizer.decode(expected[2][: length - 1])  # without its end
+        assert [len(output["tokens"]) for output in ranks[0][7]["outputs"]] == [NEW] * 3
+
+
+def test_the_ends_of_a_text_are_not_streamed(tiny):
+    tokenizer = model.open_tokenizer(tiny[1], None)
+    ends = tokenizer.tokenize("x")
+    shown = io.StringIO()
+    shower = generate._Shower(shown, tokenizer, 1, tuple(ends))
+    shower.step(0, tokenizer.tokenize("ab"), False)
+    shower.step(0, ends, True)
+    assert shown.getvalue() == "ab\n"
+
+
+@pytest.mark.parametrize(
+    "generation, config, stops",
+    [
+        ([7, 8], 9, (7, 8)),
+        (7, [8, 9], (7,)),
+        (None, [8, 9], (8, 9)),
+        (None, None, (tiny_model.EOS,)),  # the tokenizer's
+    ],
+)
+def test_where_the_ends_of_a_text_are_looked_for(tiny, tmp_path, generation, config, stops):
+    checkpoint = shutil.copytree(tiny[1], tmp_path / "checkpoint")
+    for name, told in (("generation_config.json", generation), ("config.json", config)):
+        (checkpoint / "hf" / name).write_text(json.dumps({"eos_token_id": told}))
+    args = model.Checkpoint(checkpoint).args
+    args.eos_token_id = None
+    tokenizer = model.open_tokenizer(checkpoint, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "Checkpoint", lambda path: SimpleNamespace(args=args))
+        assert model.stop_tokens(checkpoint, tokenizer, None) == stops
+        given = tmp_path / "given"
+        given.mkdir()
+        (given / "generation_config.json").write_text('{"eos_token_id": 5}')
+        assert model.stop_tokens(checkpoint, tokenizer, str(given)) == (5,)
 
 
 def test_reports_say_what_happened(reports):
@@ -204,11 +385,57 @@ def test_kv_bytes_are_one_part_in_t_and_megatrons_are_not(reports):
     assert reports[4][0][4]["kv_cache"]["peak_blocks"] == -(-(longest - 1) // 16)
 
 
+# ---- a model that --use-checkpoint-args does not restore ----
+POSITIONS = dict(
+    position_embedding_type="yarn",
+    rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=16,
+    no_rope_freq=[0, 1],
+)
+TRAINED_WITH = """--num-layers 2 --hidden-size 96 --ffn-hidden-size 96 --num-attention-heads 6
+    --group-query-attention --num-query-groups 2 --kv-channels 16 --max-position-embeddings 512
+    --seq-length 512 --position-embedding-type yarn --rotary-scaling-factor 4
+    --yarn-original-max-position-embeddings 16 --no-rope-freq 2 --normalization RMSNorm --norm-epsilon 1e-6
+    --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --micro-batch-size 1
+    --tokenizer-type NullTokenizer --vocab-size 259""".split()
+
+
+@pytest.fixture(scope="module")
+def stretched(tiny, tmp_path_factory):
+    """The same weights, as a training with YaRN and a layer without RoPE saves them."""
+    source = model.Checkpoint(tiny[1])
+    args = Namespace(**vars(source.args) | POSITIONS)
+    folder = tmp_path_factory.mktemp("stretched")
+    torch_dist.write(folder, mapping.entries(args, args.vocab_size), args, source.read)
+    return folder
+
+
+def rank_greedy(argv, prompts):
+    """The most likely tokens by whole forward passes of vanilla Megatron, one prompt at a time."""
+    (network,) = check.build_and_load(argv)
+    answers = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            tokens.append(int(check.forward(network, tokens)[-1, : tiny_model.VOCABULARY].argmax()))
+        answers.append(tokens[len(prompt) :])
+    return answers
+
+
+def test_yarn_and_layers_without_rope_are_generated_with_as_they_were_trained(stretched, expected):
+    job = job_of(stretched, 2, "helix")
+    flags = [*check.HOST_FLAGS, *TRAINED_WITH, "--load", str(stretched)]
+    (trained,) = run_ranks(rank_greedy, 1, flags, job.tokens, timeout_s=300)
+    assert all(ours[:8] != plain[:8] for ours, plain in zip(trained, expected, strict=True))
+    for (found,) in run_ranks(rank_jobs, 2, job, [{"ignore_eos": True}], timeout_s=300):
+        assert [output["tokens"] for output in found["outputs"]] == trained
+
+
 # ---- pieces ----
 def test_kv_bytes_of_a_real_model():
     kv = KvBytes(30, 3, 64, 4)  # SmolLM2-135M
-    assert kv.whole(100) == 2 * 30 * 3 * 64 * 4 * 100
-    assert [kv.replicated(tp) * 3 // kv.whole() for tp in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
+    assert kv.total_bytes(100) == 2 * 30 * 3 * 64 * 4 * 100
+    assert [kv.replicated_bytes(tp) * 3 // kv.total_bytes() for tp in (1, 2, 3, 4, 8)] == [3, 2, 1, 1, 1]
     assert readable(512) == "512 B" and readable(1536) == "1.50 KiB" and readable(3 * 2**40) == "3072.00 GiB"
 
 
@@ -234,6 +461,15 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]
     (tmp_path / "a.jsonl").write_text('"one\\n"\n{"prompt": "two", "id": 3}\n')
     assert read_prompts([], tmp_path / "a.jsonl") == ["one\n", "two"]
+    # a line ends at \\n or \\r\\n, nowhere else, and a byte-order mark is not text
+    inside = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei\rj"
+    for name, write in [("b.txt", str), ("b.jsonl", lambda text: json.dumps(text, ensure_ascii=False))]:
+        lines = [write(inside), write("second"), write(inside)]
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n")
+        assert read_prompts([], tmp_path / name) == [inside, "second", inside]
+    (tmp_path / "a.jsonl").write_text('"\\ud800"')
+    with pytest.raises(ValueError, match="prompt 0 is not text"):
+        read_prompts([], tmp_path / "a.jsonl")
     for line, message in [
         ("{", ":1 is not JSON"),
         ("[1]", ":1 is neither"),

@@ -2,6 +2,7 @@
 vocabulary is no multiple of what Megatron pads to, and its tokens are bytes, so a character may take several.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -38,6 +39,12 @@ def make(folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, posit
         model.lm_head.weight.sub_(40 * direction)
     model.save_pretrained(folder)
     return folder
+
+
+def end_at(folder: Path, *tokens: int) -> None:
+    """Let several tokens end a text, as a chat model's generation_config.json does."""
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": list(tokens)}))
 
 
 def greedy(folder: Path, prompts: list[str], new_tokens: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helix_megatron.host.launcher import RankError, run_ranks
-from helix_megatron.host.shared_memory import SLOT_BYTES, Meeting, _mapped
+from helix_megatron.host.shared_memory import SLOT_BYTES, SharedMemoryGroup, _mapped
 from helix_megatron.measure.comm import CommMeter
 
 RANKS = 3
@@ -93,7 +93,7 @@ def rank_collectives():
         dist.all_reduce(torch.ones(5))
         dist.all_gather_into_tensor(torch.empty(RANKS), torch.ones(1))
     counted = {name: (tally.calls, round(tally.bytes, 3)) for name, tally in meter.tallies.items()}
-    return wrong, counted, all(host_collectives._meetings.values())
+    return wrong, counted, all(host_collectives._shared_groups.values())
 
 
 @pytest.mark.parametrize("shared", ["1", "0"])
@@ -122,16 +122,16 @@ def test_ranks_that_call_different_collectives_are_told_so():
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_rank_that_does_not_come_is_not_waited_for_forever(alive):
-    memory = mmap.mmap(-1, Meeting.size(2))
+    memory = mmap.mmap(-1, SharedMemoryGroup.size(2))
     other = subprocess.Popen(["sleep", "60" if alive else "0"])
     if not alive:
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # a zombie has ended, too
-    Meeting(memory, 1, 2, 1.5)._pids[1] = other.pid
+    SharedMemoryGroup(memory, 1, 2, 1.5)._pids[1] = other.pid
     try:
         with pytest.raises(
             RuntimeError, match="has not come" if alive else f"process {other.pid}. has ended"
         ):
-            Meeting(memory, 0, 2, 1.5 if alive else 60).swap(torch.ones(1), 0)
+            SharedMemoryGroup(memory, 0, 2, 1.5 if alive else 60).swap(torch.ones(1), 0)
     finally:
         other.kill()
         other.wait()
@@ -139,8 +139,8 @@ def test_a_rank_that_does_not_come_is_not_waited_for_forever(alive):
 
 def test_the_memory_of_another_machines_process_is_not_taken_for_the_groups(tmp_path):
     file = tmp_path / "memory"
-    file.write_bytes(b"x" * Meeting.size(2))
-    assert _mapped(str(file), Meeting.size(2), b"x" * 16) is not None
-    assert _mapped(str(file), Meeting.size(2), b"y" * 16) is None
-    assert _mapped(str(file), Meeting.size(3), b"x" * 16) is None
-    assert _mapped(str(tmp_path / "none"), Meeting.size(2), b"x" * 16) is None
+    file.write_bytes(b"x" * SharedMemoryGroup.size(2))
+    assert _mapped(str(file), SharedMemoryGroup.size(2), b"x" * 16) is not None
+    assert _mapped(str(file), SharedMemoryGroup.size(2), b"y" * 16) is None
+    assert _mapped(str(file), SharedMemoryGroup.size(3), b"x" * 16) is None
+    assert _mapped(str(tmp_path / "none"), SharedMemoryGroup.size(2), b"x" * 16) is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import slice_cache as kv_slices
-from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, own_slots
+from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, local_slots
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
@@ -194,13 +194,13 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
     requests = Requests(ends, torch.tensor(lengths), table)
     steps = [
         PagedStep(
-            *memory[rank], interleave, rank, Attention(0.5), *own_slots(interleave, rank, *tokens, SPARE),
+            *memory[rank], interleave, rank, Attention(0.5), *local_slots(interleave, rank, *tokens, SPARE),
             requests, False,
         )
         for rank in range(ranks)
     ]  # fmt: skip
     for step in steps:
-        step.keep(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
+        step.write_new_tokens(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
     return steps, keys, table
 
 
@@ -257,7 +257,7 @@ def test_sequence_shards_in_half_precision_keep_their_log_sum_exps():
         slots = interleave.count(rank, 9)
         cache = torch.full((2, slots, 2, 2, 8), torch.nan, dtype=torch.bfloat16)
         step = SequenceStep(*cache, interleave, rank, Attention(0.3), 0)
-        step.keep(key, key)
+        step.write_new_tokens(key, key)
         parts.append(step.attend(query, 0, 2))
     assert parts[0][0].dtype is torch.bfloat16 and parts[0][1].dtype is torch.float32
     out, lse = merge_partials(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))

@@ -17,6 +17,7 @@ def touched():
     """Everything of Megatron's that integrate.py may replace."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.resharding import planner
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -26,6 +27,7 @@ def touched():
         TransformerConfig.__post_init__,
         parallel_state.initialize_model_parallel,
         parallel_state.destroy_model_parallel,
+        *([planner._determine_source_ranks_for_dst_param] if compat.megatron().resharding else []),
     ]
     if not compat.has_training():
         return model, []
@@ -82,7 +84,7 @@ def test_configuration_keeps_its_heads_and_loses_only_the_divisibility_check():
     made = config()
     assert (made.num_attention_heads, made.num_query_groups, made.kv_channels) == (9, 3, 16)
     assert config(num_query_groups=None).num_query_groups == 9
-    with pytest.raises(HelixConfigError, match="tensor-parallel sizes that work"):
+    with pytest.raises(HelixConfigError, match=r"16 of them rotary .* tensor-parallel sizes that work"):
         config(tensor_model_parallel_size=17)  # of a head of 16; RoPE is the layer's affair
     with pytest.raises(ValueError, match="fp16"):  # Megatron's other checks still run
         config(fp16=True, bf16=True)
@@ -105,7 +107,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("helix", SETTINGS, ids=str)
+@pytest.mark.parametrize("helix", SETTINGS)
 @pytest.mark.parametrize("other", OTHERS)
 def test_models_on_one_rank_are_megatrons(helix, other):
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig

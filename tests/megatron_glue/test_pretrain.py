@@ -146,7 +146,7 @@ def broken(_arguments):
     def body():
         int("seven")  # a ValueError, but none of the configuration's
 
-    return entry.guarded(body, "test")
+    return entry.run_guarded(body, "test")
 
 
 def test_faults_of_the_program_keep_their_traceback():

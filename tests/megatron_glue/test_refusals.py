@@ -79,6 +79,10 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--num-experts 2 --moe-ffn-hidden-size 65", "2 does not divide 65 of an expert's --moe-ffn-hidden"),
         ("--optimizer muon", "does not support --optimizer muon"),
         ("--ckpt-format torch --save nowhere --save-interval 5", "does not support --ckpt-format torch "),
+        (
+            "--load nowhere --ckpt-convert-format torch --ckpt-convert-save nowhere",
+            "does not support --ckpt-convert-format torch (",
+        ),
     ],
 )
 def test_one_line_and_exit_code_2(flags, message):

@@ -102,8 +102,8 @@ def argv_of_files(tmp_path, *parts):
             path.write_text(part)
             part = ["--helix-config", str(path)]
         argv += part
-    rest, found = yaml_config.split(argv)
-    return yaml_config.wants_host(rest, found), yaml_config.join(rest, found)
+    rest, found = yaml_config.split_config_files(argv)
+    return yaml_config.requests_host_mode(rest, found), yaml_config.join_argv(rest, found)
 
 
 @pytest.fixture
@@ -203,28 +203,29 @@ def test_python_objects_are_not_built(tmp_path):
 
 def test_files_flags_stand_where_the_file_stood(tmp_path):
     path = write(tmp_path, "MODEL_ARGS: {num-layers: 2, lr: 0.1}\nhost: true\n")
-    rest, found = yaml_config.split(["--seed", "1", "--helix-config", str(path), "--num-layers", "3"])
-    assert yaml_config.wants_host(rest, found)
-    assert yaml_config.join(rest, []) == ["--seed", "1", "--num-layers", "3"]
+    argv = ["--seed", "1", "--helix-config", str(path), "--num-layers", "3"]
+    rest, found = yaml_config.split_config_files(argv)
+    assert yaml_config.requests_host_mode(rest, found)
+    assert yaml_config.join_argv(rest, []) == ["--seed", "1", "--num-layers", "3"]
     with pytest.raises(ValueError, match="--helix-config needs the path"):
-        yaml_config.split(["--helix-config"])
-    assert yaml_config.split([f"--helix-config={path}"])[1][0][2] == str(path)
+        yaml_config.split_config_files(["--helix-config"])
+    assert yaml_config.split_config_files([f"--helix-config={path}"])[1][0][2] == str(path)
 
 
 def test_join_checks_against_megatrons_own_parser(tmp_path):
     path = write(tmp_path, "MODEL_ARGS: {num-layers: 2, sequence-parallel: true}\n")
-    argv = yaml_config.join(
-        *yaml_config.split(["--seed", "1", "--helix-config", str(path), "--num-layers", "3"])
+    argv = yaml_config.join_argv(
+        *yaml_config.split_config_files(["--seed", "1", "--helix-config", str(path), "--num-layers", "3"])
     )
     assert argv == ["--seed", "1", "--num-layers", "2", "--sequence-parallel", "--num-layers", "3"]
     twice = ["--helix-config", str(path), "--seed", "1", "--helix-config", str(path)]
     flags = ["--num-layers", "2", "--sequence-parallel"]
-    assert yaml_config.join(*yaml_config.split(twice)) == [*flags, "--seed", "1", *flags]
+    assert yaml_config.join_argv(*yaml_config.split_config_files(twice)) == [*flags, "--seed", "1", *flags]
     path = write(tmp_path, "MODEL_ARGS: {tensor-model-paralel-size: 2}\n")
     with pytest.raises(
         ValueError, match=r"--tensor-model-paralel-size; did you mean --tensor-model-parallel-size\?"
     ):
-        yaml_config.join(*yaml_config.split(["--helix-config", str(path)]))
+        yaml_config.join_argv(*yaml_config.split_config_files(["--helix-config", str(path)]))
 
 
 def test_unknown_flags_of_the_command_line():

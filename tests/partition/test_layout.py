@@ -329,3 +329,12 @@ def test_global_chunks_are_the_positions_of_a_share_of_a_share(half, owners, par
             assert [x for a, b in chunks for x in range(a, b)] == local
             seen += local
     assert sorted(seen) == list(range(length * owners))
+
+
+@pytest.mark.parametrize(
+    "host_mode, length, cache",
+    [(True, 6144, "dim"), (True, 6145, "sequence"), (True, None, "sequence"), (False, 16, "sequence")],
+)
+def test_the_cache_is_chosen_by_the_device(host_mode, length, cache):
+    helix = HelixConfig(host_mode=host_mode, context_length=length)
+    assert helix.resolve(16, 2, 64, 8).kv_cache == cache

@@ -7,7 +7,7 @@ import pytest
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.models.presets import find
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
-from helix_megatron.plan import clusters, memory, probe, rates, traffic
+from helix_megatron.plan import clusters, memory, probe, probe_collectives, probe_rates, traffic
 from helix_megatron.plan.layout import Layout, Problem, Workload
 from helix_megatron.plan.terms import Term, total
 from tests.plan import plan_worker
@@ -127,9 +127,9 @@ def test_a_layout_that_cannot_run_is_refused(shape, layout, reason):
 
 
 def test_the_probe_measures_every_collective_and_rate():
-    lines = run_ranks(probe.collectives, 2, timeout_s=200)[0]
-    assert set(lines) == {f"{kind} x2 @2" for kind in probe.KINDS}
+    lines = run_ranks(probe.in_host_rank, 2, probe_collectives.host_lines, timeout_s=200)[0]
+    assert set(lines) == {f"{kind} x2 @2" for kind in clusters.COLLECTIVES}
     assert all(1e-6 <= latency < 1 and bandwidth > 1e5 for latency, bandwidth in lines.values())
-    reached = run_ranks(rates.device_rates, 2, timeout_s=200)[0]
+    reached = run_ranks(probe.in_host_rank, 2, probe_rates.host_rates, timeout_s=200)[0]
     assert set(reached) == set(clusters.find("host").rates)
     assert 1e8 < reached["gemm"][0] < 1e13 and all(bandwidth > 1e7 for _, bandwidth, _ in reached.values())

@@ -12,20 +12,20 @@ import torch
 from helix_megatron import cli
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.models.presets import find
-from helix_megatron.plan import clusters, inputs, nvml, probe, probe_gpu, search
-from helix_megatron.plan.hardware import Line
+from helix_megatron.plan import clusters, inputs, machine, probe, probe_collectives, search
+from helix_megatron.plan.hardware import Line, placements
 from helix_megatron.plan.layout import Workload
-from helix_megatron.plan.placement import placements
 from tests.plan import plan_worker
 
 GB = 10**9
 
 
 # ---- NVML, by stand-in readings ----
-def machine(name, *sets, memory=80 * GB):
+def cluster_of(name, *sets, memory=80 * GB):
     """A machine whose GPUs NVLink joins in these sets."""
     found = [(f"NVIDIA {name}", memory, tuple(joined)) for joined in sets for _ in joined]
-    return nvml.of_gpus([found[k] for k in sorted(range(len(found)), key=[i for s in sets for i in s].index)])
+    order = sorted(range(len(found)), key=[i for s in sets for i in s].index)
+    return machine.gpu_cluster([found[k] for k in order])
 
 
 @pytest.mark.parametrize(
@@ -46,38 +46,38 @@ def machine(name, *sets, memory=80 * GB):
     ],
 )
 def test_a_gpu_has_the_rates_of_its_board(name, preset, tflops, tbs, linked, alone):
-    cluster = machine(name, (0, 1), memory=41 * GB)
+    cluster = cluster_of(name, (0, 1), memory=41 * GB)
     rate = cluster.rates["pass"]
     assert (rate.flops, rate.bandwidth) == (pytest.approx(tflops * 1e12), pytest.approx(0.8 * tbs * 1e12))
     assert cluster.fast == pytest.approx(0.8 * linked * GB) and cluster.slow == clusters.find(preset).slow
-    assert machine(name, (0,), (1,)).fast == pytest.approx(0.8 * alone * GB)
+    assert cluster_of(name, (0,), (1,)).fast == pytest.approx(0.8 * alone * GB)
     assert (cluster.memory, cluster.gpus_per_node, cluster.domain) == (41 * GB, 2, 2)
 
 
 def test_a_domain_is_what_nvlink_joins():
-    full, split = machine("A100-SXM4-80GB", range(8)), machine("A100-SXM4-80GB", range(6), (6, 7))
+    full, split = cluster_of("A100-SXM4-80GB", range(8)), cluster_of("A100-SXM4-80GB", range(6), (6, 7))
     assert (full.domain, split.domain, split.fast) == (8, 2, full.fast)
     assert "NVLink joins all" in full.sources[-1] and "0+1+2+3+4+5, 6+7: domains of 2" in split.sources[-1]
-    crossed = machine("H100 PCIe", (0, 2), (1, 3))
+    crossed = cluster_of("H100 PCIe", (0, 2), (1, 3))
     assert crossed.domain == 2 and "CUDA_VISIBLE_DEVICES=0,2,1,3" in crossed.sources[-1]
-    lonely = machine("H100 PCIe", (0, 1), (2,))  # one of them has no partner: PCIe joins all three
+    lonely = cluster_of("H100 PCIe", (0, 1), (2,))  # one of them has no partner: PCIe joins all three
     assert (lonely.domain, lonely.fast) == (3, clusters.find("pcie-h100").fast)
     assert "NVLink joins 0+1: PCIe" in lonely.sources[-1]
 
 
 def test_nvlink_of_gb200_leaves_the_machine():
-    tray = machine("GB200", range(4), memory=186 * GB)
+    tray = cluster_of("GB200", range(4), memory=186 * GB)
     assert (tray.gpus_per_node, tray.domain, tray.fast) == (4, 72, clusters.find("gb200-nvl72").fast)
     assert "assumed: 72 over several machines (--domain 4: not so)" in tray.sources[-1]
-    assert machine("B200", range(4)).domain == 4
+    assert cluster_of("B200", range(4)).domain == 4
 
 
 @pytest.mark.parametrize("name", ["H100 SXM", "GB300", "A100X", "H20"])
 def test_an_unknown_gpu_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=rf"GPUs \({name}\); known, .*GB200, B200, .*A100-PCIE-40GB"):
-        machine(name, (0, 1))
+        cluster_of(name, (0, 1))
     with pytest.raises(ValueError, match=r"GPUs \(B200, H200\)"):
-        nvml.of_gpus([("NVIDIA B200", 1, (0,)), ("NVIDIA H200", 1, (1,))])
+        machine.gpu_cluster([("NVIDIA B200", 1, (0,)), ("NVIDIA H200", 1, (1,))])
 
 
 def fake_nvml(monkeypatch, names, linked):
@@ -106,8 +106,8 @@ def fake_nvml(monkeypatch, names, linked):
 def test_nvml_is_asked_which_pairs_have_nvlink(monkeypatch):
     module = fake_nvml(monkeypatch, ["H100 PCIe"] * 5, [{0, 3}, {3, 4}, {1, 2}])  # 0 and 4 by way of 3
     ring, pair = (0, 3, 4), (1, 2)
-    assert [joined for _, _, joined in nvml.gpus()] == [ring, pair, pair, ring, ring]
-    assert nvml.gpus()[4][:2] == ("NVIDIA H100 PCIe", 80 * GB + 4) and module.shut == 2
+    assert [joined for _, _, joined in machine.read_gpus()] == [ring, pair, pair, ring, ring]
+    assert machine.read_gpus()[4][:2] == ("NVIDIA H100 PCIe", 80 * GB + 4) and module.shut == 2
     assert inputs.cluster("this").domain == 2
     fake_nvml(monkeypatch, ["L40S"] * 2, [])
     assert inputs.cluster("this").name == "this machine (2 x L40S)"
@@ -115,9 +115,9 @@ def test_nvml_is_asked_which_pairs_have_nvlink(monkeypatch):
 
 def test_gpus_that_nvml_does_not_tell_are_no_host(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setattr(nvml.Path, "glob", lambda self, pattern: iter(()))
-    assert nvml.gpus() == [] and inputs.cluster("this").slots
-    monkeypatch.setattr(nvml.Path, "glob", lambda self, pattern: iter(["/dev/nvidia0"]))
+    monkeypatch.setattr(machine.Path, "glob", lambda self, pattern: iter(()))
+    assert machine.read_gpus() == [] and inputs.cluster("this").slots
+    monkeypatch.setattr(machine.Path, "glob", lambda self, pattern: iter(["/dev/nvidia0"]))
     with pytest.raises(ValueError, match=r"cannot be read by NVML .*pip install nvidia-ml-py"):
         inputs.cluster("this")
 
@@ -173,15 +173,15 @@ def test_a_group_that_straddles_domains_waits_for_the_adapters():
     """tp = 16 in racks of 72: ranks 64 to 79 lie in two of them, eight in each."""
     rack, big = clusters.find("gb200-nvl72"), 1e9
     two = replace(rack, nodes=2)
-    inside, across = (c.collective("all_reduce", 16, 1, big, 144) for c in (rack, two))
+    inside, across = (c.collective_seconds("all_reduce", 16, 1, big, 144) for c in (rack, two))
     assert inside == pytest.approx(8.4e-6 + 30 * 3.4e-6 + big / rack.fast)
     assert across == pytest.approx(8.4e-6 + 28 * 3.4e-6 + 2 * 14e-6 + big / (8 * rack.slow))
-    assert two.collective("all_reduce", 8, 1, big, 144) < inside  # 8 divides 72
+    assert two.collective_seconds("all_reduce", 8, 1, big, 144) < inside  # 8 divides 72
     three = replace(clusters.find("dgx-h100"), nodes=3)  # tp = 6: ranks 6 to 11, two in a node and four
-    assert three.collective("all_reduce", 6, 1, big, 24) == pytest.approx(
+    assert three.collective_seconds("all_reduce", 6, 1, big, 24) == pytest.approx(
         8.4e-6 + 8 * 3.4e-6 + 2 * 14e-6 + big / (2 * three.slow)
     )
-    assert three.collective("all_to_all", 6, 1, big, 24) == pytest.approx(
+    assert three.collective_seconds("all_to_all", 6, 1, big, 24) == pytest.approx(
         8.4e-6 + 4 * 3.4e-6 + 14e-6 + big * 4 / 5 / three.slow  # the two in a node have four elsewhere
     )
 
@@ -191,9 +191,9 @@ def test_some_stage_sends_over_the_slow_link():
     for nodes, link in ((1, "fast"), (2, "slow")):
         cluster = replace(clusters.find("dgx-h100"), nodes=nodes)
         rate = getattr(cluster, link)
-        assert cluster.collective("recv", 2, 1, big, 16) == pytest.approx(big / rate, rel=1e-2)
+        assert cluster.collective_seconds("recv", 2, 1, big, 16) == pytest.approx(big / rate, rel=1e-2)
     rack = replace(clusters.find("gb200-nvl72"), gpus_per_node=4, nodes=18)
-    assert rack.way("recv", 2, 8, 1, 72).bandwidth == rack.fast
+    assert rack.algorithm("recv", 2, 8, 1, 72).bandwidth == rack.fast
 
 
 @pytest.mark.parametrize("node", [8, 6, 72])
@@ -217,7 +217,7 @@ def test_measured_links_hold_where_they_were_measured():
                      all_reduce__1x8__small=(1e-5, 1e10), all_reduce__2x8=(1e-4, 1e11),
                      all_gather__2x1=(1e-3, 1e10), all_gather__2x8=(1e-3, 1e10))  # fmt: skip
     model = replace(cluster, links={})
-    time_of = lambda *group, **on: on.get("c", cluster).collective(*group, 32)  # noqa: E731
+    time_of = lambda *group, **on: on.get("c", cluster).collective_seconds(*group, 32)  # noqa: E731
     assert time_of("all_reduce", 8, 1, 1e9) == pytest.approx(5e-5 + 1e9 / 2e11)
     assert time_of("all_reduce", 8, 1, 1e3) == pytest.approx(1e-5 + 1e3 / 1e10)  # the faster of the two lines
     assert time_of("all_reduce", 2, 4, 1e9) == pytest.approx(2e-5 + 1e9 / 4e11)
@@ -227,8 +227,8 @@ def test_measured_links_hold_where_they_were_measured():
     assert time_of("recv", 2, 8, 1e9) == time_of("recv", 4, 8, 1e9) == pytest.approx(3e-5 + 1e9 / 5e10)
     for group in (("all_gather", 8, 1), ("all_reduce", 32, 1), ("all_reduce", 2, 8), ("all_gather", 12, 1)):
         assert time_of(*group, 1e9) == time_of(*group, 1e9, c=model), group  # NCCL's model elsewhere
-    assert "measured: " in cluster.way("all_reduce", 8, 1, 1e9, 8).formula(1e9)
-    assert "measured small: " in cluster.way("all_reduce", 8, 1, 1e3, 8).formula(1e3)
+    assert "measured: " in cluster.algorithm("all_reduce", 8, 1, 1e9, 8).formula(1e9)
+    assert "measured small: " in cluster.algorithm("all_reduce", 8, 1, 1e3, 8).formula(1e3)
     assert clusters.from_dict(clusters.to_dict(cluster), "test") == cluster
 
 
@@ -254,7 +254,8 @@ def test_the_probe_measures_gpus_in_the_ranks_of_torchrun(probed):
     cluster, preset = inputs.cluster(str(probed)), clusters.find("dgx-h100")
     assert (cluster.gpus_per_node, cluster.nodes, cluster.domain, cluster.slots) == (2, 2, 2, 0)
     assert cluster.memory == 80 * GB and cluster.fused and cluster.reserve == preset.reserve
-    expected = {f"{kind} {shape}" for kind in probe.KINDS for shape in ("1x2", "2x1", "2x2")} - {"recv 2x2"}
+    kinds, shapes = clusters.COLLECTIVES, ("1x2", "2x1", "2x2")
+    expected = {f"{kind} {shape}" for kind in kinds for shape in shapes} - {"recv 2x2"}
     assert set(cluster.links) == expected | {f"{key} small" for key in expected}
     for key in expected:
         assert cluster.links[key].latency >= cluster.links[f"{key} small"].latency
@@ -284,23 +285,25 @@ def test_lines_pass_through_what_was_timed(monkeypatch):
         asked.append((kind, received))
         return 1e-5 + received * (2 if kind == "recv" else 1) / 1e11
 
-    monkeypatch.setattr(probe, "collective_seconds", seconds)
+    monkeypatch.setattr(probe_collectives, "collective_seconds", seconds)
     for kind in ("all_reduce", "recv"):
-        assert probe_gpu._line(kind, None, (1000, 5_000_000)) == (pytest.approx(1e-5), pytest.approx(1e11))
+        line = probe_collectives.link_line(kind, None, (1000, 5_000_000))
+        assert line == (pytest.approx(1e-5), pytest.approx(1e11))
     assert asked == [("all_reduce", 1000), ("all_reduce", 5_000_000), ("recv", 500), ("recv", 2_500_000)]
     noise = {1000: 2e-5, 5_000_000: 1e-5}
-    monkeypatch.setattr(probe, "collective_seconds", lambda kind, group, received, calls: noise[received])
-    latency, bandwidth = probe_gpu._line("all_reduce", None, (1000, 5_000_000))
+    timed = lambda kind, group, received, calls: noise[received]  # noqa: E731
+    monkeypatch.setattr(probe_collectives, "collective_seconds", timed)
+    latency, bandwidth = probe_collectives.link_line("all_reduce", None, (1000, 5_000_000))
     assert 1e-6 <= latency <= 2e-5 and 0 < bandwidth < 1e15  # which a file may hold
 
 
 @pytest.mark.parametrize(("world", "joined"), [(2, 2), (16, 8), (32, 8), (12, 6), (18, 6), (4, 1), (144, 72)])
 def test_every_rank_is_in_one_group_of_each_shape(world, joined):
-    measured = probe_gpu.shapes(world, joined)
+    measured = probe_collectives.group_shapes(world, joined)
     assert len(set(measured)) == len(measured) and (1, joined) in {*measured, (1, 1)}
     assert (world // joined, joined) in measured
     for domains, ranks in measured:
-        made = probe_gpu.groups(world, joined, domains, ranks)
+        made = probe_collectives.group_members(world, joined, domains, ranks)
         assert sorted(rank for group in made for rank in group) == list(range(world))
         for group in made:
             assert group == sorted(group) and lie(group, joined, joined) == (domains, ranks, ranks)
@@ -310,7 +313,7 @@ def in_ranks(monkeypatch, local, world, found):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local, "WORLD_SIZE": world}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(nvml, "gpus", lambda: found)
+    monkeypatch.setattr(machine, "read_gpus", lambda: found)
 
 
 def refused(capsys, *words):
@@ -346,7 +349,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_measuring(monkeypatch, 
     def measured(*args):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(probe, "measured", measured)
+    monkeypatch.setattr(probe, "measure_host", measured)
     for path in (tmp_path / "nowhere" / "x.yaml", tmp_path):
         assert f"--probe {path} cannot be written" in refused(capsys, "--probe", str(path))
     probe.check_writable(str(tmp_path / "new.yaml"))

@@ -112,9 +112,9 @@ def test_nodes_with_fewer_gpus_keep_the_reach_of_the_fast_link():
     h100 = clusters.find("dgx-h100")
     rack = replace(h100, gpus_per_node=4, nodes=18, domain=72)  # one NVLink over 18 machines
     pairs = replace(h100, domain=2)
-    assert clusters.resized(rack, 2).domain == 36
-    assert clusters.resized(pairs, 4).domain == clusters.resized(pairs, 16).domain == 2
-    assert clusters.resized(clusters.find("host"), 1).domain == clusters.find("host").domain
+    assert clusters.resize(rack, 2).domain == 36
+    assert clusters.resize(pairs, 4).domain == clusters.resize(pairs, 16).domain == 2
+    assert clusters.resize(clusters.find("host"), 1).domain == clusters.find("host").domain
 
 
 # ---- sizes on the command line ----
@@ -207,6 +207,8 @@ def test_a_yaml_number_with_a_fraction_is_no_whole_number(tmp_path):
         ({"hidden_size": "512"}, "hidden_size is '512'"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 8"),
+        ({"hidden_size": 500}, "num_attention_heads 8 does not divide hidden_size 500, .* no head_dim"),
+        ({"hidden_size": 500, "head_dim": None}, "num_attention_heads 8 does not divide hidden_size 500"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it is a number above 0"),
         ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor is 2; .*up to 1"),
     ],
@@ -218,9 +220,23 @@ def test_values_of_a_config_json_that_no_model_has_are_refused_by_name(change, m
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     assert inputs.model(str(path)).num_query_groups == 2
+    path.write_text(json.dumps(config | {"hidden_size": 500, "head_dim": 64}))
+    assert inputs.model(str(path)).kv_channels == 64
     path.write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         inputs.model(str(path))
+
+
+@pytest.mark.parametrize("padded", [1000, 1024])
+def test_a_padded_vocabulary_is_dealt_evenly_or_not_at_all(padded, capsys):
+    """Megatron takes --padded-vocab-size as it is, and refuses ranks that do not divide it."""
+    code, out, _ = plan_of(capsys, {"--padded-vocab-size": padded}, "--json", "--gpus", "16", "--nodes", "2",
+                           "--top", "1000")  # fmt: skip
+    assert code == 0
+    sizes = {candidate["layout"]["tp"] for candidate in json.loads(out)["candidates"]}
+    assert sizes == {tp for tp in (1, 2, 4, 8, 16) if padded % tp == 0}
+    code, out, _ = plan_of(capsys, {"--padded-vocab-size": 1000}, "--nodes", "2", "--tp", "16")
+    assert code == 1 and "tensor-parallel size 16 does not divide the padded vocabulary of 1000" in out
 
 
 MODELS = (
@@ -267,7 +283,7 @@ def parsed(lines, build):
     os.environ.pop("MASTER_ADDR", None)  # no rank is there to agree with
     for ranks, line in lines:
         os.environ["WORLD_SIZE"] = str(ranks)  # read by the parser; nothing is started
-        sys.argv = ["pretrain_gpt", *entry.prepare([*line, "--helix-host-mode"])]
+        sys.argv = ["pretrain_gpt", *entry.prepare_argv([*line, "--helix-host-mode"])]
         from megatron.training import argument_utils, arguments
 
         said = io.StringIO()

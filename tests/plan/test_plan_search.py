@@ -12,8 +12,8 @@ from helix_megatron import cli
 from helix_megatron.models.presets import PRESETS, find
 from helix_megatron.partition import choice
 from helix_megatron.partition.grid import HelixGrid, legal_grids
-from helix_megatron.plan import clusters, compute, inputs, search
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal
+from helix_megatron.plan import clusters, compute, inputs, machine, search
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
 from helix_megatron.plan.timing import predict
 
 H100 = replace(clusters.find("dgx-h100"), nodes=2)
@@ -45,7 +45,7 @@ def everything(shape, devices, work):
         sp = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
         for layout, size in itertools.product(same, sizes):
             layout = replace(layout, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sp)
-            if illegal(shape, layout, work) is None:
+            if illegal_reason(shape, layout, work) is None:
                 yield layout
 
 
@@ -179,17 +179,17 @@ def test_a_cluster_that_lacks_a_rate_is_refused():
 
 def test_collectives_between_nodes_wait_for_the_adapters():
     big = 1e9
-    inside = H100.collective("all_reduce", 8, 1, big, 8)
-    across = H100.collective("all_reduce", 16, 1, big, 16)
-    one_each = H100.collective("all_reduce", 2, 8, big, 16)
+    inside = H100.collective_seconds("all_reduce", 8, 1, big, 8)
+    across = H100.collective_seconds("all_reduce", 16, 1, big, 16)
+    one_each = H100.collective_seconds("all_reduce", 2, 8, big, 16)
     assert inside == pytest.approx(8.4e-6 + 14 * 3.4e-6 + big / 360e9)
     assert across == pytest.approx(
         8.4e-6 + 28 * 3.4e-6 + 2 * 14e-6 + big / 320e9
     )  # eight adapters of 40 GB/s
     assert one_each == pytest.approx(8.4e-6 + 2 * 14e-6 + big / 40e9)
-    small = H100.collective("all_gather", 8, 1, 1000, 8)
+    small = H100.collective_seconds("all_gather", 8, 1, 1000, 8)
     assert small == pytest.approx(6.6e-6 + 7 * 0.6e-6 + 4 * 1000 / 360e9)
-    assert H100.collective("all_to_all", 16, 1, big, 16) == pytest.approx(
+    assert H100.collective_seconds("all_to_all", 16, 1, big, 16) == pytest.approx(
         8.4e-6 + 14 * 3.4e-6 + 14e-6 + big * 8 / 15 / 40e9
     )
 
@@ -350,7 +350,7 @@ def test_the_probe_recovers_what_a_layer_and_a_step_cost():
         layers = problem.layers * problem.micro_batches
         return predict(problem, bare).seconds + layers * per_layer + step
 
-    trials = {name: (p, seconds(name, p)) for name, p in probe.software_problems()}
+    trials = {name: (p, seconds(name, p)) for name, p in probe.software_problems().items()}
     found = probe.with_software(bare, trials)
     assert found.layer_overhead["train megatron"] == pytest.approx(2e-3)
     assert found.layer_overhead["train a2a dims"] == pytest.approx(4e-3)
@@ -362,9 +362,9 @@ def test_the_probe_recovers_what_a_layer_and_a_step_cost():
 
 
 def test_a_machine_without_a_known_gpu_is_refused_and_known_ones_are_read():
-    eight = inputs.of_gpus([("NVIDIA H100 80GB HBM3", 85_000_000_000, tuple(range(8)))] * 8)
+    eight = machine.gpu_cluster([("NVIDIA H100 80GB HBM3", 85_000_000_000, tuple(range(8)))] * 8)
     assert (eight.gpus_per_node, eight.memory, eight.fast) == (8, 85e9, H100.fast)
     alone = [("NVIDIA A100-SXM4-80GB", 85_000_000_000, (index,)) for index in range(2)]
-    assert inputs.of_gpus(alone).fast < clusters.find("dgx-a100").fast
+    assert machine.gpu_cluster(alone).fast < clusters.find("dgx-a100").fast
     with pytest.raises(ValueError, match=r"no preset fits this machine's GPUs \(Tesla V100\)"):
-        inputs.of_gpus([("Tesla V100", 16_000_000_000, (0,))])
+        machine.gpu_cluster([("Tesla V100", 16_000_000_000, (0,))])

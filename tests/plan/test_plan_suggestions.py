@@ -8,7 +8,7 @@ import pytest
 from helix_megatron import cli
 from helix_megatron.models.presets import find
 from helix_megatron.partition.grid import HelixGrid
-from helix_megatron.plan import advice, clusters, memory, report, search
+from helix_megatron.plan import clusters, memory, report, search, suggestions
 from helix_megatron.plan.layout import Layout, Problem, Workload
 
 H100 = clusters.find("dgx-h100")
@@ -74,7 +74,7 @@ def with_value(plan, flag, value):
 )  # fmt: skip
 def test_no_layout_names_what_was_given_and_the_nearest_that_works(name, cluster, work, only, given, works):
     plan = planned(name, cluster, work, **only)
-    text = advice.nothing(plan)
+    text = suggestions.explain_no_plan(plan)
     assert not plan.tried and given in text and ("grid" not in only or "--tp" not in text)
     for flag, expected in works.items():
         assert values(text, flag) == expected
@@ -83,16 +83,16 @@ def test_no_layout_names_what_was_given_and_the_nearest_that_works(name, cluster
 
 def test_nearest_means_that_nothing_nearer_works():
     plan = planned("llama-3-8b", RACK, TRAIN)
-    low, high = values(advice.nothing(plan), "--batch")
+    low, high = values(suggestions.explain_no_plan(plan), "--batch")
     assert not any(with_value(plan, "--batch", batch).tried for batch in range(low + 1, high))
-    (count,) = values(advice.nothing(plan), "--gpus")
+    (count,) = values(suggestions.explain_no_plan(plan), "--gpus")
     assert not any(with_value(plan, "--gpus", k).candidates for k in range(count + 1, 72))
 
 
 def test_a_size_that_nothing_alone_saves_is_to_be_left_out():
-    text = advice.nothing(planned("llama-3-8b", devices(16), DECODE, tp=3, pp=3))
+    text = suggestions.explain_no_plan(planned("llama-3-8b", devices(16), DECODE, tp=3, pp=3))
     assert ways(text) == ["without --tp and --pp"]
-    text = advice.nothing(planned("llama-3-8b", devices(7), DECODE, tp=7))
+    text = suggestions.explain_no_plan(planned("llama-3-8b", devices(7), DECODE, tp=7))
     assert ways(text) == ["--batch 7 or 14 without --tp", "--gpus 4 or 8 without --tp"]
     assert planned("llama-3-8b", devices(7), replace(DECODE, batch=14)).candidates
 
@@ -109,10 +109,10 @@ def test_a_size_that_nothing_alone_saves_is_to_be_left_out():
 )  # fmt: skip
 def test_too_big_tells_the_whole_memory_of_the_smallest_and_what_helps(name, cluster, work, works):
     plan = planned(name, cluster, work)
-    text = advice.nothing(plan)
+    text = suggestions.explain_no_plan(plan)
     totals = [
         memory.fullest(Problem(plan.shape, replace(layout, recompute=recompute), work))[1].total
-        for layout in search.layouts(plan.shape, cluster, work)
+        for layout in search.layouts(plan)
         for recompute in {False, work.kind == "train"}
     ]
     assert plan.smallest == min(totals) > cluster.capacity
@@ -133,18 +133,19 @@ def test_too_big_tells_the_whole_memory_of_the_smallest_and_what_helps(name, clu
 
 def test_a_size_that_does_not_fit_is_named_with_one_that_does():
     work = replace(DECODE, batch=16)
-    text = advice.nothing(planned("llama-3.1-70b", devices(16), work, tp=1, pp=1))
+    text = suggestions.explain_no_plan(planned("llama-3.1-70b", devices(16), work, tp=1, pp=1))
     assert "none of" in text and ways(text)[:2] == ["--tp 2", "--pp 2"]
 
 
 # ---- what is not modelled ----
 def test_slices_of_unequal_size_are_called_not_modelled():
     plan = planned("llama-3-8b", devices(7), replace(DECODE, batch=7))
-    said = report.verdict(plan, plan.shape, plan.workload)
+    said = report.verdict(plan)
     assert not any("Leave Helix off" in line for line in said)
     assert said[0] == "Of what is modelled, every tensor-parallel size here keeps heads whole."
     assert said[1].startswith("Not modelled: tp = 7, legal with Helix by slices of unequal size")
-    assert "Not modelled: tp = 7," in advice.nothing(planned("llama-3-8b", devices(7), DECODE, tp=7))
+    none = planned("llama-3-8b", devices(7), DECODE, tp=7)
+    assert "Not modelled: tp = 7," in suggestions.explain_no_plan(none)
 
 
 @pytest.mark.parametrize(
@@ -160,20 +161,20 @@ def test_slices_of_unequal_size_are_called_not_modelled():
 def test_sizes_with_uneven_slices_are_those_that_megatron_and_helix_accept(name, count, batch, sizes):
     plan = planned(name, devices(count), replace(DECODE, batch=batch))
     assert search.sizes_with_uneven_slices(plan) == sizes
-    assert (advice.uneven(plan) == "") == (not sizes)
+    assert (suggestions.describe_uneven_sizes(plan) == "") == (not sizes)
 
 
 def test_leave_helix_off_says_why():
     whole = planned("paper-gpt", devices(8), TRAIN)
-    assert report.verdict(whole, whole.shape, TRAIN)[0] == (
+    assert report.verdict(whole)[0] == (
         "Leave Helix off: every tensor-parallel size here keeps heads whole."
     )
     one = planned("smollm2-135m", devices(8), DECODE, tp=1)
-    assert report.verdict(one, one.shape, DECODE)[0] == "Leave Helix off: with tp = 1 heads stay whole."
+    assert report.verdict(one)[0] == "Leave Helix off: with tp = 1 heads stay whole."
     plan = planned("qwen2-7b", devices(8), DECODE)
     assert plan.sliced and any(c.layout.sliced for c in plan.candidates)
     plan.candidates = [c for c in plan.candidates if not c.layout.sliced]
-    assert report.verdict(plan, plan.shape, DECODE)[0] == (
+    assert report.verdict(plan)[0] == (
         f"Leave Helix off: none of its {plan.sliced} layouts with sliced heads fits."
     )
 
@@ -185,13 +186,13 @@ def test_leave_helix_off_says_why():
 )
 def test_a_batch_that_few_replicas_divide_is_pointed_out(name, cluster, odd, even):
     plan = planned(name, cluster, replace(TRAIN, batch=odd, length=2048))
-    text = advice.better_batch(plan)
+    text = suggestions.suggest_batch(plan)
     assert f"Few numbers of replicas divide a batch of {odd}: --batch {even} is predicted to bring " in text
     better = planned(name, cluster, replace(TRAIN, batch=even, length=2048))
     times = even / odd * plan.candidates[0].seconds / better.candidates[0].seconds
     assert times > 1.1 * even / odd and f" bring {times:.3g} times as many tokens" in text
-    assert text in report.verdict(plan, plan.shape, plan.workload)
-    assert advice.better_batch(better) == ""
+    assert text in report.verdict(plan)
+    assert suggestions.suggest_batch(better) == ""
 
 
 # ---- one row for a layout ----
@@ -205,8 +206,8 @@ def test_a_layout_has_one_row_its_fastest_variant_and_a_name_of_its_own(work, ca
         assert candidate.seconds == min(c.seconds for c in plan.candidates if key(c) == key(candidate))
     names = [candidate.layout.describe(work) for candidate in plan.candidates]
     assert len(set(names)) == len(names)
-    assert report.table(plan, work, 99).row_count == len(plan.best)
-    document = report.as_json(plan, plan.shape, plan.cluster, work, 99)
+    assert report.table(plan, 99).row_count == len(plan.best)
+    document = report.as_json(plan, 99)
     assert len(document["candidates"]) == len(plan.best)
     assert any(f"1 before 2 ({plan.best[1].layout.describe(work)})" in line for line in document["verdict"])
 
