@@ -1,8 +1,8 @@
 """`helix compare CONFIG.yaml`: the same model trained and decoded by several layouts, next to each other.
 
 It runs the variants in turn, in fresh processes or in kept ones (run), makes numbers and intervals of what
-their ranks measured (statistics), and writes what can be said of them for terminal, Markdown and HTML (report). Every
-number is measured, but for what the planner predicts and what is the paper's.
+their ranks measured (statistics), and writes what can be said of them for terminal, Markdown and HTML
+(report). Every number is measured, but for what the planner predicts and what is the paper's.
 
 run         command.py      the flags of `helix compare`, and what they make of the file
             config.py       what a comparison is (YAML → dataclass)
