@@ -90,7 +90,8 @@ def test_no_turn_begins_after_the_time(tmp_path, monkeypatch):
 
 def test_variants_that_nothing_is_compared_with_take_no_turns(tmp_path, monkeypatch):
     ranks = Ranks(monkeypatch, lambda seed, turn: both() if seed != "1" else ("failed", "rank 0: no"))
-    code, results, report, _ = fakes.compare(tmp_path, variants=PAIR, runs=9, **KEPT)
+    patient = {**KEPT, "run_timeout_s": 900}  # longer than a test may take: dead ranks must not be waited for
+    code, results, report, _ = fakes.compare(tmp_path, variants=PAIR, runs=9, **patient)
     assert ranks.turns == [("2", 0)] and code == 3
     failed, alone = results["variants"]
     assert (failed["status"], failed["cause"]) == ("failed", "rank 0: no")
