@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--turns 5] [--out kernels.json]
 
 Eight shapes of the sharded cache (bf16, heads of 128, one KV head a rank). The floor is the time to read the
-cache at the copy bandwidth measured first. Each kernel is replayed from a CUDA graph, so that launches by
-the host count for nothing; for ours there is also the time of a first layer, which plans the step, and of a
-call without a graph. FlashAttention 3 or 2 is measured where it is installed and takes the pages, on the same
-cache. Before it is timed a kernel is compared with the formula in fp32.
+cache at the copy bandwidth measured first. Each kernel is replayed from a CUDA graph, so that launches by the
+host count for nothing; of ours there are also the time of a first layer, which plans the step, and that of a
+call without a graph. FlashAttention 3 or 2 is measured where it is installed and takes the pages.
+Before it is timed a kernel is compared with the formula in fp32.
 """
 
 from __future__ import annotations

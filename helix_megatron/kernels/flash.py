@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helix_megatron.kernels.merge import partial_attention
+from helix_megatron.kernels.merge import formula
 from helix_megatron.kernels.paged_attention import Requests, Sight
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -172,20 +172,12 @@ def _of_step(requests: Requests, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
     return requests.kept[key]
 
 
-@functools.cache
-def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) -> str | None:
-    """What is wrong with a kernel, by a small case of a known answer; None when it is right. Asked once.
+def _known_case(dtype: torch.dtype, page: int, dim: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Query, keys, values, lengths and table of a decode step on the host; its outputs and log-sum-exps.
 
-    Three requests with 6 query heads over 2 KV heads, on scattered pages: one ends in its third page, one
-    in its first, one has nothing. What nobody wrote is large, and finite: a kernel may read it with a weight
-    of 0.
+    Three requests with 6 query heads over 2 KV heads, on scattered pages: one ends in its third page, one in
+    its first, one has nothing. What nobody wrote is large, and finite: a kernel may read it with weight 0.
     """
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise HelixConfigError(
-            f"{name} is used for the first time while a CUDA graph is captured, and cannot be compared with "
-            "a known answer there; call helix_megatron.kernels.backend.warm_up before"
-        )
-    label = find(name)[1]
     generator = torch.Generator().manual_seed(1)
     lengths, table = [2 * page + min(3, page), min(5, page), 0], [[4, 1, 3], [2, 0, 0], [0, 0, 0]]
     keys, values = torch.full((2, 5, page, 2, dim), 100.0, dtype=dtype)
@@ -197,18 +189,32 @@ def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) ->
             for start in range(0, length, page):
                 piece = written[start : start + page]
                 cache[table[row][start // page], : len(piece)] = piece
-        known = partial_attention(
-            query[row, None, None].float(), key[:, None].float(), value[:, None].float(), None, dim**-0.5
+        out, lse = formula(
+            query[row, None, None], key[:, None], value[:, None], None, softmax_scale=dim**-0.5
         )
-        outs[row], lses[row] = known[0][0, 0], known[1][0, 0]
+        outs[row], lses[row] = out[0, 0].float(), lse[0, 0]
+    integers = (torch.tensor(given, dtype=torch.int32) for given in (lengths, table))
+    return (query, keys, values, *integers), outs, lses
+
+
+@functools.cache
+def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) -> str | None:
+    """What is wrong with a kernel, by a small case of a known answer; None when it is right. Asked once."""
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise HelixConfigError(
+            f"{name} is used for the first time while a CUDA graph is captured, and cannot be compared with "
+            "a known answer there; call helix_megatron.kernels.backend.warm_up before"
+        )
+    label = find(name)[1]
+    with torch.device("cpu"):
+        given, outs, lses = _known_case(dtype, page, dim)
     on = device if device != "cuda" or torch.cuda.is_available() else "cpu"
-    integers = dict(dtype=torch.int32, device=on)
-    requests = Requests(
-        torch.arange(4, **integers), torch.tensor(lengths, **integers), torch.tensor(table, **integers)
-    )
-    sight = Sight(dim**-0.5, None, KvInterleave(1, 1), 0)
+    query, keys, values, lengths, table = (x.to(on) for x in given)
+    requests = Requests(torch.arange(4, dtype=torch.int32, device=on), lengths, table)
     try:
-        out, lse = attend(name, query.to(on), keys.to(on), values.to(on), requests, sight)
+        out, lse = attend(
+            name, query, keys, values, requests, Sight(dim**-0.5, None, KvInterleave(1, 1), 0)
+        )
         out, lse = out.float().cpu(), lse.float().cpu()
     except Exception as error:  # whatever a foreign kernel fails with
         fault = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

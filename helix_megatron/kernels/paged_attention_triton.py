@@ -320,15 +320,15 @@ def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, sight:
         sight: of one layer; those with a window and those without are apart.
     """
     device = keys.device
-    tokens = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
-    lengths = [1, sight.interleave.cycle * 2, tokens]
-    for new, singles in (([1, 1, 1], True), ([1, 17, 1], False), ([1, 17, tokens], False)):
-        ends = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        longest = torch.tensor([max(a, b) for a, b in zip(lengths, new)], dtype=torch.int32, device=device)
-        pages = -(-max(longest.tolist()) // keys.shape[1]) + 1
-        table = torch.zeros(len(new), pages, dtype=torch.int32, device=device)
-        query = torch.zeros(int(ends[-1]), heads, keys.shape[-1], dtype=dtype, device=device)
-        paged_attention(query, keys, values, Requests(ends, longest, table), sight, singles)
+    rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
+    steps = (([1], True), ([1] * rows, True), ([1, 2], False), ([1, rows], False))
+    for new, singles in steps:
+        ends = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor(new, dtype=torch.int32)
+        table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, dtype=torch.int32)
+        query = torch.zeros(sum(new), heads, keys.shape[-1], dtype=dtype, device=device)
+        requests = Requests(ends.to(device), lengths.to(device), table.to(device))
+        paged_attention(query, keys, values, requests, sight, singles)
 
 
 def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:

@@ -158,12 +158,13 @@ def test_a_wrong_kernel_is_left_out_by_name(monkeypatch, fresh, caplog, fault):
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(kernel))
     choices = [backend.choose("cuda", HALF, PAGES, windowed) for windowed in (False, True)]
     choices += [backend.choose("cuda", HALF, PAGES, False, graph=True)]
-    assert [choice.singles for choice in choices] == ["triton"] * 3 and len(calls) == 1
+    assert [choice.singles for choice in choices] == ["triton"] * 3
     said = "fails: RuntimeError: no kernel image is" if fault is broken else "computes a wrong answer"
     assert f"flash-attn-2 2.8.9 (flash_attn) {said}" in choices[0].reason
     assert [record.levelname for record in caplog.records] == ["WARNING"] and said in caplog.text
     with pytest.raises(HelixConfigError, match=rf"HELIX_PAGED_ATTENTION=flash-attn-2: .*{said}"):
         backend.choose("cuda", HALF, PAGES, False, "flash-attn-2")
+    assert len(calls) == 1
 
 
 def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_path):
@@ -276,7 +277,7 @@ def test_the_triton_kernel_under_its_interpreter():
     command = [sys.executable, "-m", "tests.kernels.triton_worker"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "26 cases, 4 merges"
+    assert ran.stdout.strip() == "24 cases, 4 merges"
 
 
 def test_the_triton_kernel_is_there_without_knobs(monkeypatch):

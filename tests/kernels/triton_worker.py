@@ -151,12 +151,13 @@ def merges() -> int:
 def warms_up() -> None:
     """On the cache that will be served: every kernel that a later step asks for has been asked for."""
     keys, sight = torch.zeros(3, 32, 1, 16), Sight(0.25, None, KvInterleave(2, 16), 0)
-    triton_merge.MANY_ROWS = 64
+    triton_merge.MANY_ROWS = 64  # of tokens times heads
     with Asked() as asked:
         kernels.warm_up(keys, keys, 2, torch.float32, sight)
         compiled = set(asked.kinds)
-        for new in ([1, 1], [1, 30], [50, 3]):
-            drawn = draw([70, 50], new, 2, 16, 0, (2, 1), 16, "scattered", cycles=2)
+        for new in ([1, 1], [1] * 33, [1, 12], [40, 3]):
+            lengths = [70, 50] if len(new) == 2 else [9] * 33
+            drawn = draw(lengths, new, 2, 16, 0, (2, 1), 16, "scattered", cycles=2)
             check(functools.partial(paged_attention, singles=max(new) == 1), *drawn, sight)
         assert set(asked.kinds) == compiled
 
