@@ -27,7 +27,9 @@ PACKAGES = {
     "megatron-core": ("megatron-core",),
     "transformer-engine": ("transformer-engine", "transformer-engine-torch"),
     "apex": ("apex",),
-    "flash-attn": ("flash-attn", "flash-attn-3"),
+    "flash-attn": ("flash-attn",),
+    "flash-attn-3": ("flash-attn-3", "flashattn-hopper"),
+    "flash-attn-4": ("flash-attn-4",),
     "triton": ("triton", "pytorch-triton"),
 }
 
@@ -109,7 +111,8 @@ def _check_megatron(versions: dict[str, str | None], problems: list[str]) -> boo
 
 
 def _features(mode: str, versions: dict[str, str | None], gpus: int) -> dict[str, str]:
-    te, apex, flash = (versions[name] for name in ("transformer-engine", "apex", "flash-attn"))
+    te, apex = (versions[name] for name in ("transformer-engine", "apex"))
+    flash = next((versions[n] for n in ("flash-attn", "flash-attn-3", "flash-attn-4") if versions[n]), None)
     on_gpus = mode == "gpu"
     runs = {
         "gpu": f"yes, on {gpus} GPUs",
@@ -131,7 +134,28 @@ def _features(mode: str, versions: dict[str, str | None], gpus: int) -> dict[str
         "Megatron's dynamic inference engine": "yes, with m = 1"
         if on_gpus and flash
         else _lacks("flash-attn", flash),
+        "attention over a cache of positions shared by ranks": _cache_attention(on_gpus)
+        if mode != "none"
+        else "no",
     }
+
+
+def _cache_attention(on_gpus: bool) -> str:
+    """The kernel for a usual cache (bf16, heads of 128, 256 slots of a page on a rank), and why that one."""
+    import torch
+
+    from helix_megatron.kernels import backend
+
+    device, major = ("cuda", torch.cuda.get_device_capability()[0]) if on_gpus else ("cpu", None)
+    override = os.environ.get(backend.OVERRIDE)
+    try:
+        choice = backend.choose(
+            device, torch.bfloat16, 256, False, override, major=major, compare=False
+        )  # nothing runs on the GPU here
+    except ValueError as error:
+        return f"no: {_one_line(error)}"
+    later = "; compared with a known answer before its first use" if choice.singles in backend.FLASH else ""
+    return choice.reason + later
 
 
 def _lacks(name: str, version: str | None) -> str:

@@ -37,7 +37,7 @@ def add_compare(subparsers: Any) -> None:
         "command on each with --node-rank R --rdzv-endpoint HOST:PORT (the next port is used as well).",
     )
     add = parser.add_argument
-    add("config", help="the comparison, for example configs/compare_host.yaml")
+    add("config", help="the comparison, for example configs/paper_host.yaml")
     add("--out", help="folder of the results (default: runs/<name of CONFIG>)")
     add("--only", action="append", metavar="NAME", help="run this variant only (repeatable)")
     add("--runs", type=int, metavar="N", help="independent runs of every variant, in place of the file's")
@@ -76,7 +76,7 @@ def run_compare(options: argparse.Namespace) -> int:
         raise ValueError("--sizes goes with --scaling weak or --scaling strong.")
     keys = ("resume", "retry", "overwrite", "allow_mixed", "report_only", "node_rank", "rdzv_endpoint")
     chosen = harness.Options(**{key: getattr(options, key) for key in keys})
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 100 if config.overview else 200)
     return harness.compare(config, Path(options.out or Path("runs") / name), console, chosen)
 
 

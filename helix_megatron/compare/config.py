@@ -4,6 +4,7 @@ name: paper shape on the host
 host: true
 world_size: 16
 runs: 5                      # independent launches of every variant, interleaved A B A B
+processes: fresh             # kept: ranks are started once, and runs are turns of theirs
 warmup_iterations: 100       # of every workload in every run, measured by nobody
 iterations: 1000             # measured ones
 workloads: {train: {}, prefill: {iterations: 200}, decode: {}}
@@ -72,7 +73,17 @@ class CompareConfig:
     nnodes: int = 1
     """GPU runs: machines that share the ranks; `helix compare` is started on each of them."""
     runs: int = 3
-    """Independent runs of every variant, each in fresh processes."""
+    """Independent runs of every variant, each in fresh processes; with `processes: kept` the most turns."""
+    processes: str = "fresh"
+    """`fresh`: every run starts its ranks anew. `kept`: the ranks of all variants of a model are started once
+    (host mode only) and measure in turns; what two starts of one program differ by is then in no interval."""
+    interval: float = 0.15
+    """With `processes: kept`: turns end when every speed ratio's 95 % interval is within 1 ± this of it. The
+    overview prints no ratio whose interval is wider."""
+    repeat_seconds: float = 60.0
+    """With `processes: kept`: no turn of a model's variants begins later than this after the first."""
+    overview: bool = False
+    """Begin the reports with five points (overview.py), and show these in the terminal, not the tables."""
     prompt_length: int = 16
     """Tokens of a prompt, and so of the KV cache that decode starts from."""
     batch_size: int = 1
@@ -128,6 +139,7 @@ _LEAST: dict[str, int | float] = {  # key → the least it may be; a float where
     **dict.fromkeys(("world_size", "nnodes", "runs", "iterations", "ranks"), 1), "warmup_iterations": 0,
     **dict.fromkeys(("prompt_length", "batch_size", "mixed_decode_steps"), 1),
     **dict.fromkeys(("run_timeout_s", "loss_tolerance", "peak_tflops", "scale", "slow_down"), 0.0),
+    **dict.fromkeys(("interval", "repeat_seconds"), 0.0),
 }  # fmt: skip
 
 
@@ -141,10 +153,17 @@ def parse(document: dict[str, Any], where: str) -> CompareConfig:
     keys = {_NAMES.get(f.name, f.name): f.name for f in fields(CompareConfig)} | dict.fromkeys(_ITERATIONS)
     yaml_config.check_keys(document, keys, where)
     _check_numbers(document, where)
-    for name in ("host", "reference", "paper"):
+    for name in ("host", "reference", "paper", "overview"):
         if not isinstance(document.get(name, False), bool):
             yes, no = ("CPU", "GPUs") if name == "host" else ("show it", "leave it out")
             raise ValueError(f"{where}: {name} is {document[name]!r}; it is true ({yes}) or false ({no}).")
+    if (processes := document.get("processes", "fresh")) not in ("fresh", "kept"):
+        raise ValueError(f"{where}: processes is {processes!r}; it is fresh or kept.")
+    if processes == "kept" and not document.get("host"):
+        raise ValueError(
+            f"{where}: processes is kept: several layouts share the memory, which is not for GPUs; it needs "
+            "host: true."
+        )
     if not isinstance(document.get("cluster", ""), str):
         raise ValueError(f"{where}: cluster is {document['cluster']!r}; it is a name or a path.")
     plain = {keys[k]: v for k, v in document.items() if keys[k] and k not in _PARSED}

@@ -10,20 +10,23 @@ run is on disk as soon as it has ended (records.py); results.json and the report
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import logging
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from helix_megatron.compare import launch, predictions, records, report, summary
+from helix_megatron.compare import kept, launch, predictions, records, report, summary
 from helix_megatron.compare.config import CompareConfig, to_json
 from helix_megatron.compare.rank import Task
 from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
@@ -135,6 +138,8 @@ class Comparison:
             self._check_disk(keeper, identity)
             if not self.options.report_only:
                 self._run_missing(keeper, identity)
+                if self.config.processes == "kept":
+                    self._run_in_turns(keeper, identity)
         finally:
             self.nodes.send_order(None)
             self.nodes.wait_for_all()
@@ -148,8 +153,48 @@ class Comparison:
             record |= {"identity": identity, "settings": self._settings(variant)}
             keeper.save(record)
             done[variant.name, run] = record
-            self.console.print(summary.describe_end(record), highlight=False, markup=False)
+            self._say_end(record)
             report.write_results(self.results(keeper), self.out)
+
+    def _run_in_turns(self, keeper: records.Records, identity: dict[str, Any]) -> None:
+        """Start the ranks of every variant, then measure in turns (kept.py)."""
+        started = _now()
+
+        def save(
+            name: str, run: int, status: str, cause: str, seconds: float, ranks: list[Any] | None
+        ) -> None:
+            variant = self.plan[name]
+            record = {"variant": name, "run": run, "status": status, "started": started, "cause": cause}
+            record |= {"seconds": round(seconds, 2), "argv": self.flags[name], "identity": identity}
+            record |= {"settings": self._settings(variant)} | ({"ranks": ranks} if ranks else {})
+            keeper.save(record)
+            if run == 1:
+                self._say_end(record)
+
+        runs, numbers = kept.KeptRuns(self.config, save), itertools.count(1)
+        for group in kept.group_by_model(self.config):
+            with runs.ending():
+                for variant in group:
+                    task = self._task(variant, 1)
+                    self._make_folders(Path(task.folder))
+                    with self._status(f"{next(numbers)} of {len(self.config.variants)}: {variant.name}"):
+                        ranks = self.config.ranks(variant)
+                        runs.start(variant.name, functools.partial(_with_turns, task), ranks)
+                if len(runs.kept) > 1:
+                    with self._status(f"these in turns, at most {self.config.repeat_seconds:g} s"):
+                        runs.take_turns(lambda: self.results(keeper))
+
+    def _say_end(self, record: dict[str, Any]) -> None:
+        if not self.config.overview:  # which says it all, at the end
+            self.console.print(summary.describe_end(record), highlight=False, markup=False)
+
+    @contextmanager
+    def _status(self, said: str) -> Iterator[None]:
+        """Show what is going on: a line that goes away, or one that stays where there is no terminal."""
+        if self.config.overview and not self.console.is_terminal:
+            self.console.print(said, highlight=False, markup=False)
+        with self.console.status(escape(said)):
+            yield
 
     def follow(self) -> int:
         """Another machine than the first: run what it says until it says no more."""
@@ -162,7 +207,8 @@ class Comparison:
     def _schedule(self, done: dict[tuple[str, int], dict[str, Any]]) -> Iterator[tuple[int, Variant]]:
         """What is to run, in order; looks at `done` again for every run, so failures end their variant."""
         rounds = [(1, list(self.references.values()))]
-        rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
+        if self.config.processes == "fresh":
+            rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
         for run, variants in rounds:
             for variant in variants:
                 failed = any(d["status"] != "ok" for (name, _), d in done.items() if name == variant.name)
@@ -176,6 +222,11 @@ class Comparison:
             for folder in (keeper.folder, self.out / "work", self.out / "reference"):
                 shutil.rmtree(folder, ignore_errors=True)
         found = keeper.load()
+        if options.resume and self.config.processes == "kept":
+            raise ValueError(
+                f"{self.out}: with processes: kept there is nothing to resume, as its ranks have ended: "
+                "--overwrite starts anew, --report writes the reports of what is there."
+            )
         if found and not (options.resume or options.report_only):
             raise ValueError(
                 f"{self.out} holds {len(found)} finished runs: --resume goes on after them, --overwrite "
@@ -232,11 +283,10 @@ class Comparison:
         task, config = self._task(variant, run), self.config
         ranks, folder = config.ranks(variant), Path(task.folder)
         if self.nodes.leads:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (self.out / "reference").mkdir(exist_ok=True)
+            self._make_folders(folder)
         started, start = _now(), time.monotonic()
-        with self.console.status(escape(f"{which}{variant.name}, run {run} of {config.runs}")):
+        rest = "" if variant in self.references.values() else f", run {run} of {config.runs}"
+        with self._status(f"{which}{variant.name}{rest}"):
             if config.host:
                 status, cause = launch.run_on_host(config, task, ranks)
             elif self.options.node_rank < launch.nodes_of(config, ranks):
@@ -253,6 +303,11 @@ class Comparison:
         if status == "ok" and self.nodes.leads:
             record["ranks"] = [summary.read_rank(folder / f"rank-{rank}.json") for rank in range(ranks)]
         return record
+
+    def _make_folders(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (self.out / "reference").mkdir(exist_ok=True)
 
     def results(self, keeper: records.Records) -> dict[str, Any]:
         """results.json: everything about this comparison, as far as it has come."""
@@ -272,6 +327,10 @@ class Comparison:
         summary.add_variants(results, self.config, found, self.references)
         predictions.add_predictions(self.config, results)
         return results
+
+
+def _with_turns(task: Task, turns: dict[str, Any]) -> Task:
+    return replace(task, turns=turns)
 
 
 def _now() -> str:

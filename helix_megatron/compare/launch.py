@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,20 @@ from helix_megatron.host.processes import die_with_parent
 _LONG = datetime.timedelta(days=30)
 
 
-def run_on_host(config: CompareConfig, task: Task, ranks: int) -> tuple[str, str]:
+def run_on_host(
+    config: CompareConfig, task: Task, ranks: int, stop: threading.Event | None = None
+) -> tuple[str, str]:
     """Ranks as processes of this machine; their output goes to the task's folder.
+
+    They have `run_timeout_s`, or until `stop` is set, where it is given.
 
     Returns (status, cause), as `run_on_gpus`: ok, failed or timeout, and one line, empty when it is ok.
     """
     try:
-        run_ranks(run, ranks, task, timeout_s=config.run_timeout_s, env=config.env_vars, log_dir=task.folder)
+        limit = config.run_timeout_s if stop is None else threading.TIMEOUT_MAX
+        run_ranks(
+            run, ranks, task, timeout_s=limit, env=config.env_vars, log_dir=task.folder, stop=stop
+        )  # fmt: skip
     except RankError as error:
         if error.exit_code == 124:
             return _time_out(config)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from helix_megatron import pretrain_gpt
 from helix_megatron.compare import accuracy, workloads
+from helix_megatron.compare.turns import TurnClient
 from helix_megatron.measure import memory, nvml
 from helix_megatron.measure.comm import CommMeter
 from helix_megatron.measure.machine import pin
@@ -50,6 +51,8 @@ class Task:
     """This run is the reference, of a model whose weights have this torch dtype."""
     reference_grid: list[int] | None = None
     """And (n, m) of the grid when that model has per-slice softmax."""
+    turns: dict[str, Any] | None = None
+    """Stay alive and measure again in turns: what `TurnServer.place` says; None: return after one run."""
 
     def count(self, name: str) -> int:
         """Iterations of a workload, warm-up included."""
@@ -68,6 +71,8 @@ class Recorder:
     losses: list[float] = field(default_factory=list)
     model: list[torch.nn.Module] = field(default_factory=list)
     optimizer: Any = None
+    step: Callable[[], Any] = lambda: None
+    """One more training step, on a batch that is always the same."""
 
 
 def run(task: Task) -> None:
@@ -77,8 +82,15 @@ def run(task: Task) -> None:
         pin(rank)
     folder = Path(task.folder)
     try:
-        result = measure(task)
+        result, repeat = measure(task)
         (folder / f"rank-{rank}.json").write_text(json.dumps(result))
+        if task.turns is not None:
+            client = TurnClient(**task.turns)
+            client.finish_turn()
+            while client.await_turn():
+                turn = json.dumps(result | {"workloads": repeat()})
+                folder_of_turn(folder, client.number).joinpath(f"rank-{rank}.json").write_text(turn)
+                client.finish_turn()
     except BaseException as error:
         cause = entry.configuration_error(error) or _describe(error)
         report = {"time": time.time(), "rank": rank, "cause": cause, "traceback": traceback.format_exc()}
@@ -86,12 +98,20 @@ def run(task: Task) -> None:
         raise
 
 
+def folder_of_turn(first: Path, number: int) -> Path:
+    """Where turn `number` is written, of a variant whose first run is in `first`."""
+    return first.with_name(f"{first.name.rpartition('-')[0]}-{number}")
+
+
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def measure(task: Task) -> dict[str, Any]:
-    """Train, then measure the trained model. Returns this rank's samples as JSON types."""
+def measure(task: Task) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Train, then measure the trained model.
+
+    Returns this rank's samples as JSON types, and what takes the samples of all workloads again.
+    """
     argv = entry.prepare_argv(task.argv)
     meter = CommMeter()
     recorder = Recorder(workloads.Samples(task.workloads.get("train", [1, 0])[0], task.host, task.slow_down))
@@ -106,9 +126,10 @@ def measure(task: Task) -> dict[str, Any]:
         try:
             pretrain_gpt.train(argv)
         except accuracy.ReferenceDone:
-            return {"reference": task.reference}
+            return {"reference": task.reference}, dict
         measured = measure_trained(task, recorder, meter)
-    return result | measured
+    result |= measured
+    return result, lambda: measure_again(task, recorder, meter, result["workloads"])
 
 
 def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[str, Any]:
@@ -130,13 +151,7 @@ def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[st
         tokens = args.global_batch_size * args.seq_length
         work = 3 * workloads.count_flops(tokens, tokens * args.seq_length)
         measured["train"] = recorder.samples.as_json(tokens, work) | {"losses": recorder.losses}
-    for body in (workloads.prefill, workloads.first_token, workloads.decode, workloads.mixed):
-        name = body.__name__
-        if ("prefill" if name == "first_token" else name) in task.workloads:
-            try:
-                measured[name] = body(model, task, meter)
-            except (NotImplementedError, ValueError, AssertionError) as error:  # the rest still counts
-                measured[name] = {"cause": _describe(error)}
+    measured |= measure_inference(task, model, meter)
     if "kv_cache_bytes" in measured.get("decode", {}):
         held["kv_cache"] = measured["decode"]["kv_cache_bytes"]
     kinds = [kind for one in measured.values() for kind in one.get("comm", {}).values()]
@@ -151,6 +166,31 @@ def measure_trained(task: Task, recorder: Recorder, meter: CommMeter) -> dict[st
         "memory_bytes": held,
         "megatron_estimate_bytes": memory.estimate_bytes(),
     }
+
+
+def measure_inference(task: Task, model: list[torch.nn.Module], meter: CommMeter) -> dict[str, Any]:
+    """name → samples of every workload besides training, or the cause why there are none."""
+    measured: dict[str, Any] = {}
+    for body in (workloads.prefill, workloads.first_token, workloads.decode, workloads.mixed):
+        name = body.__name__
+        if ("prefill" if name == "first_token" else name) in task.workloads:
+            try:
+                measured[name] = body(model, task, meter)
+            except (NotImplementedError, ValueError, AssertionError) as error:  # the rest still counts
+                measured[name] = {"cause": _describe(error)}
+    return measured
+
+
+def measure_again(task: Task, recorder: Recorder, meter: CommMeter, first: dict[str, Any]) -> dict[str, Any]:
+    """All workloads once more. Losses and tokens stay those of `first`: the model trains on meanwhile."""
+    model, measured = recorder.model, {}
+    if "train" in task.workloads:
+        measured["train"] = workloads.train(model, task, meter, recorder.step)
+    measured |= measure_inference(task, model, meter)
+    for name, key in (("train", "losses"), ("decode", "tokens_chosen")):
+        if key in first.get(name, {}):
+            measured[name][key] = first[name][key]
+    return measured
 
 
 _LAYOUT = (
@@ -196,6 +236,7 @@ def record_training(recorder: Recorder, meter: CommMeter, watch: nvml.Watch | No
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         recorder.model, recorder.optimizer = args[2], args[3]
+        recorder.step = lambda: original(args[0], workloads.repeat_batches(args[2]), *args[2:], **kwargs)
         if watch is not None and len(recorder.samples.all_seconds) == recorder.samples.warmup:
             watch.restart()
         result = recorder.samples.iteration(lambda: original(*args, **kwargs), meter)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import padding, text
 from rich.console import Console
 
-from helix_megatron.compare import comparisons, drawing, figures, paper, predictions, tables
+from helix_megatron.compare import comparisons, drawing, figures, overview, paper, predictions, tables
 from helix_megatron.compare.comparisons import finished_variants
 from helix_megatron.compare.findings import describe_findings, format_tiny
 from helix_megatron.compare.records import write_atomically
@@ -45,7 +46,9 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def show(results: dict[str, Any], out: Path, console: Console) -> None:
-    """The tables and the findings in the terminal."""
+    """The five points, or the tables and the findings, in the terminal."""
+    if results["config"]["overview"]:
+        return show_overview(results, out, console)
     failed = {variant["name"] for variant in results["variants"] if variant["status"] != "ok"}
     title = f"{results['title']} (measured, {results['where']})"
     for columns, caption in ((tables.SPEED, title), (tables.DETAILS, "per rank and per layer")):
@@ -60,6 +63,22 @@ def show(results: dict[str, Any], out: Path, console: Console) -> None:
     console.print(f"Everything is in {out}: {', '.join(names)}, figures/*.png", highlight=False)
 
 
+def show_overview(results: dict[str, Any], out: Path, console: Console) -> None:
+    """The five points, one screen."""
+    console.print(f"{results['title']}: {describe_machine(results)}", highlight=False, markup=False)
+    for point in overview.find_points(results):
+        console.print()
+        console.print(f"{point.title} ({point.tag})", style="bold", highlight=False, markup=False)
+        for part in (*point.before, point.table, *point.after):
+            if isinstance(part, tables.Table):
+                part = padding.Padding(part.to_plain(), (0, 0, 0, 1), expand=False)
+            elif part:
+                part = text.Text(f" {part}")
+            if part:
+                console.print(part, highlight=False, markup=False)
+    console.print(f"\nAll tables and figures: {out / 'report.html'}, {out / 'report.md'}", highlight=False)
+
+
 def exit_code(results: dict[str, Any]) -> int:
     """0; 1 when losses disagree; 3 when a variant did not finish although it may not fail."""
     if any(not v["loss_check"]["agrees"] for v in results["variants"] if "loss_check" in v):
@@ -72,6 +91,10 @@ def render_markdown(results: dict[str, Any]) -> str:
     lines = [f"# {results['title']}", "", *describe_run(results), f"Command: `{results['command']}`", ""]
     if results["config"]["host"]:
         lines += [f"> {HOST_WARNING}", ""]
+    for point in overview.find_points(results) if results["config"]["overview"] else []:
+        rows = [*point.table.to_markdown(), ""] if point.table else []
+        lines += [f"## {point.title} ({point.tag})", "", *(f"- {line}" for line in point.before), ""]
+        lines += [*rows, *(f"- {line}" for line in point.after), *([""] if point.after else [])]
     lines += ["## Results (measured)", ""]
     for columns in (tables.SPEED, tables.DETAILS):
         lines += [*tables.tabulate_variants(results, columns, "").to_markdown(), ""]
@@ -110,6 +133,7 @@ def render_page(results: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         speeds=tables.tabulate_speeds(results),
         more=tables.tabulate_rest(results),
         method=describe_method(results),
+        points=overview.find_points(results) if results["config"]["overview"] else [],
     )
     return page, pictures
 
@@ -135,6 +159,13 @@ def headline_numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def describe_machine(results: dict[str, Any]) -> str:
+    """On how many ranks, cores and versions, in a line."""
+    versions, cores = results["versions"], results["hardware"]["cores"]
+    known = ", ".join(f"{name} {versions[name]}" for name in ("megatron-core", "torch") if name in versions)
+    return f"{results['config']['world_size']} ranks on {cores} cores, {known}"
+
+
 def describe_run(results: dict[str, Any]) -> list[str]:
     """What ran on what, in sentences."""
     config, hardware = results["config"], results["hardware"]
@@ -148,6 +179,18 @@ def describe_run(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def describe_runs(config: dict[str, Any]) -> str:
+    """What one value of a measure comes from."""
+    if config["processes"] == "fresh":
+        return f"{config['runs']} independent runs of every variant in fresh processes, interleaved A B A B."
+    return (
+        f"At most {config['runs']} turns of all variants that have another beside them, interleaved A B A B, "
+        "in processes that were started once; they end when every interval is within "
+        f"{config['interval']:.0%} of its ratio, or after {config['repeat_seconds']:g} s. Below, a run is a "
+        "turn. What two starts of the same program differ by is in no interval."
+    )
+
+
 def describe_method(results: dict[str, Any]) -> list[str]:
     """How the numbers came about, in sentences."""
     config = results["config"]
@@ -155,9 +198,9 @@ def describe_method(results: dict[str, Any]) -> list[str]:
         f"{w['name']} {w['warmup_iterations']} + {w['iterations']}" for w in config["workloads"]
     )
     return [
-        f"{config['runs']} independent runs of every variant in fresh processes, interleaved A B A B. "
-        f"Iterations in each (warm-up + measured): {counts}. Batch {config['batch_size']}, prompts of "
-        f"{config['prompt_length']} tokens, which fill the KV cache that decode starts from.",
+        f"{describe_runs(config)} Iterations in each (warm-up + measured): {counts}. Batch "
+        f"{config['batch_size']}, prompts of {config['prompt_length']} tokens, "
+        "which fill the KV cache that decode starts from.",
         "A value is the mean over runs of each run's mean iteration, ± half its 95 % t-interval; the slowest "
         "rank decides how long an iteration took. All samples are in results.json.",
         "Comparisons pair run k with run k: speed ratio (above 1: the variant is faster), t-interval and "

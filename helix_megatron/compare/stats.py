@@ -44,6 +44,14 @@ def summarise(values: Sequence[float], confidence: float = 0.95) -> dict[str, An
     return result | {"sd": sd, "cv": sd / abs(mean) if mean else None, "ci95": [mean - half, mean + half]}
 
 
+def half_width(logs: Sequence[float], confidence: float = 0.95) -> float:
+    """Half the t-interval of the mean of logarithms of ratios; infinite for fewer than two."""
+    x = np.asarray(logs, dtype=float)
+    if x.size < 2:
+        return math.inf
+    return float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+
+
 def compare(own: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
     """Paired comparison of positive values, own_k beside other_k: how many times `other` is `own`?
 

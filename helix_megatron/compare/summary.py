@@ -136,7 +136,7 @@ def summarise_workload(runs: list[Record], name: str, world: int, host: bool, pe
     per_run = [[rank["workloads"][name] for rank in run["ranks"]] for run in runs]
     every = [rank for ranks in per_run for rank in ranks]
     tokens, flops = every[0]["tokens"], every[0]["flops"]
-    samples = [_slowest(ranks, "seconds") for ranks in per_run]
+    samples = [slowest(ranks, "seconds") for ranks in per_run]
     seconds = [fmean(series) for series in samples]
     rates = [flops / second / world / 1e12 for second in seconds]
     found: Record = {
@@ -159,11 +159,11 @@ def summarise_workload(runs: list[Record], name: str, world: int, host: bool, pe
         found["split_seconds"] = _means([rank["split_seconds"] for rank in every])
     for key in ("first_token_seconds", "token_seconds"):
         if key in every[0]:
-            found[key] = stats.summarise([fmean(_slowest(ranks, key)) for ranks in per_run])
+            found[key] = stats.summarise([fmean(slowest(ranks, key)) for ranks in per_run])
     return found
 
 
-def _slowest(ranks: list[Record], key: str) -> list[float]:
+def slowest(ranks: list[Record], key: str) -> list[float]:
     """Of each iteration the slowest rank's."""
     return [max(column) for column in zip(*(rank[key] for rank in ranks))]
 
@@ -252,5 +252,5 @@ def describe_end(record: Record) -> str:
     if "train" not in record["ranks"][0].get("workloads", {}):
         return f"{label}: {seconds}"
     train = [rank["workloads"]["train"] for rank in record["ranks"]]
-    speed = train[0]["tokens"] / fmean(_slowest(train, "seconds"))
+    speed = train[0]["tokens"] / fmean(slowest(train, "seconds"))
     return f"{label}: {seconds}, {speed:.1f} training tokens/s (measured)"

@@ -51,6 +51,15 @@ class Table:
             shown.add_row(*row, style="red" if row[0] in failed else None)
         return shown
 
+    def to_plain(self) -> rich.table.Table:
+        """For the terminal, without a frame; the first column is words."""
+        shown = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for number, heading in enumerate(self.headings):
+            shown.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        for row in self.rows:
+            shown.add_row(*row)
+        return shown
+
     def to_markdown(self) -> list[str]:
         every = (self.headings, ["---"] * len(self.headings), *self.rows)
         return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in every]

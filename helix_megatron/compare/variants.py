@@ -29,6 +29,8 @@ class Variant:
     """Shown in the table; unique."""
     attention_impl: str = "megatron"
     """`megatron` or `helix`."""
+    shape: str | None = None
+    """Whose heads these are, for the overview: "SmolLM2"."""
     args: dict[str, Any] = field(default_factory=dict)
     """Flags on top of MODEL_ARGS, same form."""
     may_fail: bool = False

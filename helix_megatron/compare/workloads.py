@@ -133,16 +133,20 @@ def draw_replica_tokens(rows: int, columns: int, seed: int = 1234) -> torch.Tens
     return draw_tokens(rows, columns, seed)[rank * share : (rank + 1) * share].cuda()
 
 
+def repeat_batches(model: list[torch.nn.Module]) -> Any:
+    """Data iterators of `repeat_batch` as Megatron's schedules take them: one for each of several chunks."""
+    return [repeat_batch() for _ in model] if len(model) > 1 else repeat_batch()
+
+
 def run_forward(model: list[torch.nn.Module], microbatches: int) -> None:
     """Forward `microbatches` through the whole pipeline with Megatron's own schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
 
     args = get_args()
-    chunks = len(model)
     get_forward_backward_func()(
         forward_step_func=pretrain_gpt.forward_step,
-        data_iterator=[repeat_batch() for _ in range(chunks)] if chunks > 1 else repeat_batch(),
+        data_iterator=repeat_batches(model),
         model=model,
         num_microbatches=microbatches,
         seq_length=args.seq_length,
@@ -160,6 +164,23 @@ def _iterate(task: Any, name: str, meter: CommMeter, prepare: Callable[[], Calla
         torch.distributed.barrier()
         samples.iteration(body, meter)
     return samples
+
+
+def train(
+    model: list[torch.nn.Module], task: Any, meter: CommMeter, step: Callable[[], Any]
+) -> dict[str, Any]:
+    """Training steps of a trained model, by `step`."""
+    from megatron.core.transformer.utils import set_model_to_sequence_parallel
+    from megatron.training import get_args
+
+    args = get_args()
+    for chunk in model:
+        chunk.train()
+        if args.sequence_parallel:  # which inference has switched off
+            set_model_to_sequence_parallel(chunk, True)
+    tokens = args.global_batch_size * args.seq_length
+    work = 3 * count_flops(tokens, tokens * args.seq_length)
+    return _iterate(task, "train", meter, lambda: step).as_json(tokens, work)
 
 
 def prefill(model: list[torch.nn.Module], task: Any, meter: CommMeter) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from helix_megatron.host.processes import die_with_parent
 
 _PRELOAD = ["helix_megatron.host.preload", "helix_megatron.host.launcher"]
 _GRACE_S = 1.0  # how long, after one failure, reports of earlier ones may still arrive
+_LOOK_S = 0.5  # how often it is asked whether to stop
 _TAIL_BYTES = 4000
 
 
@@ -67,6 +68,7 @@ def run_ranks(
     log_dir=None,
     show_rank0=False,
     share_gpu=False,
+    stop=None,
 ) -> list:
     """Run `function(*args)` in `world_size` processes and return what each returned, in rank order.
 
@@ -82,6 +84,7 @@ def run_ranks(
         log_dir: folder for rank_k.log, the output of rank k. Default: kept only until the ranks are done.
         show_rank0: leave rank 0's output on this terminal instead.
         share_gpu: all ranks use device 0 with real NCCL; see Note [Several ranks on one GPU].
+        stop: a threading.Event; when another thread sets it, the time is out.
 
     Raises:
         RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the
@@ -107,7 +110,7 @@ def run_ranks(
                 for rank in range(world_size):
                     log = None if rank == 0 and show_rank0 else os.path.join(folder, f"rank_{rank}.log")
                     ranks.append(_Rank(context, rank, log, (payload, environment, host_mode, share_gpu)))
-            return _collect(ranks, timeout_s)
+            return _collect(ranks, timeout_s, stop)
         finally:
             _end(ranks)
             reserved.close()
@@ -174,24 +177,25 @@ class _Rank:
         return RankError(text, self.rank, code, message, tail)
 
 
-def _collect(ranks, timeout_s) -> list:
-    deadline = time.monotonic() + timeout_s
+def _collect(ranks, timeout_s, stop=None) -> list:
+    start = time.monotonic()
     while True:
         waiting = [rank for rank in ranks if rank.report is None and not rank.died]
         if any(rank.failed for rank in ranks):
             raise _first_failure(ranks).error()
         if not waiting:
             break
-        left = deadline - time.monotonic()
-        if left <= 0:
+        spent = time.monotonic() - start
+        if spent >= timeout_s or (stop is not None and stop.is_set()):
             names = ", ".join(str(rank.rank) for rank in waiting)
             shown = [rank for rank in waiting[:2] if rank.log]
             tails = "".join(f"\n--- end of rank {rank.rank}'s output ---\n{rank.tail()}" for rank in shown)
             raise RankError(
-                f"after {timeout_s} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
+                f"after {spent:.3g} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
                 waiting[0].rank,
                 exit_code=124,
             )
+        left = timeout_s - spent if stop is None else min(timeout_s - spent, _LOOK_S)
         multiprocessing.connection.wait([sign for rank in waiting for sign in rank.signs], timeout=left)
         for rank in waiting:
             rank.read()

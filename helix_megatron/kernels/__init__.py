@@ -1,7 +1,11 @@
-"""Attention over a rank's part of a paged cache, with log-sum-exp: torch and Triton, no Megatron.
+"""Attention over a rank's part of a paged cache, with log-sum-exp: torch and kernels for GPUs, no Megatron.
 
 merge.py                   partial attention with log-sum-exp, and its stable combination
 paged_attention.py         attention over a rank's pages, in torch
-paged_attention_triton.py  the same as a Triton kernel
-backend.py                 which of them computes it, or flash-attn
+paged_attention_triton.py  the same as Triton kernels
+triton_plan.py             a step's work dealt to programs in equal shares
+triton_merge.py            parts merged by one kernel, of programs and of ranks
+triton_tiles.py            what a program holds at a time
+flash.py                   FlashAttention's kernels, found and compared with a known answer
+backend.py                 which of them computes it
 """

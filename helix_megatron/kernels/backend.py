@@ -1,32 +1,32 @@
 """Which kernel attends over a rank's part of the KV cache: chosen here, once for each kind of cache.
 
-    flash-attn   for single tokens: its decode kernel returns the log-sum-exp. Where it takes the pages
-    triton       everything else on a GPU (paged_attention_triton.py)
-    torch        PyTorch's fused attention on the CPU (paged_attention.py), plain PyTorch on others
+    flash-attn-3, flash-attn-2   for single tokens without a window (flash.py), as Megatron prefers them
+    triton                       everything else on a GPU (paged_attention_triton.py)
+    torch                        PyTorch's fused attention on the CPU (paged_attention.py), plain on others
 
 Transformer Engine's attention serves no paged cache with a log-sum-exp. HELIX_PAGED_ATTENTION names a backend
-to be used instead of the choice.
+to be used instead of the choice; flash-attn stands for the newer of the two that is installed.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from helix_megatron.kernels import flash
+from helix_megatron.kernels.flash import FLASH
 from helix_megatron.kernels.paged_attention import Requests, Sight, paged_attention
 from helix_megatron.partition.grid import HelixConfigError
 
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "HELIX_PAGED_ATTENTION"
-_FLASH_PAGE = 256  # flash-attn 2 wants the tokens of a page to be a multiple of this
+NAMES = ("torch", "triton", *FLASH, "flash-attn")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,13 @@ class Choice:
 
 
 def attend(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, singles: bool
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    sight: Sight,
+    singles: bool,
+    flash_version: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """paged_attention by the chosen backend.
 
@@ -53,37 +59,98 @@ def attend(
         query: [T, N, D].
         keys, values: [pages, page, K, D].
         singles: row r is the only new token of request r; rows past the last request are padding.
+        flash_version: Megatron's --flash-attention-version.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
     """
-    windowed = sight.left is not None
-    choice = choose(query.device.type, query.dtype, keys.shape[1], windowed, os.environ.get(OVERRIDE))
+    device = query.device
+    on_gpu = device.type == "cuda"
+    choice = choose(
+        device.type,
+        query.dtype,
+        keys.shape[1],
+        sight.left is not None,
+        os.environ.get(OVERRIDE),
+        dim=query.shape[-1],
+        major=_major(device) if on_gpu else None,
+        flash_version=flash_version,
+        graph=on_gpu and torch.cuda.is_current_stream_capturing(),
+    )
     backend = _BACKENDS[choice.singles if singles else choice.others]
-    return backend(query, keys, values, requests, sight)
+    return backend(query, keys, values, requests, sight, singles)
 
 
 @functools.cache
-def choose(device: str, dtype: torch.dtype, page: int, windowed: bool, override: str | None = None) -> Choice:
+def choose(
+    device: str,
+    dtype: torch.dtype,
+    page: int,
+    windowed: bool,
+    override: str | None = None,
+    dim: int = 128,
+    major: int | None = None,
+    flash_version: int | None = None,
+    graph: bool = False,
+    compare: bool = True,
+) -> Choice:
     """The backends for a cache of `dtype` on `device` ("cpu", "cuda") with `page` slots of a rank in a page.
 
+    Args:
+        windowed: a token sees a sliding window.
+        override: a backend's name.
+        dim: D.
+        major: of the GPU's compute capability; None is like one that every kernel is made for.
+        flash_version: the FlashAttention to take, 2 or 3; None for the newest.
+        graph: a CUDA graph is being captured.
+        compare: FlashAttention's kernels with a known answer, and log what is chosen.
+
     Raises:
-        HelixConfigError: the override names no backend.
+        HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported.
     """
     if override:
-        if override not in _BACKENDS:
-            raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(_BACKENDS)}")
-        choice = Choice(override, override, f"{override}, as {OVERRIDE} says")
+        choice = _overridden(override, device, dtype, page, dim, compare)
     else:
         others, why = _without_flash(device)
-        obstacle = _against_flash(device, dtype, page, windowed)
-        if obstacle:
-            choice = Choice(others, others, f"{others} ({why}); not flash-attn: {obstacle}")
+        taken, obstacles = None, []
+        for name in FLASH if device == "cuda" else ():
+            obstacle = _obstacle(name, dtype, page, windowed, dim, major, flash_version, graph)
+            if not obstacle and compare:
+                obstacle = flash.distrust(name, device, dtype, page, dim)
+            if not obstacle:
+                taken = name
+                break
+            obstacles.append(obstacle)
+        not_those = "".join(f"; {obstacle}" for obstacle in [*obstacles, *_about_version_4(flash_version)])
+        if taken:
+            label = flash.find(taken)[1]
+            reason = f"{label} for single tokens, {others} for prompts ({why}){not_those}"
         else:
-            choice = Choice(
-                "flash-attn", others, f"flash-attn for single tokens, {others} for prompts ({why})"
-            )
-    logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
+            reason = f"{others} ({why}){not_those}"
+        choice = Choice(taken or others, others, reason)
+    if compare:
+        logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
     return choice
+
+
+def _overridden(
+    override: str, device: str, dtype: torch.dtype, page: int, dim: int, compare: bool
+) -> Choice:
+    if override not in NAMES:
+        raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(NAMES)}")
+    if override in ("torch", "triton"):
+        return Choice(override, override, f"{override}, as {OVERRIDE} says")
+    reasons = []
+    for name in FLASH if override == "flash-attn" else (override,):
+        kernel, reason = flash.find(name)
+        fault: str | None = reason
+        if kernel is not None:
+            fault = flash.distrust(name, device, dtype, page, dim) if compare else None
+        if not fault:
+            others = _without_flash(device)[0]
+            why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts"
+            return Choice(name, others, why)
+        reasons.append(fault)
+    raise HelixConfigError(f"{OVERRIDE}={override}: {'; '.join(reasons)}")
 
 
 def _without_flash(device: str) -> tuple[str, str]:
@@ -96,74 +163,116 @@ def _without_flash(device: str) -> tuple[str, str]:
     return "triton", "the cache is on a GPU"
 
 
-@functools.cache
-def _flash_attn() -> tuple[Callable | None, str]:
-    """flash-attn's decode kernel, or None and why it cannot be used.
-
-    The function itself is asked for: `flash_attn` alone is also a folder of flash-attn 4, which has none.
-    """
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
-            return None, "flash-attn is not installed"
-        return None, f"flash_attn_with_kvcache of flash-attn 2 cannot be imported: {error}"
-    known = inspect.signature(flash_attn_with_kvcache).parameters
-    missing = {"block_table", "return_softmax_lse"} - known.keys()
-    if missing:
-        return None, f"this flash-attn is too old: its kernel has no {' and no '.join(sorted(missing))}"
-    return flash_attn_with_kvcache, ""
-
-
-def _against_flash(device: str, dtype: torch.dtype, page: int, windowed: bool) -> str | None:
-    """Why flash-attn cannot serve single tokens; None when it can."""
-    kernel, reason = _flash_attn() if device == "cuda" else (None, f"the cache is on the {device}")
+def _obstacle(
+    name: str,
+    dtype: torch.dtype,
+    page: int,
+    windowed: bool,
+    dim: int,
+    major: int | None,
+    version: int | None,
+    graph: bool,
+) -> str | None:
+    """Why FlashAttention `name` cannot serve single tokens; None when it can."""
+    kind = FLASH[name]
+    asked_for_other = version in (2, 3) and version != kind.version
+    kernel, reason = (None, "") if asked_for_other else flash.find(name)
     obstacles = {
-        reason: kernel is None,
-        f"flash-attn does not compute in {dtype}": dtype not in (torch.float16, torch.bfloat16),
+        f"not {name}: --flash-attention-version is {version}": asked_for_other,
+        f"not {name}: {reason}": kernel is None,
+        f"not {name}: it does not compute in {dtype}": dtype not in (torch.float16, torch.bfloat16),
         # a rank's share of a window differs from request to request
-        "flash-attn has one window for all requests": windowed,
-        f"flash-attn wants pages of a multiple of {_FLASH_PAGE} tokens, a rank's have {page}": page
-        % _FLASH_PAGE,
+        f"not {name}: it has one window for all requests": windowed,
+        f"not {name}: it takes heads of a multiple of 8 up to 256, these are of {dim}": dim % 8 or dim > 256,
+        f"not {name}: it wants pages of a multiple of {kind.page} tokens, a rank's have {page}": page
+        % kind.page,
+        f"not {name}: it has no kernels for compute capability {major}": major not in (None, *kind.majors),
+        f"not {name}: it waits for the device, which a CUDA graph cannot": graph and kind.waits,
     }
     return next((reason for reason, true in obstacles.items() if true), None)
 
 
-def flash_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
-) -> tuple[Tensor, Tensor]:
-    """flash-attn's decode kernel: row r is the last token of request r and sees all that the rank keeps."""
-    flash_attn_with_kvcache, reason = _flash_attn()
-    if flash_attn_with_kvcache is None:
-        raise HelixConfigError(f"{OVERRIDE}=flash-attn: {reason}")
-    requests = requests.for_kernels()
-    kept = sight.last(requests.lengths - 1)
-    rows = len(kept)
-    out, lse = flash_attn_with_kvcache(
-        q=query[:rows, None],
-        k_cache=keys,
-        v_cache=values,
-        cache_seqlens=kept.to(torch.int32),
-        block_table=requests.table,
-        softmax_scale=sight.softmax_scale,
-        causal=False,
-        return_softmax_lse=True,
-    )  # [rows, 1, N, D], [rows, N, 1]
-    empty = (kept == 0)[:, None]
-    outs = torch.zeros_like(query)
-    outs[:rows] = out[:, 0].masked_fill(empty.unsqueeze(-1), 0.0)
-    lses = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-    lses[:rows] = lse[:, :, 0].masked_fill(empty, float("-inf"))  # the kernel says +inf
-    return outs, lses
+def _about_version_4(version: int | None) -> list[str]:
+    if version != 4 and flash.installed_version("flash-attn-4") is None:
+        return []
+    return ["not FlashAttention 4: with split KV, which single tokens want, it does not run on SM 9.0"]
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def warm_up(
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    dtype: torch.dtype,
+    sight: Sight,
+    flash_version: int | None = None,
+) -> Choice:
+    """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
+    CUDA graph that is being captured, where neither can be, needs it done.
+
+    Args:
+        keys, values: [pages, page, K, D], one layer's cache; read, not written.
+        heads: N, query heads of this rank.
+        dtype: of the queries.
+        sight: of a layer with a window, or of one without: they are apart.
+        flash_version: Megatron's --flash-attention-version.
+    """
+    on_gpu = keys.device.type == "cuda"
+    choice = choose(
+        keys.device.type,
+        dtype,
+        keys.shape[1],
+        sight.left is not None,
+        os.environ.get(OVERRIDE),
+        dim=keys.shape[-1],
+        major=_major(keys.device) if on_gpu else None,
+        flash_version=flash_version,
+    )
+    waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
+    if waits or "triton" in (choice.singles, choice.others):
+        from helix_megatron.kernels import paged_attention_triton
+
+        paged_attention_triton.warm_up(keys, values, heads, dtype, sight)
+    return choice
 
 
 def triton_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
+    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, singles: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The project's own kernel; Triton is imported when it is first needed."""
     from helix_megatron.kernels import paged_attention_triton
 
-    return paged_attention_triton.paged_attention(query, keys, values, requests, sight)
+    return paged_attention_triton.paged_attention(query, keys, values, requests, sight, singles)
 
 
-_BACKENDS = {"torch": paged_attention, "triton": triton_attention, "flash-attn": flash_attention}
+def torch_attention(
+    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, singles: bool = False
+) -> tuple[Tensor, Tensor]:
+    """paged_attention in torch."""
+    return paged_attention(query, keys, values, requests, sight)
+
+
+def flash_attention(
+    name: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    sight: Sight,
+    singles: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention `name`."""
+    if not singles or sight.left is not None:  # by the override alone
+        raise HelixConfigError(
+            f"{OVERRIDE}={name}: it has one window for all requests; leave the choice to Helix"
+        )
+    return flash.attend(name, query, keys, values, requests, sight)
+
+
+_BACKENDS = {"torch": torch_attention, "triton": triton_attention} | {
+    name: functools.partial(flash_attention, name) for name in FLASH
+}

@@ -35,6 +35,25 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, top + torch.log(total)  # -inf + -inf when all are empty
 
 
+def combine_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> Tensor:
+    """merge_partials' output in the layer's dtype: what the ranks of a dim group sent. One kernel on a GPU.
+
+    Args:
+        outs: [m, T, N, D], a strided view of what arrived.
+        lses: [m, T, N] fp32, the like: they may lie in a block of their own behind the outputs of each rank.
+    Returns:
+        [T, N, D] contiguous: flattened to [T, N*D] it is what linear_proj reads.
+    """
+    if outs.device.type == "cuda":
+        try:
+            from helix_megatron.kernels import triton_merge
+        except ImportError:  # no Triton
+            pass
+        else:
+            return triton_merge.combine_partials(outs, lses, dtype)[0]
+    return merge_partials(outs, lses)[0].to(dtype)
+
+
 def partial_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:

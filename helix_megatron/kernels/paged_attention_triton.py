@@ -1,202 +1,344 @@
-"""paged_attention.py as a Triton kernel: decode, prompts and both at once, over one rank's pages, with LSE.
+"""paged_attention.py as Triton kernels: decode, prompts and both at once, over one rank's pages, with LSE.
 
-Note [Work of a program]
-    program (tile, KV head, split): some tokens of ONE request, all query heads of one KV head, part of the
-    slots. Tokens are packed without a list of tiles: request i gets the tiles from ends[i] // TOKENS + i on,
-    which leaves one empty tile a request at most and lets a program find its request by bisection. A token
-    has its range of slots (see Note [A token sees a range of slots]); the tile reads from the least to the
-    greatest and masks by comparing slots, so windows and interleaved positions cost no mask in memory. Splits
-    cut a tile's slots when there are too few tiles to fill the device; their parts merge as shards do.
+The work is dealt to programs in equal shares (Notes in triton_plan.py), decoding requests and prompts each in
+a launch; what several programs did of a tile is merged by one kernel (triton_merge.py): two launches for
+decoding, three for a mixed step, and one or two for the plan, once for all layers. A token has its range
+of slots (Note [A token sees a range of slots] in paged_attention.py); where all tokens of a tile see a whole
+step it needs no mask, at the ends slots are compared.
 
-T new tokens, N query heads, K KV heads, R = N/K, D head dimension.
+T new tokens, N query heads, K KV heads, R = N/K, D head dimension; 64-bit numbers only where a page begins.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels import triton_merge
 from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel
+from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
+from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
 from helix_megatron.partition.grid import HelixConfigError
 
-_SHARED_BYTES = 97 * 1024  # a block has 99 KiB on the smallest GPUs (sm_86, 89, 120); reductions want some
+_LOG2_E = 1.4426950408889634
+_OF_INTERPRETER = 8  # programs a KV head, where there is no device to fill
 
 
 @triton.jit
-def _count(length, rank, RANKS: tl.constexpr, SIZE: tl.constexpr):
-    # KvInterleave.count
-    rest = length % (RANKS * SIZE) - rank * SIZE
-    return length // (RANKS * SIZE) * SIZE + tl.minimum(tl.maximum(rest, 0), SIZE)
+def _attend_slots(
+    q, top, total, acc, keys, values, pages, low, high, first, last, least, most, scale,
+    keys_p, keys_s, values_p, values_s,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGED: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # slots low ... high - 1, whole steps; a row sees first ... last - 1, all together least ... most - 1
+    dim = tl.arange(0, D_PAD)
+    real = (dim < D)[None, :]
+    within = tl.arange(0, SLOTS)
+    page = tl.load(pages + low // PAGE, mask=low < high, other=0)
+    for start in tl.range(low, high, SLOTS, num_stages=STAGES):
+        slot = start + within
+        kept = (slot >= least) & (slot < most)
+        if PAGED:  # the number of the next step's page is under way while this one is computed
+            follows = start + SLOTS
+            following = tl.load(pages + follows // PAGE, mask=follows < high, other=0)
+            base = tl.cast(start % PAGE, tl.int64)
+            k_at = keys + page.to(tl.int64) * keys_p + base * keys_s + (within * keys_s)[:, None]
+            v_at = values + page.to(tl.int64) * values_p + base * values_s + (within * values_s)[:, None]
+            page = following
+        else:
+            numbers = tl.load(pages + slot // PAGE, mask=kept, other=0).to(tl.int64)
+            base = (slot % PAGE).to(tl.int64)
+            k_at = keys + (numbers * keys_p + base * keys_s)[:, None]
+            v_at = values + (numbers * values_p + base * values_s)[:, None]
+        if MASKED:
+            k = tl.load(k_at + dim[None, :], mask=kept[:, None] & real, other=0.0)
+            v = tl.load(v_at + dim[None, :], mask=kept[:, None] & real, other=0.0)
+        elif D == D_PAD:
+            k = tl.load(k_at + dim[None, :])
+            v = tl.load(v_at + dim[None, :])
+        else:
+            k = tl.load(k_at + dim[None, :], mask=real, other=0.0)
+            v = tl.load(v_at + dim[None, :], mask=real, other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # in units of log 2
+        if MASKED:
+            seen = (slot[None, :] >= first[:, None]) & (slot[None, :] < last[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        greater = tl.maximum(top, tl.max(scores, axis=1))
+        finite = greater
+        if MASKED:
+            finite = tl.where(greater == float("-inf"), 0.0, greater)
+        probs = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(probs, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision="ieee")
+        top = greater
+    return top, total, acc
 
 
-@triton.jit
-def _kernel(
-    query, keys, values, out, lse, ends, lengths, table,
-    scale, rank, left, requests, tokens,
+@triton.jit(do_not_specialize=["rank", "left", "tiles", "table_r"])
+def attention_kernel(
+    query, keys, values, out, lse, parts, logs, starts, owners, ends, lengths, table,
+    scale, rank, left, tiles,
     query_t, query_n, keys_p, keys_s, keys_k, values_p, values_s, values_k, table_r,
     N: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, RANKS: tl.constexpr,
-    SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
-    R_PAD: tl.constexpr, D_PAD: tl.constexpr, SLOTS: tl.constexpr, UPCAST: tl.constexpr,
+    SIZE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, R_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr, LEAST: tl.constexpr,
+    PAGED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    low, high = 0, requests  # the last request whose first tile is not after this one
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(ends + middle) // TOKENS + middle <= tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    begin, end = tl.load(ends + low), tl.load(ends + low + 1)
-    begin_of_tile = begin + (tile - begin // TOKENS - low) * TOKENS
-    if begin_of_tile < end:
-        # rows of the tile: [TOKENS * R_PAD], the R heads of a token after each other
-        row = tl.arange(0, TOKENS * R_PAD)
-        token, head = begin_of_tile + row // R_PAD, row % R_PAD
+    program, kv_head = tl.program_id(0), tl.program_id(1)
+    steps = tl.load(starts + tiles)
+    share = share_of(steps, tl.num_programs(0), LEAST)
+    step = program * share
+    final = tl.minimum(step + share, steps)
+    row = tl.arange(0, TOKENS * R_PAD)
+    head, dim = row % R_PAD, tl.arange(0, D_PAD)
+    heads = kv_head * R + head
+    while step < final:
+        tile = holder(starts, tiles, step)
+        start_of_tile, stop_of_tile = tl.load(starts + tile), tl.load(starts + tile + 1)
+        request = tl.load(owners + tile)
+        begin, end = tl.load(ends + request), tl.load(ends + request + 1)
+        begin_of_tile = begin + (tile - begin // TOKENS - request) * TOKENS
+        past = tl.load(lengths + request) - end
+        # rows of the tile: the R heads of a token after each other
+        token = begin_of_tile + row // R_PAD
         there = (token < end) & (head < R)
-        position = tl.load(lengths + low) - (end - token)
-        last = tl.where(there, _count(position + 1, rank, RANKS, SIZE), 0)
-        if WINDOW:  # noqa: SIM108
-            first = _count(tl.maximum(position - left, 0), rank, RANKS, SIZE)
-        else:
-            first = position * 0
-        start = tl.min(tl.where(there, first, 2147483647), axis=0)
-        stop = tl.max(last, axis=0)
-        if SPLITS > 1:
-            share = tl.cdiv(tl.cdiv(tl.maximum(stop - start, 0), SPLITS), SLOTS) * SLOTS
-            start = start + split * share
-            stop = tl.minimum(stop, start + share)
-        dim = tl.arange(0, D_PAD)
-        heads = kv_head * R + head
+        least = 0  # slots that one of the tokens sees, and those that all see
+        least_of_all = 0
+        first = row * 0
+        if WINDOW:
+            first = count(tl.maximum(token + past - left, 0), rank, RANKS, SIZE)
+            least = count(tl.maximum(begin_of_tile + past - left, 0), rank, RANKS, SIZE)
+        last = tl.where(there, count(token + past + 1, rank, RANKS, SIZE), 0)
+        end_of_tile = tl.minimum(begin_of_tile + TOKENS, end)
+        most = count(end_of_tile + past, rank, RANKS, SIZE)
+        seen_by_all = count(begin_of_tile + past + 1, rank, RANKS, SIZE) // SLOTS * SLOTS
+        if WINDOW:
+            hidden = count(tl.maximum(end_of_tile - 1 + past - left, 0), rank, RANKS, SIZE)
+            least_of_all = tl.cdiv(hidden, SLOTS) * SLOTS
+        until = tl.minimum(stop_of_tile, final)
+        low = (least // SLOTS + step - start_of_tile) * SLOTS
+        high = (least // SLOTS + until - start_of_tile) * SLOTS
+        mask = there[:, None] & (dim < D)[None, :]
         q = tl.load(
             query + token[:, None].to(tl.int64) * query_t + heads[:, None] * query_n + dim[None, :],
-            mask=there[:, None] & (dim < D)[None, :], other=0.0,
+            mask=mask, other=0.0,
         )  # fmt: skip
         if UPCAST:
             q = q.to(tl.float32)
         top = tl.full([TOKENS * R_PAD], float("-inf"), tl.float32)
         total = tl.zeros([TOKENS * R_PAD], tl.float32)
         acc = tl.zeros([TOKENS * R_PAD, D_PAD], tl.float32)
-        for step in range(start, stop, SLOTS):
-            slot = step + tl.arange(0, SLOTS)
-            kept = slot < stop
-            page = tl.load(table + low * table_r + slot // PAGE, mask=kept, other=0).to(tl.int64)
-            of_head = kept[:, None] & (dim < D)[None, :]
-            place = page * keys_p + (slot % PAGE) * keys_s + kv_head * keys_k
-            k = tl.load(keys + place[:, None] + dim[None, :], mask=of_head, other=0.0)
-            place = page * values_p + (slot % PAGE) * values_s + kv_head * values_k
-            v = tl.load(values + place[:, None] + dim[None, :], mask=of_head, other=0.0)
-            if UPCAST:
-                k = k.to(tl.float32)
-                v = v.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # in units of log 2
-            seen = (slot[None, :] >= first[:, None]) & (slot[None, :] < last[:, None]) & kept[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-            greater = tl.maximum(top, tl.max(scores, axis=1))
-            finite = tl.where(greater == float("-inf"), 0.0, greater)
-            probs = tl.exp2(scores - finite[:, None])
-            shrink = tl.exp2(top - finite)
-            total = total * shrink + tl.sum(probs, axis=1)
-            acc = acc * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision="ieee")
-            top = greater
+        k, v = keys + kv_head * keys_k, values + kv_head * values_k
+        pages = table + request.to(tl.int64) * table_r
+        if WINDOW:
+            top, total, acc = _attend_slots(
+                q, top, total, acc, k, v, pages, low, tl.minimum(high, least_of_all), first, last,
+                least, most, scale, keys_p, keys_s, values_p, values_s,
+                D, D_PAD, PAGE, SLOTS, PAGED, True, 1, UPCAST,
+            )  # fmt: skip
+            low = tl.maximum(low, least_of_all)
+        top, total, acc = _attend_slots(
+            q, top, total, acc, k, v, pages, low, tl.minimum(high, seen_by_all), first, last, least, most,
+            scale, keys_p, keys_s, values_p, values_s, D, D_PAD, PAGE, SLOTS, PAGED, False, STAGES, UPCAST,
+        )  # fmt: skip
+        top, total, acc = _attend_slots(
+            q, top, total, acc, k, v, pages, tl.maximum(low, seen_by_all), high, first, last, least, most,
+            scale, keys_p, keys_s, values_p, values_s, D, D_PAD, PAGE, SLOTS, PAGED, True, 1, UPCAST,
+        )  # fmt: skip
         some = total > 0
         acc = acc / tl.where(some, total, 1.0)[:, None]
         log = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
-        to = (split * tokens + token).to(tl.int64) * N + heads
-        tl.store(lse + to, log, mask=there)
-        tl.store(out + to[:, None] * D + dim[None, :], acc, mask=there[:, None] & (dim < D)[None, :])
+        if (step == start_of_tile) & (until == stop_of_tile):
+            to = token.to(tl.int64) * N + heads
+            tl.store(lse + to, log, mask=there)
+            tl.store(out + to[:, None] * D + dim[None, :], acc, mask=mask)
+        else:
+            place = 2 * program + (step > program * share).to(tl.int32)
+            to = (place * tl.num_programs(1) + kv_head).to(tl.int64) * (TOKENS * R_PAD) + row
+            tl.store(logs + to, log, mask=there)
+            tl.store(parts + to[:, None] * D + dim[None, :], acc, mask=mask)
+        step = until
 
 
-_INTERPRETED = not isinstance(_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET is set
+INTERPRETED = not isinstance(attention_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET is set
 
 
-@functools.cache
-def tile_shape(rows: int, ratio: int, dim: int, itemsize: int) -> tuple[int, int]:
-    """Rows (TOKENS * R_PAD) and SLOTS of a program: the most that fits the shared memory of every GPU.
-
-    Triton keeps there the tiles of Q, K and V and, before Hopper's wgmma, the probabilities; with wgmma (64
-    rows in half precision) K and V twice.
+@dataclass(frozen=True)
+class _Launch:
+    """One launch of attention_kernel: over requests of few new tokens, or of many.
 
     Args:
-        rows: wanted, 16 (the least that a tensor core takes) or more.
-        ratio: R, a power of two; all heads of a token are in one tile.
-        dim: D, a power of two.
-        itemsize: bytes of an element.
-
-    Raises:
-        HelixConfigError: no tile fits.
+        tile: of its programs.
+        tiles: how many there may be.
+        starts, owners: the plan.
     """
-    while rows >= 16:
-        height = max(rows, ratio)
-        for slots in (64, 32, 16):
-            keys_values = 2 * slots * dim
-            twice = height >= 64 and itemsize == 2
-            more = max(keys_values, height * slots) if twice else height * slots
-            if itemsize * (height * dim + keys_values + more) <= _SHARED_BYTES:
-                return height, slots
-        rows //= 2
-    raise HelixConfigError(
-        f"{ratio} query heads of dimension {dim} (both rounded up to a power of two) for each KV head, "
-        f"{itemsize} bytes an element, are more than the Triton kernel can hold in a GPU's shared memory; "
-        "use half precision, or HELIX_PAGED_ATTENTION=torch"
-    )
+
+    tile: Tile
+    tiles: int
+    starts: Tensor
+    owners: Tensor
 
 
 def paged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, splits: int | None = None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    sight: Sight,
+    singles: bool = False,
+    programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every new token over the slots it sees. Rows that belong to no request give 0 and -inf.
 
-    No value is asked of the device.
+    No value is asked of the device. The plan is kept in `requests`, for the other layers of the step: tensors
+    that are filled anew for the next step want new Requests.
 
     Args:
         query: [T, N, D].
         keys, values: [pages, page, K, D]; the last dimension contiguous.
-        splits: parts into which the slots of a tile are cut; None to fill the device.
+        singles: no request has more than one new token.
+        programs: that share the work; None to fill the device.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32.
     """
     tokens, heads, dim = query.shape
     page, kv_heads = keys.shape[1:3]
-    count, ratio = len(requests.lengths), heads // kv_heads
-    padded, padded_dim = triton.next_power_of_2(ratio), max(16, triton.next_power_of_2(dim))
-    rows = 16 if tokens <= count else 64  # 16: one token a request
-    rows, slots = tile_shape(rows, padded, padded_dim, max(query.element_size(), keys.element_size()))
-    per_tile = rows // padded
-    tiles = tokens // per_tile + count
-    if splits is None:
-        splits = _splits(tiles * kv_heads, requests.table.shape[1] * page // slots, query.device)
-    requests = requests.for_kernels()
-    query, table = _dense_last(query), requests.table
-    keys, values = _dense_last(keys), _dense_last(values)
-    dtype = query.dtype if splits == 1 else torch.float32
-    out = torch.zeros(splits, tokens, heads, dim, dtype=dtype, device=query.device)
-    lse = torch.full((splits, tokens, heads), float("-inf"), dtype=torch.float32, device=query.device)
-    if tokens and count:
-        _kernel[(tiles, kv_heads, splits)](
-            query, keys, values, out, lse, requests.query_ends, requests.lengths,
-            table, sight.softmax_scale * 1.4426950408889634, sight.rank, sight.left or 0, count, tokens,
-            *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], table.stride(0),
+    query, keys, values = (_dense_last(x) for x in (query, keys, values))
+    out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
+    if not tokens:
+        return out, lse
+    if not len(requests.lengths):
+        return out.zero_(), lse.fill_(float("-inf"))
+    ratio, dims = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    padded = triton.next_power_of_2(ratio)
+    size = max(query.element_size(), keys.element_size())
+    tiles = _tiles(padded, dims, size, page, singles, _shared_bytes(query.device))
+    _check_strides(keys, values, tiles[0].slots)
+    plan, launches, given = _plan(requests, sight, tokens, tiles, padded)
+    programs = programs or _programs(query.device, kv_heads)
+    rows = [2 * programs * kv_heads * launch.tile.rows for launch in launches]
+    parts = torch.empty(sum(rows), dim, dtype=torch.float32, device=query.device)
+    logs = torch.empty(sum(rows), dtype=torch.float32, device=query.device)
+    for launch, part, log in zip(launches, parts.split(rows), logs.split(rows), strict=True):
+        tile = launch.tile
+        attention_kernel[(programs, kv_heads)](
+            query, keys, values, out, lse, part, log, launch.starts, launch.owners, given.query_ends,
+            given.lengths, given.table, sight.softmax_scale * _LOG2_E, sight.rank, sight.left or 0,
+            launch.tiles,
+            *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], given.table.stride(0),
             N=heads, R=ratio, D=dim, PAGE=page, RANKS=sight.interleave.ranks, SIZE=sight.interleave.size,
-            WINDOW=sight.left is not None, SPLITS=splits, TOKENS=per_tile, R_PAD=padded,
-            D_PAD=padded_dim, SLOTS=slots,
-            UPCAST=_INTERPRETED,  # the interpreter cannot multiply bf16
+            WINDOW=sight.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
+            SLOTS=tile.slots, STAGES=tile.stages, LEAST=tile.least, PAGED=tile.paged,
+            UPCAST=INTERPRETED,  # the interpreter cannot multiply bf16
+            num_warps=tile.warps,
         )  # fmt: skip
-    if splits == 1:
-        return out[0], lse[0]
-    merged, lse_merged = merge_partials(out, lse)
-    return merged.to(query.dtype), lse_merged
+    few, many = launches[0], launches[-1]
+    block = merge_block(tokens * heads, dim)
+    merge_programs_kernel[(tokens * heads, triton.cdiv(dim, block["DIMS"]))](
+        parts, logs, plan, given.query_ends, out, lse, len(given.lengths), programs, few.tiles, many.tiles,
+        N=heads, R=ratio, R_PAD=padded, D=dim, FEW=few.tile.rows // padded,
+        MANY=many.tile.rows // padded if len(launches) > 1 else 0,
+        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **block,
+    )  # fmt: skip
+    return out, lse
 
 
-def _splits(programs: int, steps: int, device: torch.device) -> int:
-    """Enough to give every multiprocessor two programs, each at least four steps where the table is full."""
-    if device.type != "cuda" or _INTERPRETED:
-        return 1
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // max(1, programs)
-    return max(1, min(wanted, 16, steps // 4))
+def _plan(
+    requests: Requests, sight: Sight, tokens: int, tiles: tuple[Tile, ...], padded: int
+) -> tuple[Tensor, list[_Launch], Requests]:
+    """Who does what, worked out by a step's first layer: the plan, its launches, the requests in int32."""
+    key = ("plan", sight.interleave, sight.rank, sight.left, tokens, tiles, padded)
+    if key in requests.kept:
+        return requests.kept[key]
+    given, number = requests.for_kernels(), len(requests.lengths)
+    numbers = [tokens // (tile.rows // padded) + number for tile in tiles]
+    plan = torch.empty(sum(2 * n + 1 for n in numbers), dtype=torch.int32, device=requests.lengths.device)
+    launches, at = [], 0
+    for tile, n in zip(tiles, numbers, strict=True):
+        starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
+        at += 2 * n + 1
+        plan_kernel[(1,)](
+            given.query_ends, given.lengths, starts, owners, sight.rank, sight.left or 0, number, n,
+            number.bit_length(),
+            RANKS=sight.interleave.ranks, SIZE=sight.interleave.size, WINDOW=sight.left is not None,
+            TOKENS=tile.rows // padded, SLOTS=tile.slots, FEW=tiles[0].rows // padded, MANY=bool(launches),
+            BLOCK=256,
+        )  # fmt: skip
+        launches.append(_Launch(tile, n, starts, owners))
+    requests.kept[key] = plan, launches, given
+    return requests.kept[key]
+
+
+@functools.cache
+def _tiles(ratio: int, dim: int, itemsize: int, page: int, singles: bool, shared: int) -> tuple[Tile, ...]:
+    """The tiles of requests with few new tokens, and, unless there are single ones only, of those with many.
+
+    Of the former two fit a multiprocessor where the memory allows: one reads while the other computes.
+    """
+    try:
+        few = tile_shape(16, ratio, dim, itemsize, page, shared // 2)
+    except HelixConfigError:
+        few = tile_shape(16, ratio, dim, itemsize, page, shared)
+    return (few,) if singles else (few, tile_shape(64, ratio, dim, itemsize, page, shared))
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    if device.type != "cuda":
+        return SMALLEST_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", SMALLEST_SHARED)
+
+
+def _programs(device: torch.device, kv_heads: int) -> int:
+    """Programs of a KV head: all together two on every multiprocessor."""
+    if device.type != "cuda":
+        return _OF_INTERPRETER
+    return max(1, 2 * torch.cuda.get_device_properties(device).multi_processor_count // kv_heads)
+
+
+def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, sight: Sight) -> None:
+    """Compile what attention over this cache will need, so that no request waits for it.
+
+    Args:
+        keys, values: [pages, page, K, D], the cache itself, or one of its layers; read, not written.
+        heads: N, query heads of this rank.
+        dtype: of the queries.
+        sight: of one layer; those with a window and those without are apart.
+    """
+    device = keys.device
+    tokens = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
+    lengths = [1, sight.interleave.cycle * 2, tokens]
+    for new, singles in (([1, 1, 1], True), ([1, 17, 1], False), ([1, 17, tokens], False)):
+        ends = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        longest = torch.tensor([max(a, b) for a, b in zip(lengths, new)], dtype=torch.int32, device=device)
+        pages = -(-max(longest.tolist()) // keys.shape[1]) + 1
+        table = torch.zeros(len(new), pages, dtype=torch.int32, device=device)
+        query = torch.zeros(int(ends[-1]), heads, keys.shape[-1], dtype=dtype, device=device)
+        paged_attention(query, keys, values, Requests(ends, longest, table), sight, singles)
+
+
+def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:
+    """Offsets within a step and of a head are 32-bit numbers."""
+    farthest = max(slots * x.stride(1) + x.shape[2] * x.stride(2) for x in (keys, values))
+    if farthest >= 2**31:
+        raise HelixConfigError(
+            f"the KV cache's slots are {max(keys.stride(1), values.stride(1))} elements apart: the Triton "
+            f"kernel wants {slots} of them within 2^31 elements; serve fewer sequences at a time"
+        )
 
 
 def _dense_last(tensor: Tensor) -> Tensor:

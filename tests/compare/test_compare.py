@@ -319,6 +319,6 @@ def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, mo
 def test_only_names_a_variant(capsys):
     from helix_megatron import cli
 
-    path = Path(__file__).parents[2] / "configs" / "compare_host.yaml"
+    path = Path(__file__).parents[2] / "configs" / "paper_host.yaml"
     assert cli.main(["compare", str(path), "--only", "Helix 4x5"]) == 2
     assert "has no variant 'Helix 4x5'; did you mean Helix 4x4?" in capsys.readouterr().err

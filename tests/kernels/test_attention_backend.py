@@ -4,8 +4,11 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.inference.position_cache import Attention, SequenceStep
-from helix_megatron.kernels import backend
+from helix_megatron.kernels import backend, flash
 from helix_megatron.kernels.paged_attention import Requests, Sight
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -24,9 +27,11 @@ from tests.kernels.test_paged_attention import check, draw
 def fresh():
     """What is installed is found out again, before and after; call it to do so in between."""
 
+    known = flash.find, flash.distrust, backend.choose
+
     def forget():
-        backend._flash_attn.cache_clear()
-        backend.choose.cache_clear()
+        for function in known:
+            function.cache_clear()
 
     forget()
     yield forget
@@ -35,26 +40,130 @@ def fresh():
 
 def flash_attn(kernel):
     """The package, with this decode kernel, as flash-attn 2 has it."""
-    return SimpleNamespace(flash_attn_with_kvcache=kernel)
+    return SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="2.8.9")
+
+
+def third(
+    q, k_cache, v_cache, cache_seqlens=None, page_table=None, softmax_scale=None, causal=False, num_splits=0,
+    pack_gqa=None, return_softmax_lse=False,
+):  # fmt: skip
+    """FlashAttention 3's decode kernel: more is returned, and +inf where there are no keys."""
+    assert pack_gqa is (q.shape[2] != k_cache.shape[2])
+    out, lse = checked_kernel(
+        q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, block_table=page_table,
+        softmax_scale=softmax_scale, causal=causal, return_softmax_lse=return_softmax_lse,
+    )  # fmt: skip
+    return out, lse, torch.tensor([]), torch.tensor([])
+
+
+def install(monkeypatch, name, kernel):
+    """A package of FlashAttention 3, in one of the places where it may be."""
+    module = SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="3.0.0")
+    if "." in name:
+        package = name.split(".")[0]
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+HALF, PAGES = torch.bfloat16, 256
 
 
 def test_the_choice_has_a_reason(monkeypatch, fresh):
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
-    half, pages = torch.bfloat16, 256
-    assert backend.choose("cuda", half, pages, False).singles == "flash-attn"
+    choice = backend.choose("cuda", HALF, PAGES, False)
+    assert choice.singles == "flash-attn-2" and choice.others == "triton"
+    assert "not flash-attn-3: flash-attn-3 is not installed" in choice.reason and "2.8.9" in choice.reason
     for given, reason in [
-        (("cpu", half, pages, False), "on the cpu"),
-        (("cuda", torch.float32, pages, False), "float32"),
-        (("cuda", half, 32, False), "a rank's have 32"),
-        (("cuda", half, pages, True), "window"),
+        (dict(device="cpu"), "on the cpu"),
+        (dict(dtype=torch.float32), "float32"),
+        (dict(page=32), "a rank's have 32"),
+        (dict(windowed=True), "window"),
+        (dict(dim=260), "these are of 260"),
+        (dict(major=7), "compute capability 7"),
+        (dict(graph=True), "waits for the device"),
+        (dict(flash_version=3), "--flash-attention-version is 3"),
     ]:
-        choice = backend.choose(*given)
-        assert choice.singles == choice.others == ("torch" if given[0] == "cpu" else "triton")
+        given = dict(device="cuda", dtype=HALF, page=PAGES, windowed=False) | given
+        choice = backend.choose(**given)
+        assert choice.singles == choice.others == ("torch" if given["device"] == "cpu" else "triton")
         assert reason in choice.reason
     monkeypatch.setitem(sys.modules, "triton.language", None)
     fresh()
-    choice = backend.choose("cuda", half, pages, False)
+    choice = backend.choose("cuda", HALF, PAGES, False)
     assert choice.others == "torch" and "Triton is not installed" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["flash_attn_3.flash_attn_interface", "flashattn_hopper.flash_attn_interface", "flash_attn_interface"],
+)
+def test_flash_attention_3_comes_first(monkeypatch, fresh, module):
+    """For pages of any size, wherever it is; unless another version is asked for or the GPU is newer."""
+    install(monkeypatch, module, third)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
+    choose = functools.partial(backend.choose, "cuda", HALF)
+    choice = choose(24, False, major=9)
+    assert choice.singles == "flash-attn-3" and choice.others == "triton" and module in choice.reason
+    assert choose(PAGES, False, major=9, graph=True).singles == "flash-attn-3"
+    assert choose(PAGES, False, flash_version=2).singles == "flash-attn-2"
+    assert choose(PAGES, False, major=10).singles == "flash-attn-2"
+    assert choose(PAGES, True).singles == choose(PAGES, False, dim=100).singles == "triton"
+    four = choose(PAGES, False, major=9, flash_version=4)  # never for single tokens
+    assert four.singles == "flash-attn-3" and "not FlashAttention 4: with split KV" in four.reason
+    monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
+    drawn = draw([1, 8, 21, 3, 0], [1, 1, 1, 1, 0], 3, 2, 1, (4, 2), 4, "scattered")
+    attend = functools.partial(backend.attend, singles=True)
+    check(attend, *drawn, Sight(0.5, None, KvInterleave(3, 2), 1))
+
+
+def without_last(**given):
+    """A kernel that loses the last key."""
+    return host_kernels.flash_attn_with_kvcache(
+        **given | dict(cache_seqlens=(given["cache_seqlens"] - 1).clamp(min=0))
+    )
+
+
+def in_base_2(**given):
+    """A kernel whose log-sum-exps are of another base."""
+    out, lse = host_kernels.flash_attn_with_kvcache(**given)
+    return out, lse * 1.4427
+
+
+def one_page(**given):
+    """A kernel that goes on in memory where it should look a page up."""
+    first = given["block_table"][:, :1] + torch.arange(given["block_table"].shape[1])
+    return host_kernels.flash_attn_with_kvcache(
+        **given | dict(block_table=first.clamp(max=len(given["k_cache"]) - 1))
+    )
+
+
+def broken(**given):
+    raise RuntimeError("no kernel image\nis available")
+
+
+@pytest.mark.parametrize("fault", [without_last, in_base_2, one_page, broken])
+def test_a_wrong_kernel_is_left_out_by_name(monkeypatch, fresh, caplog, fault):
+    """It computes a small case once; the next takes its place, or the error names it where it was forced."""
+    calls = []
+
+    def kernel(
+        q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False,
+        return_softmax_lse=False,
+    ):  # fmt: skip
+        given = dict(locals())
+        calls.append(given.pop("calls"))
+        given.pop("fault")
+        return fault(**given)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(kernel))
+    choices = [backend.choose("cuda", HALF, PAGES, windowed) for windowed in (False, True)]
+    choices += [backend.choose("cuda", HALF, PAGES, False, graph=True)]
+    assert [choice.singles for choice in choices] == ["triton"] * 3 and len(calls) == 1
+    said = "fails: RuntimeError: no kernel image is" if fault is broken else "computes a wrong answer"
+    assert f"flash-attn-2 2.8.9 (flash_attn) {said}" in choices[0].reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and said in caplog.text
+    with pytest.raises(HelixConfigError, match=rf"HELIX_PAGED_ATTENTION=flash-attn-2: .*{said}"):
+        backend.choose("cuda", HALF, PAGES, False, "flash-attn-2")
 
 
 def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_path):
@@ -67,30 +176,55 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     choose = functools.partial(backend.choose, "cuda", torch.bfloat16, 256, False)
     if importlib.util.find_spec("flash_attn") is None:
-        assert choose().reason.endswith("not flash-attn: flash-attn is not installed")
+        assert choose().reason.endswith("not flash-attn-2: flash-attn-2 is not installed")
     monkeypatch.syspath_prepend(tmp_path)
     fresh()
     assert importlib.util.find_spec("flash_attn") is not None
-    assert choose().singles == "triton" and "of flash-attn 2 cannot be imported" in choose().reason
+    assert choose().singles == "triton" and "of flash_attn cannot be imported" in choose().reason
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(old))
     fresh()
     assert choose().singles == "triton" and "its kernel has no return_softmax_lse" in choose().reason
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
-    with pytest.raises(HelixConfigError, match="HELIX_PAGED_ATTENTION=flash-attn: this flash-attn is too"):
+    with pytest.raises(HelixConfigError, match=r"=flash-attn: .*flash_attn is of another"):
         backend.attend(*drawn[:4], Sight(0.5, None, KvInterleave(1, 4), 0), True)
 
 
-def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch):
+def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch, fresh):
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
+    sight, window = Sight(0.5, None, KvInterleave(1, 4), 0), Sight(0.5, 3, KvInterleave(1, 4), 0)
     seen = []
-    monkeypatch.setitem(backend._BACKENDS, "flash-attn", lambda *given: seen.append(given))
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
-    backend.attend(*drawn[:4], Sight(0.5, None, KvInterleave(1, 4), 0), False)
+    monkeypatch.setitem(backend._BACKENDS, "triton", lambda *given: seen.append(given))
+    monkeypatch.setenv(backend.OVERRIDE, "triton")
+    backend.attend(*drawn[:4], sight, False)
     assert len(seen) == 1
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
+    monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
+    check(functools.partial(backend.attend, singles=False), *drawn, sight)  # prompts: by the device's own
+    with pytest.raises(HelixConfigError, match="flash-attn-2: it has one window for all requests"):
+        backend.attend(*drawn[:4], window, True)
     monkeypatch.setenv(backend.OVERRIDE, "fast")
     with pytest.raises(HelixConfigError, match="HELIX_PAGED_ATTENTION=fast: choose from torch, "):
-        backend.attend(*drawn[:4], Sight(0.5, None, KvInterleave(1, 4), 0), False)
+        backend.attend(*drawn[:4], sight, False)
+
+
+def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
+    """The kernel that a CUDA graph would take was asked before; what could not be compared there says so."""
+    calls = []
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", flash_attn(lambda **given: host_kernels.flash_attn_with_kvcache(**given))
+    )
+    keys = torch.zeros(2, 8, 2, 16)
+    monkeypatch.setattr(backend, "choose", lambda *given, **named: calls.append((given, named)) or CHOICE)
+    assert backend.warm_up(keys, keys, 4, HALF, Sight(0.5, 7, KvInterleave(1, 4), 0), 3) is CHOICE
+    assert calls == [(("cpu", HALF, 8, True, None), dict(dim=16, major=None, flash_version=3))]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(HelixConfigError, match=r"first time while a CUDA graph is captured.*warm_up"):
+        flash.distrust("flash-attn-3", "cuda", HALF, 64, 128)
+
+
+CHOICE = backend.Choice("torch", "torch", "a test")
 
 
 def checked_kernel(**arguments):
@@ -115,8 +249,8 @@ def test_flash_attention_is_given_what_it_needs(monkeypatch, fresh):
         query, keys, values, requests, kept = drawn
         wide = Requests(requests.query_ends.long(), requests.lengths.long(), requests.table.T.long().T)
         for given in (requests, wide):
-            check(backend.flash_attention, query, keys, values, given, kept,
-                  Sight(0.5, None, KvInterleave(3, 2), rank))  # fmt: skip
+            second = functools.partial(backend.flash_attention, "flash-attn-2")
+            check(second, query, keys, values, given, kept, Sight(0.5, None, KvInterleave(3, 2), rank))
 
 
 def test_a_static_cache_gives_kernels_what_they_need(monkeypatch, fresh):
@@ -142,7 +276,7 @@ def test_the_triton_kernel_under_its_interpreter():
     command = [sys.executable, "-m", "tests.kernels.triton_worker"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "26 cases"
+    assert ran.stdout.strip() == "26 cases, 4 merges"
 
 
 def test_the_triton_kernel_is_there_without_knobs(monkeypatch):
@@ -156,63 +290,107 @@ def test_the_triton_kernel_is_there_without_knobs(monkeypatch):
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "again", again)
     spec.loader.exec_module(again)
-    assert again._INTERPRETED is False
+    assert again.INTERPRETED is False
 
 
-SMALLEST = 99 * 1024  # bytes a block may have: sm_86, 89 and 120; A100 163 KiB, H100 227 KiB
-CORNERS = [  # GPU, elements, D, wanted rows, R, window, splits
-    (80, "bf16", 128, 64, 8, False, 1),
-    (80, "bf16", 256, 64, 8, True, 4),
-    (80, "bf16", 256, 16, 8, False, 4),
-    (80, "fp32", 128, 64, 4, True, 1),
-    (80, "fp32", 256, 64, 8, True, 4),
-    (80, "fp32", 256, 16, 1, False, 4),
-    (89, "fp16", 256, 64, 8, False, 1),
-    (90, "bf16", 64, 64, 8, True, 1),
-    (90, "bf16", 128, 64, 8, True, 4),
-    (90, "bf16", 256, 64, 8, False, 4),
-    (90, "bf16", 128, 16, 128, False, 1),
-    (90, "fp32", 256, 64, 8, False, 1),
-    (100, "bf16", 128, 64, 8, True, 4),
-    (100, "fp16", 256, 64, 8, True, 4),
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that a block may have
+CORNERS = [  # GPU, elements, D, new tokens, R, window, slots of a page, bytes of the stack that are let pass
+    (80, "bf16", 128, "few", 8, False, 64, 0),
+    (80, "bf16", 256, "many", 8, True, 128, 48),
+    (80, "fp32", 128, "many", 8, False, 64, 0),
+    (89, "fp16", 256, "few", 8, True, 64, 0),
+    (90, "bf16", 128, "few", 8, False, 128, 0),
+    (90, "bf16", 128, "many", 8, True, 128, 0),
+    (90, "bf16", 128, "few", 16, True, 32, 0),
+    (90, "bf16", 64, "few", 8, False, 24, 32),
+    (90, "bf16", 128, "few", 128, False, 64, 0),
+    (90, "fp32", 256, "few", 1, False, 64, 320),
+    (100, "bf16", 128, "few", 8, False, 64, 0),
+    (100, "fp16", 128, "many", 8, True, 128, 0),
 ]
 
 
-@pytest.mark.parametrize("gpu, kind, dim, rows, ratio, window, splits", CORNERS)
-def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, rows, ratio, window, splits):
+def compiled(kernel, kinds, constants, gpu, **options):
+    """A kernel's code for a GPU, and the registers and the stack of a thread that its machine code has."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from helix_megatron.kernels.paged_attention_triton import _kernel, tile_shape
+    kinds = {n: "constexpr" if n.isupper() else kinds.get(n, "i32") for n in kernel.arg_names}
+    numbered = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    aligned = [n for n in kernel.arg_names if "*" in kinds[n] or n[-2:] in ("_t", "_n", "_p", "_s", "_k")]
+    sixteens = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, kinds, numbered, sixteens)
+    code = compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return code, int(registers), int(stack)
 
-    height, slots = tile_shape(rows, ratio, dim, 4 if kind == "fp32" else 2)
-    kinds = dict.fromkeys(("query", "keys", "values"), f"*{kind}") | {"lse": "*fp32", "scale": "fp32"}
-    kinds |= {"out": f"*{kind}" if splits == 1 else "*fp32"}
-    kinds |= dict.fromkeys(("ends", "lengths", "table"), "*i32")
-    kinds = {n: "constexpr" if n.isupper() else kinds.get(n, "i32") for n in _kernel.arg_names}
+
+@pytest.mark.parametrize("gpu, kind, dim, new, ratio, window, page, stack_let_pass", CORNERS)
+def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window, page, stack_let_pass):
+    """On tensor cores, with loads under way while it computes, within the GPU's memory and without spills."""
+    from helix_megatron.kernels.paged_attention_triton import _tiles, attention_kernel
+
+    shared = SHARED[gpu] * 1024
+    tile = _tiles(ratio, dim, 4 if kind == "fp32" else 2, page, False, shared)[new == "many"]
+    kinds = dict.fromkeys(("query", "keys", "values", "out"), f"*{kind}") | {"scale": "fp32"}
+    kinds |= dict.fromkeys(("lse", "parts", "logs"), "*fp32")
+    kinds |= dict.fromkeys(("starts", "owners", "ends", "lengths", "table"), "*i32")
     constants = dict(
-        N=2 * ratio, R=ratio, D=dim, PAGE=32, RANKS=8, SIZE=32, WINDOW=window, SPLITS=splits,
-        TOKENS=height // ratio, R_PAD=ratio, D_PAD=dim, SLOTS=slots, UPCAST=False,
+        N=2 * ratio, R=ratio, D=dim, PAGE=page, RANKS=8, SIZE=min(32, page), WINDOW=window,
+        TOKENS=tile.rows // ratio, R_PAD=ratio, D_PAD=dim, SLOTS=tile.slots, STAGES=tile.stages,
+        LEAST=tile.least, PAGED=tile.paged, UPCAST=False,
     )  # fmt: skip
-    numbered = {(_kernel.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = [n for n in _kernel.arg_names if "*" in kinds[n] or n[-2:] in ("_t", "_n", "_p", "_s", "_k")]
-    sixteens = {(_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(_kernel, kinds, numbered, sixteens)
-    compiled = compile(source, target=GPUTarget("cuda", gpu, 32))
+    code, registers, stack = compiled(attention_kernel, kinds, constants, gpu, num_warps=tile.warps)
+    assert tile.paged == (page != 24) and tile.rows >= ratio
     if kind != "fp32":
-        assert "mma" in compiled.asm["ptx"]  # on tensor cores
-    assert compiled.metadata.shared <= SMALLEST
+        assert re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", code.asm["ptx"])
+    assert "cp.async" in code.asm["ptx"]
+    blocks = 2 if new == "few" and tile.warps == 4 else 1  # on a multiprocessor at a time
+    assert code.metadata.shared * blocks <= shared
+    assert registers * tile.warps * 32 * blocks <= 65536
+    assert stack <= stack_let_pass
+
+
+@pytest.mark.parametrize("gpu", [80, 90, 100])
+def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
+    from helix_megatron.kernels.triton_merge import combine_kernel, merge_block, merge_programs_kernel
+    from helix_megatron.kernels.triton_plan import plan_kernel
+
+    integers = dict.fromkeys(("ends", "lengths", "starts", "owners", "plan"), "*i32")
+    floats = dict.fromkeys(("parts", "logs", "lse", "lses"), "*fp32")
+    ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
+    merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
+    ranks = dict(N=8, D=128, WITH_LSE=False, PARTS=8, DIMS=128)
+    for kernel, kinds, constants, warps in [
+        (plan_kernel, integers, ours, 4),
+        (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
+        (combine_kernel, floats | {"outs": "*bf16", "out": "*bf16"}, ranks, 1),
+    ]:
+        code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)
+        assert code.metadata.shared <= 16 * 1024 and registers <= 128 and stack == 0
 
 
 def test_tiles_of_the_triton_kernel():
-    from helix_megatron.kernels.paged_attention_triton import tile_shape
+    from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
 
-    assert tile_shape(64, 8, 128, 2) == (64, 64) and tile_shape(16, 8, 256, 2) == (16, 64)
-    for rows, ratio, dim, size in itertools.product((16, 64), (1, 8, 128), (16, 64, 256, 512), (2, 4)):
+    hopper = 227 * 1024
+    assert tile_shape(16, 8, 128, 2, 128, hopper // 2) == Tile(16, 64, 4, 4, 2, True)
+    assert tile_shape(64, 8, 128, 2, 128, hopper) == Tile(64, 64, 4, 8, 8, True)
+    assert tile_shape(16, 8, 128, 2, 96, hopper).slots == 32
+    assert not tile_shape(16, 8, 128, 2, 24, hopper).paged
+    shapes = itertools.product((16, 64), (1, 8, 128), (16, 64, 256, 512), (2, 4), (24, 32, 256))
+    for rows, ratio, dim, size, page in shapes:
         try:
-            height, slots = tile_shape(rows, ratio, dim, size)
+            tile = tile_shape(rows, ratio, dim, size, page)
         except HelixConfigError as error:
             assert ratio == 128 and dim * size >= 1024 and "128 query heads of dimension" in str(error)
             continue
-        assert height >= ratio and height % ratio == 0 and slots >= 16
-        assert size * dim * (height + 2 * slots) < SMALLEST
+        assert tile.rows >= ratio and tile.rows % ratio == 0 and tile.slots >= 16
+        assert tile.paged == (page % tile.slots == 0)
+        assert size * dim * (tile.rows + 2 * tile.slots) < SMALLEST_SHARED

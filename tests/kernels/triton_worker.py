@@ -1,45 +1,174 @@
-"""The Triton kernel under Triton's interpreter (TRITON_INTERPRET=1, before Triton is imported)."""
+"""The Triton kernels under Triton's interpreter (TRITON_INTERPRET=1, before Triton is imported)."""
 
+import functools
 import itertools
 
 import torch
 
 from helix_megatron.kernels import backend as attention_backend
-from helix_megatron.kernels.paged_attention import Sight
-from helix_megatron.kernels.paged_attention_triton import paged_attention
+from helix_megatron.kernels import paged_attention_triton as kernels
+from helix_megatron.kernels import triton_merge
+from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels.paged_attention import Requests, Sight
 from helix_megatron.partition.kv_layout import KvInterleave
-from tests.kernels.test_paged_attention import HEADS, check, draw
+from tests.kernels.test_paged_attention import check, draw
 
+paged_attention = kernels.paged_attention
 STEPS = {  # tokens of each request, how many of them are new
     "decode": ([1, 9, 150, 33], [1, 1, 1, 1]),
-    "prompts": ([5, 40, 1, 17], [5, 40, 1, 17]),
-    "both, chunks, padding": ([70, 0, 12, 80, 1], [1, 0, 12, 23, 1]),
+    "prompts": ([5, 18, 1], [5, 18, 1]),
+    "both, chunks, padding": ([70, 0, 4, 80, 1], [1, 0, 4, 19, 1]),
 }
+DEALS = [(1, 4, 3), (3, 2, 24), (4, 5, 3), (2, 16, 1), (1, 1, 5)]  # ranks, size, cycles
 
 
-def main() -> None:
+def attention() -> int:
+    """Every kind of step, by few and by many programs, on pages that hold whole steps and on others."""
     number = 0
-    for (name, (lengths, new)), heads, left in itertools.product(STEPS.items(), HEADS, (None, 6)):
-        ranks, size = [(1, 4), (3, 2), (4, 5)][number % 3]
+    kinds = itertools.product(STEPS.items(), ((4, 2), (5, 1), (3, 3)), (None, 6))
+    for (name, (lengths, new)), heads, left in kinds:
+        ranks, size, cycles = DEALS[number % len(DEALS)]
         sight = Sight(0.4, left, KvInterleave(ranks, size), number % ranks)
-        drawn = draw(lengths, new, ranks, size, sight.rank, heads, 12, "scattered", number, cycles=3)
-        splits = 1 + number % 3
+        drawn = draw(lengths, new, ranks, size, sight.rank, heads, 12, "scattered", number, cycles=cycles)
+        programs = (1, 3, 8, 64)[number % 4]
         try:
-            check(lambda *given, s=splits: paged_attention(*given, splits=s), *drawn, sight)
+            check(lambda *g, n=name, p=programs: paged_attention(*g, n == "decode", p), *drawn, sight)
         except AssertionError as error:
-            raise AssertionError(f"{name} {heads} {sight} splits {splits}") from error
+            raise AssertionError(f"{name} {heads} {sight} programs {programs}") from error
         number += 1
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
         check(paged_attention, *drawn, Sight(0.25, None, KvInterleave(2, 4), 0), tolerance)
-    for new in ([70, 12], [1, 1]):  # tiles that wide heads leave
-        drawn = draw([80, 12], new, 2, 4, 1, (4, 2), 256, "scattered", cycles=3)
+    for new in ([20, 12], [1, 1]):  # tiles that wide heads leave
+        drawn = draw([80, 12], new, 2, 4, 1, (4, 2), 256, "scattered", cycles=4)
         check(paged_attention, *drawn, Sight(0.06, None, KvInterleave(2, 4), 1))
         number += 1
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
     as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
     check(as_backend, *drawn, Sight(0.5, None, KvInterleave(1, 4), 0))
-    print(f"{number} cases")
+    # one request in more parts than are merged at a time, beside one that one program does alone
+    drawn = draw([4200, 10], [1, 1], 1, 16, 0, (2, 1), 4, "scattered")
+    check(lambda *g: paged_attention(*g, True, 131), *drawn, Sight(0.5, None, KvInterleave(1, 16), 0))
+    return number + 4
+
+
+def deals_what_is_there() -> None:
+    """Padding and finished requests take no program; all programs have equal shares of one long request."""
+    lengths = torch.zeros(64, dtype=torch.int32)
+    lengths[5] = 1001
+    ends = torch.zeros(65, dtype=torch.int32)
+    ends[6:] = 1
+    requests = Requests(ends, lengths, torch.zeros(64, 32, dtype=torch.int32))
+    sight = Sight(1.0, None, KvInterleave(1, 32), 0)
+    tiles = kernels._tiles(1, 16, 2, 32, True, 99 * 1024)
+    _, (launch,), _ = kernels._plan(requests, sight, 64, tiles, 1)
+    steps = (launch.starts[1:] - launch.starts[:-1]).tolist()
+    assert launch.tile.slots == 32 and max(steps) == sum(steps) == -(-1001 // 32), steps
+    assert int(launch.owners[steps.index(32)]) == 5
+
+
+class Asked:
+    """Which kernels are launched, and by which constants: what Triton compiles one by one."""
+
+    NAMES = ("attention_kernel", "plan_kernel", "merge_programs_kernel")
+
+    def __enter__(self):
+        self.kernels = {name: getattr(kernels, name) for name in self.NAMES}
+        self.kinds = []
+        for name in self.NAMES:
+            setattr(kernels, name, self.Kernel(self, name))
+        return self
+
+    def __exit__(self, *error):
+        for name, kernel in self.kernels.items():
+            setattr(kernels, name, kernel)
+
+    class Kernel:
+        def __init__(self, asked, name):
+            self.asked, self.name = asked, name
+
+        def __getitem__(self, grid):
+            def launch(*given, **constants):
+                self.asked.kinds.append((self.name, *sorted(constants.items())))
+                self.asked.kernels[self.name][grid](*given, **constants)
+
+            return launch
+
+
+def launches() -> None:
+    """Two a layer for decoding, three with prompts, none for what the step's first layer planned."""
+    for lengths, new, expected in (([9, 40], [1, 1], [3, 1, 3]), ([9, 40], [1, 40], [6, 2, 3])):
+        drawn = draw(lengths, new, 1, 16, 0, (2, 1), 4, "scattered")
+        with Asked() as asked:
+            attend = functools.partial(paged_attention, singles=max(new) == 1)
+            for _ in range(3):  # layers
+                check(attend, *drawn, Sight(0.5, None, KvInterleave(1, 16), 0))
+        names = [kind[0] for kind in asked.kinds]
+        assert [names.count(name) for name in Asked.NAMES] == expected, names
+
+
+def far_apart() -> None:
+    """Pages further apart than 32-bit numbers reach; the memory between them is not touched."""
+    query, keys, values, requests, kept = draw([30], [1], 1, 16, 0, (2, 1), 4, "in order")
+    apart = 2**30
+    memory = torch.empty(2 * apart + 2048)
+    spread = []
+    for offset, cache in ((0, keys), (1024, values)):
+        far = memory.as_strided((3, *cache.shape[1:]), (apart, 4, 4, 1), offset)
+        far.copy_(cache[[3, 1, 2]])
+        spread.append(far)
+    assert requests.table[0, :2].tolist() == [1, 2]
+    check(lambda *g: paged_attention(*g, True), query, *spread, requests, kept,
+          Sight(0.5, None, KvInterleave(1, 16), 0))  # fmt: skip
+
+
+def merges() -> int:
+    """What ranks send: log-sum-exps in a block behind each rank's outputs, empty parts, one part."""
+    number = 0
+    shapes = [(2, 3, 4, 128, torch.bfloat16), (8, 2, 5, 22, torch.float32), (1, 2, 1, 80, torch.float16),
+              (20, 1, 2, 256, torch.float32)]  # fmt: skip
+    for m, tokens, heads, dim, dtype in shapes:
+        block = tokens * heads * dim
+        wide = 4 // dtype.itemsize
+        received = torch.zeros(m, block + wide * tokens * heads, dtype=dtype)
+        outs = received[:, :block].unflatten(1, (tokens, heads, dim))
+        outs.copy_(torch.randn(outs.shape, generator=torch.Generator().manual_seed(number)))
+        lses = received[:, block:].view(torch.float32).unflatten(1, (tokens, heads))
+        lses.copy_(torch.randn(lses.shape, generator=torch.Generator().manual_seed(9)) * 30)
+        lses[0, 0, 0], lses[:, -1, -1] = -torch.inf, -torch.inf
+        outs[0, 0, 0], outs[:, -1, -1] = 0, 0
+        out, lse = triton_merge.combine_partials(outs, lses, dtype, with_lse=True)
+        want, want_lse = merge_partials(outs.double(), lses.double())
+        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        assert out.dtype is dtype and out.is_contiguous()
+        assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == -torch.inf
+        torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        number += 1
+    return number
+
+
+def warms_up() -> None:
+    """On the cache that will be served: every kernel that a later step asks for has been asked for."""
+    keys, sight = torch.zeros(3, 32, 1, 16), Sight(0.25, None, KvInterleave(2, 16), 0)
+    triton_merge.MANY_ROWS = 64
+    with Asked() as asked:
+        kernels.warm_up(keys, keys, 2, torch.float32, sight)
+        compiled = set(asked.kinds)
+        for new in ([1, 1], [1, 30], [50, 3]):
+            drawn = draw([70, 50], new, 2, 16, 0, (2, 1), 16, "scattered", cycles=2)
+            check(functools.partial(paged_attention, singles=max(new) == 1), *drawn, sight)
+        assert set(asked.kinds) == compiled
+
+
+def main() -> None:
+    deals_what_is_there()
+    launches()
+    far_apart()
+    cases = attention()
+    merged = merges()
+    warms_up()
+    print(f"{cases} cases, {merged} merges")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""Paged decode attention of one rank on one GPU: predicted floor, then measured, then one JSON line.
+
+    python benchmarks/kernels.py [--turns 5] [--out kernels.json]
+
+Eight shapes of the sharded cache (bf16, heads of 128, one KV head a rank). The floor is the time to read the
+cache at the copy bandwidth measured first. Each kernel is replayed from a CUDA graph, so that launches by
+the host count for nothing; for ours there is also the time of a first layer, which plans the step, and of a
+call without a graph. FlashAttention 3 or 2 is measured where it is installed and takes the pages, on the same
+cache. Before it is timed a kernel is compared with the formula in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels.merge import formula
+from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.partition.kv_layout import KvInterleave
+
+DIM = 128
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Query heads and requests of a rank, slots that it keeps of each, slots of a page, ranks that share."""
+
+    heads: int
+    batch: int
+    slots: int
+    page: int
+    ranks: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values that are read."""
+        return 2 * self.batch * self.slots * DIM * DTYPE.itemsize
+
+
+SHAPES = [
+    Shape(8, 1, 4096, 128, 2),
+    Shape(8, 1, 65536, 128, 2),
+    Shape(16, 1, 16384, 32, 8),
+    Shape(8, 8, 65536, 128, 2),
+    Shape(16, 8, 16384, 32, 8),
+    Shape(8, 64, 4096, 128, 2),
+    Shape(8, 64, 65536, 128, 2),
+    Shape(16, 64, 16384, 32, 8),
+]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), 5)
+
+
+def seconds(run: Callable[[], Any], turns: int) -> float:
+    """Median of the turns; before each one the second-level cache is overwritten."""
+    sweep = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    run()
+    times = []
+    for _ in range(turns):
+        sweep.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The replay of a CUDA graph of `run`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Requests, Sight]:
+    """Requests of equal length on scattered pages."""
+    pages = shape.batch * shape.slots // shape.page
+    keys = torch.randn(pages, shape.page, 1, DIM, device="cuda", dtype=DTYPE)
+    values = torch.randn_like(keys)
+    query = torch.randn(shape.batch, shape.heads, DIM, device="cuda", dtype=DTYPE)
+    integers = dict(device="cuda", dtype=torch.int32)
+    table = torch.randperm(pages, device="cuda").to(torch.int32).view(shape.batch, -1)
+    lengths = torch.full((shape.batch,), shape.slots * shape.ranks, **integers)
+    requests = Requests(torch.arange(shape.batch + 1, **integers), lengths, table)
+    sight = Sight(DIM**-0.5, None, KvInterleave(shape.ranks, min(32, shape.page)), 0)
+    return query, keys, values, requests, sight
+
+
+def check(name: str, shape: Shape, out: Tensor, lse: Tensor, drawn: tuple) -> None:
+    """The first and the last request against the formula."""
+    query, keys, values, requests, sight = drawn
+    for row in {0, shape.batch - 1}:
+        key, value = (x[requests.table[row].long()].flatten(0, 1)[:, None] for x in (keys, values))
+        want, want_lse = formula(query[row][None, None], key, value, None, sight.softmax_scale)
+        torch.testing.assert_close(out[row], want[0, 0], rtol=2e-2, atol=2e-2, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(lse[row], want_lse[0, 0], rtol=1e-3, atol=1e-3)
+
+
+def measure(shape: Shape, turns: int) -> dict[str, Any]:
+    """Microseconds of every kernel that takes this shape."""
+    from helix_megatron.kernels.paged_attention_triton import paged_attention
+
+    drawn = draw(shape)
+    query, keys, values, requests, sight = drawn
+
+    def layer() -> tuple[Tensor, Tensor]:
+        return paged_attention(query, keys, values, requests, sight, singles=True)
+
+    def first_layer() -> tuple[Tensor, Tensor]:
+        requests.kept.clear()
+        return layer()
+
+    check("triton", shape, *layer(), drawn)
+    row: dict[str, Any] = asdict(shape) | {"triton": 1e6 * seconds(captured(layer), turns)}
+    row["triton_first_layer"] = 1e6 * seconds(captured(first_layer), turns)
+    requests.kept.clear()  # the plan lay in the graph's memory
+    layer()
+    row["triton_no_graph"] = 1e6 * seconds(layer, turns)
+    for name, kind in flash.FLASH.items():
+        fault = flash.find(name)[1] if flash.find(name)[0] is None else None
+        if shape.page % kind.page:
+            fault = f"wants pages of {kind.page}"
+        fault = fault or flash.distrust(name, "cuda", DTYPE, shape.page, DIM)
+        if fault:
+            print(f"  {name}: {fault}", file=sys.stderr)
+            continue
+        run = lambda n=name: flash.attend(n, query, keys, values, requests, sight)  # noqa: E731
+        check(name, shape, *run(), drawn)
+        row[name] = 1e6 * seconds(run if kind.waits else captured(run), turns)
+    return row
+
+
+def main() -> None:
+    """See above."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("--turns", type=int, default=31, help="of each measurement; the median counts")
+    parser.add_argument("--out", type=Path, help="write the JSON document to this file as well")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU that torch can use")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy bandwidth {bandwidth / 1e12:.2f} TB/s, measured")
+    print("predicted: microseconds to read the cache at that bandwidth")
+    for shape in SHAPES:
+        print(f"  {shape}: {1e6 * shape.bytes / bandwidth:.1f}")
+    print("measured: microseconds, medians, in a CUDA graph unless it says otherwise")
+    rows = []
+    with torch.inference_mode():
+        for shape in SHAPES:
+            row = measure(shape, options.turns) | {"floor": 1e6 * shape.bytes / bandwidth}
+            rows.append(row)
+            times = {k: round(v, 1) for k, v in row.items() if isinstance(v, float)}
+            share = row["flash-attn-3"] / row["triton"] if "flash-attn-3" in row else None
+            print(f"  {shape}: {times}" + (f", FlashAttention 3's time / ours {share:.2f}" if share else ""))
+    choice = backend.choose("cuda", DTYPE, 128, False, major=torch.cuda.get_device_capability()[0])
+    document = json.dumps(
+        {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "bandwidth": bandwidth,
+            "choice": choice.reason,
+            "rows": rows,
+        }
+    )
+    if options.out:
+        options.out.write_text(document + "\n", encoding="utf-8")
+    print(document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Parts of attention merged by one Triton kernel: those of a kernel's programs, and those of a dim group.
+
+The mathematics is merge.merge_partials: weights exp(lse_j - max lse) in fp32, natural logarithms; parts that
+are all empty give 0 and -inf.
+
+T tokens, N query heads, D head dimension, m parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from helix_megatron.kernels.triton_plan import holder
+
+MANY_ROWS = 4096  # of tokens times heads: their merge fills the device anyway
+
+
+@triton.jit
+def _merged(outs, lses, number, out_p, lse_p, out_late, lse_late, dim, D: tl.constexpr, PARTS: tl.constexpr,
+            DIMS: tl.constexpr):  # fmt: skip
+    # part k at outs + k * out_p + dim and lses + k * lse_p, part 0 further on by out_late and lse_late
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([DIMS], tl.float32)
+    for at in range(0, number, PARTS):
+        part = at + tl.arange(0, PARTS)
+        there = part < number
+        late = (part == 0).to(tl.int64)
+        place = part.to(tl.int64)
+        lse = tl.load(lses + place * lse_p + late * lse_late, mask=there, other=float("-inf"))
+        out = tl.load(
+            outs + (place * out_p + late * out_late)[:, None] + dim[None, :],
+            mask=there[:, None] & (dim < D)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        greater = tl.maximum(top, tl.max(lse, axis=0))
+        finite = tl.where(greater == float("-inf"), 0.0, greater)
+        weight = tl.exp(lse - tl.sum(finite, axis=0))
+        shrink = tl.exp(top - finite)
+        total = total * shrink + tl.sum(weight, axis=0)
+        acc = acc * shrink + tl.sum(weight[:, None] * out, axis=0)
+        top = greater
+    some = total > 0
+    log = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+    return acc / tl.where(some, total, 1.0), log
+
+
+@triton.jit(do_not_specialize=["number"])
+def combine_kernel(
+    outs, lses, out, lse, number, out_p, out_t, out_n, lse_p, lse_t, lse_n,
+    N: tl.constexpr, D: tl.constexpr, WITH_LSE: tl.constexpr, PARTS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    token, head = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    merged, log = _merged(
+        outs + token * out_t + head * out_n, lses + token * lse_t + head * lse_n, number, out_p, lse_p, 0, 0,
+        dim, D, PARTS, DIMS,
+    )  # fmt: skip
+    row = token * N + head
+    tl.store(out + row * D + dim, merged, mask=dim < D)
+    if WITH_LSE:
+        one = tl.arange(0, 1)
+        tl.store(lse + row + one, log, mask=tl.program_id(1) + one == 0)
+
+
+@triton.jit(do_not_specialize=["requests", "programs", "tiles_few", "tiles_many"])
+def merge_programs_kernel(
+    parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many,
+    N: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr,
+    MANY: tl.constexpr, LEAST_FEW: tl.constexpr, LEAST_MANY: tl.constexpr, PARTS: tl.constexpr,
+    DIMS: tl.constexpr,
+):  # fmt: skip
+    # MANY: tokens of a prompt's tile, 0 without prompts. parts [2P, K, rows, D] of few, then of many
+    token, head = tl.program_id(0) // N, tl.program_id(0) % N
+    dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    request = holder(ends, requests, token)
+    begin, end = tl.load(ends + request), tl.load(ends + request + 1)
+    many = (MANY > 0) & (end - begin > FEW)
+    tokens = tl.where(many, MANY, FEW)
+    starts = plan + tl.where(many, 2 * tiles_few + 1, 0)
+    total = tl.load(starts + tl.where(many, tiles_many, tiles_few))
+    share = tl.maximum(tl.cdiv(total, programs), tl.where(many, LEAST_MANY, LEAST_FEW))
+    tile = begin // tokens + request + (token - begin) // tokens
+    mine = token < end  # else a row that belongs to no request
+    start, stop = tl.load(starts + tile, mask=mine, other=0), tl.load(starts + tile + 1, mask=mine, other=0)
+    part = start // share
+    number = tl.where(start < stop, (stop - 1) // share - part + 1, 0)
+    late = (start > part * share).to(tl.int32)
+    if number != 1:  # a program alone has written its rows itself
+        rows = (N // R) * tokens * R_PAD  # of a place
+        row = (head // R) * tokens * R_PAD + (token - begin) % tokens * R_PAD + head % R
+        at = (2 * part).to(tl.int64) * rows + row + tl.where(many, 2 * programs * (N // R) * FEW * R_PAD, 0)
+        merged, log = _merged(
+            parts + at * D, logs + at, number, 2 * rows * D, 2 * rows, late * rows * D, late * rows, dim, D,
+            PARTS, DIMS,
+        )  # fmt: skip
+        to = tl.program_id(0).to(tl.int64)
+        tl.store(out + to * D + dim, merged, mask=dim < D)
+        one = tl.arange(0, 1)
+        tl.store(lse + to + one, log, mask=tl.program_id(1) + one == 0)
+
+
+def merge_block(rows: int, dim: int) -> dict[str, int]:
+    """Parts and dimensions that a program takes at a time: of a few rows many parts, by several programs."""
+    dims = triton.next_power_of_2(dim)
+    return dict(PARTS=128, DIMS=min(32, dims)) if rows < MANY_ROWS else dict(PARTS=16, DIMS=dims)
+
+
+def combine_partials(
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, with_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """merge.combine_partials by one kernel."""
+    number, tokens, heads, dim = outs.shape
+    if outs.stride(-1) != 1:
+        outs = outs.contiguous()
+    out = torch.empty(tokens, heads, dim, dtype=dtype, device=outs.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=outs.device) if with_lse else None
+    if out.numel():
+        dims = min(128, triton.next_power_of_2(dim))
+        combine_kernel[(tokens * heads, triton.cdiv(dim, dims))](
+            outs, lses, out, lse if with_lse else lses, number, *outs.stride()[:3], *lses.stride(),
+            N=heads, D=dim, WITH_LSE=with_lse, PARTS=min(16, triton.next_power_of_2(number)), DIMS=dims,
+            num_warps=1,
+        )  # fmt: skip
+    return out, lse
