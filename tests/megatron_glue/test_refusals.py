@@ -52,7 +52,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--helix-query-placement heads", "query placement 'heads' needs whole heads"),
         ("--helix-softmax per-slice --helix-comm-type a2a", "per-slice softmax, which exchanges nothing"),
         ("--multi-latent-attention", "not support --multi-latent-attention with sliced heads (here m = 2)"),
-        ("--spec a b", "does not support --spec with sliced heads (here m = 2); wrap your spec"),
+        ("--spec a b", "does not support --spec with sliced heads (here m = 2); give helix_megatron"),
         ("--heterogeneous-layers-config-path f", "--heterogeneous-layers-config-path with sliced heads"),
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
         ("--attention-output-gate --helix-softmax per-slice", "--attention-output-gate"),
