@@ -51,6 +51,7 @@ from helix_megatron.megatron.masks import hidden_from_scores
 from helix_megatron.megatron.position_share import PositionShare
 from helix_megatron.megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention
 from helix_megatron.megatron.summed_scores import add_dim_group_rng, attend_by_sums
+from helix_megatron.megatron.te_backends import with_choice_of
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
 
@@ -298,8 +299,15 @@ class HelixCoreAttention(torch.nn.Module):
         layout (get_qkv_layout) looks at no strides of a query whose key and value have memory of their own.
         """
         query, key, value = (x.contiguous() for x in (query, key, value))
-        return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
-                         packed_seq_params=packed)  # fmt: skip
+
+        def attend() -> Tensor:
+            return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
+                             packed_seq_params=packed)  # fmt: skip
+
+        if self.core_is_local or not self.shares_positions:
+            return attend()
+        shape = (query.shape, key.shape, query.dtype, mask_type, mask is None, self.training)
+        return with_choice_of(shape, attend)
 
     # ---- all_reduce ----
     def _summed_scores(
