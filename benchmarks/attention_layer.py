@@ -22,6 +22,8 @@ from functools import partial
 import bench
 import torch
 
+from helix_megatron.partition.grid import AttentionShape, HelixGrid
+from helix_megatron.partition.layout import HelixLayout
 from helix_megatron.plan.trial import slowest_seconds
 
 CASES = {
@@ -63,9 +65,10 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
     if megatron:
         gather = (tp - 1) * seq * (heads + 2 * groups) * dim // tp if tp > groups else 0
         return 2 * gather * element
-    kv = 2 * (m - 1) * seq * (groups // n) * (dim // m)
-    queries = 0 if placement == "heads" or m == 1 else 2 * (m - 1) * seq * (heads // n) * (dim // m) // m
-    return 2 * (kv + queries) * element
+    if m == 1:
+        return 0
+    layout = HelixLayout(AttentionShape(heads, groups, dim, dim), HelixGrid(n, m), placement)
+    return round(2 * seq * sum(layout.exchanged().values()) * element)
 
 
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:

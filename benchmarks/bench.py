@@ -22,15 +22,23 @@ def rows_of(worker: Callable[..., list[dict]], ranks: int, *given: Any, timeout_
     return run_ranks(worker, ranks, *given, timeout_s=timeout_s)[0]
 
 
-def initialize(tp: int) -> None:
-    """Process groups, device and random streams of this rank."""
+def initialize(tp: int, fake: Any | None = None) -> None:
+    """Process groups, device and random streams of this rank.
+
+    Args:
+        tp: tensor-parallel size.
+        fake: torch's FakeStore: this process is rank 0 of groups whose collectives move nothing.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     from helix_megatron.host.mode import host_mode_enabled
 
     if not host_mode_enabled():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl")
+    if fake is not None:
+        torch.distributed.init_process_group(backend="fake", store=fake, rank=0, world_size=tp)
+    else:
+        torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
@@ -42,6 +50,7 @@ def attention_layer(
     dtype: torch.dtype,
     helix: Any | None,
     transformer_engine: bool = False,
+    qk_norm: bool = False,
 ) -> Iterator[tuple[torch.nn.Module, Any]]:
     """A self-attention layer and its TransformerConfig, of the same weights every time.
 
@@ -51,6 +60,7 @@ def attention_layer(
         dtype: of the weights.
         helix: a HelixConfig, which stays switched on while entered; None for Megatron's own layer.
         transformer_engine: build its layer, not the local one.
+        qk_norm: RMSNorm of query and key heads.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -86,13 +96,17 @@ def attention_layer(
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             apply_rope_fusion=False,
+            qk_layernorm=qk_norm,
+            normalization="RMSNorm" if qk_norm else "LayerNorm",
+            persist_layer_norm=False,
             init_method=torch.nn.init.xavier_normal_,
             output_layer_init_method=torch.nn.init.xavier_normal_,
         )
         whole = get_gpt_layer_with_transformer_engine_spec if transformer_engine else get_gpt_layer_local_spec
+        norm = {} if transformer_engine or not qk_norm else {"normalization": "RMSNorm"}
         torch.manual_seed(1)  # the same master weights for every layer
         layer = build_module(
-            whole().submodules.self_attention,
+            whole(qk_layernorm=qk_norm, **norm).submodules.self_attention,
             config=config,
             layer_number=1,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helix_megatron.partition.grid import AttentionShape, HelixGrid
 from helix_megatron.partition.layout import HelixLayout
-from helix_megatron.show import COLOURS, exchange_elements, svg
+from helix_megatron.show import COLOURS, svg
 
 SHAPE = AttentionShape(num_attention_heads=4, num_query_groups=2, kv_channels=8, rotary_dim=8)
 CASES = [
@@ -38,8 +38,8 @@ def stages(layout: HelixLayout, rank: int) -> Iterator[tuple[str, str, list[Row]
     own = range(rank * mine, (rank + 1) * mine)
     key = {int(d): j for j in range(m) for d in layout.key_dims(j)}
     value = {int(d): j for j in range(m) for d in layout.value_dims(j)}
-    moved = exchange_elements(layout)
-    keys, queries = moved["K, V all-gather"], moved["query all-to-all"]
+    moved = layout.exchanged()
+    keys, queries = moved["K and V"], moved["queries"]
 
     def of(rank_only: bool, owners: dict[int, int]) -> dict[int, int]:
         return {d: j for d, j in owners.items() if j == rank or not rank_only}
@@ -47,12 +47,13 @@ def stages(layout: HelixLayout, rank: int) -> Iterator[tuple[str, str, list[Row]
     kv: list[Row] = [(f"{n}{g}", o) for g in range(layout.kv_heads) for n, o in (("k", key), ("v", value))]
     sliced = [(f"q{h}", of(True, key)) for h in range(heads)] + [(n, of(True, o)) for n, o in kv]
     yield "Slices", "linear_qkv: a slice of every head", sliced
-    whole = [(f"q{h}", key) for h in own] + kv
-    yield "Whole heads", f"K, V all-gather: {keys:g}; queries all-to-all: {queries:g}", whole
+    first, stop = layout.kv_ranges[rank]
+    whole = [(f"q{h}", key) for h in own] + kv[2 * first : 2 * stop]
+    yield "Whole heads", f"one all-to-all: {queries:g} of queries, {keys:g} of K and V", whole
     out = [(f"o{h}", dict.fromkeys(value, rank)) for h in own]
     yield "Attention", "an ordinary core; nothing is sent", out
     back = [(f"o{h}", {d: h // mine for d in of(True, value)}) for h in range(heads)]
-    yield "Slices again", f"output all-to-all: {moved['output all-to-all']:g}", back
+    yield "Slices again", f"output all-to-all: {moved['outputs']:g}", back
 
 
 def exchange_picture(layout: HelixLayout = EXCHANGE) -> str:

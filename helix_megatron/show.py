@@ -31,22 +31,6 @@ def _words(numbers: Indices) -> str:
     return ", ".join(f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in ranges(numbers))
 
 
-def exchange_elements(layout: HelixLayout) -> dict[str, float]:
-    """Elements a rank receives per token, layer and forward pass of the a2a exchange; see exchange/.
-
-    Where slices are uneven, ranks receive unequally much: the mean over the dim group.
-    """
-    m = layout.grid.dim_parallel_size
-    d_s = layout.shape.kv_channels / m
-    if layout.per_slice or m == 1:
-        return {}
-    moved = {"K, V all-gather": 2.0 * (m - 1) * layout.kv_heads * d_s}
-    if layout.query_placement == "dims":
-        queries = (m - 1) / m * layout.query_heads * d_s
-        moved |= {"query all-to-all": queries, "output all-to-all": queries}
-    return moved
-
-
 def table(plan: HelixPlan) -> Table:
     """One line per tensor-parallel rank."""
     layout = plan.layout
@@ -75,7 +59,7 @@ def exchange_lines(plan: HelixPlan) -> list[str]:
         return [f"Ranks 0-{m - 1} sum their partial scores: s x s of each query head."]
     lines = [f"Ranks 0-{m - 1} (and every other head group alike), per token, layer and forward pass:"]
     mean = "" if layout.is_even else ", mean of the ranks"
-    moved = exchange_elements(layout)
+    moved = layout.exchanged()
     lines += [f"  {name}: {count:g} elements received{mean}" for name, count in moved.items()]
     shape, tp = layout.shape, layout.grid.size
     total = sum(moved.values())

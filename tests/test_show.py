@@ -39,7 +39,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert [cell.strip() for cell in row.split("│")][:5] == [
         "7-13", "32-63, 96-127", "1", "32-63, 96-127", "64-127",
     ]  # fmt: skip
-    assert "K, V all-gather: 128 elements" in said and "query all-to-all: 224 elements" in said
+    assert "K and V: 128 elements" in said and "queries: 224 elements" in said
     assert ElementTree.fromstring(picture.read_text()) is not None
     assert cli.main(["show", *flags.split(), "--helix-head-parallel-size", "3"]) == 2
     assert "legal" in capsys.readouterr().err
@@ -49,6 +49,6 @@ def test_elements_of_the_design():
     """H=64, G=8, d=128, T=16 as 8x2: 640 with `dims`, 128 with `heads`."""
     for placement, expected in (("dims", 640), ("heads", 128)):
         layout = HelixConfig(8, 2, query_placement=placement).resolve(64, 8, 128, 16).layout
-        assert sum(show.exchange_elements(layout).values()) == expected
+        assert sum(layout.exchanged().values()) == expected
     plan = HelixConfig(8, 2).resolve(64, 8, 128, 16)
     assert "Megatron would gather the mixed QKV: 9600" in show.exchange_lines(plan)[-1]

@@ -3,9 +3,9 @@
 Exact attention with query placement "dims", one dim group of m = 2 ranks; L and R are the halves of a head:
 
                rank 0      rank 1                     rank 0          rank 1
-    K, V       [L] x K     [R] x K    all-gather  ->  [L R] x K       [L R] x K       whole KV heads on both
+    K, V       [L] x K     [R] x K    one         ->  [L R] x K'      [L R] x K'      the KV heads it needs
     Q          [L] x N     [R] x N    all-to-all  ->  [L R] x N/2     [L R] x N/2     half of the heads each
-                                                      attention       attention
+                                                      QK norm, RoPE,  attention
     output     [L] x N     [R] x N  <- all-to-all     [L R] x N/2     [L R] x N/2
 
 With "heads" the queries are whole already and K, V are all that moves.

@@ -1,23 +1,27 @@
 """Communication of Helix attention: every collective of the dim group, with its backward.
 
-Shapes: S sequence, B batch, N query heads of a head group (hq), K its KV heads (hk), D head dimension,
-m slices, d_s = D/m; [..] local tensors. "Bytes received" counts elements per rank and layer, forward.
+Shapes: S sequence, B batch, N query heads of a head group (hq), K its KV heads (hk), K' those that a rank
+attends with, D head dimension, m slices, d_s dimensions of a rank's slice (D/m where they are even); [..]
+local tensors. "Received" counts elements per rank and layer, forward.
 
     collective            payload                                    received            backward
-    gather_slices (K, V)  [2 S B K d_s] from each rank               2 (m-1) S B K d_s   sum of slices (same)
-    gather_uneven (K, V)  [2 S B K d_s(j)] from each rank j          2 S B K (D - d_s)   sum of slices (same)
-    all-to-all (Q)        slice of all heads -> whole some heads     (m-1)/m S B N d_s   all-to-all, reversed
-    all-to-all (output)   whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
+    WholeHeads "heads"    K, V slices -> the K' heads needed         2 S B K' (D - d_s)  the same back, summed
+    WholeHeads "dims"     likewise, and Q slice -> whole some heads  + S B N/m (D - d_s) the same back, summed
+    output_slices         whole some heads -> slice of all heads     (m-1)/m S B N d_s   all-to-all, reversed
     all_reduce_sum        [B N S S] fp32 partial scores              B N S S             all-reduce
+    gather_slices         [n] from each rank of a group              (m-1) n             sum of slices (same)
     gather_tokens         new tokens' Q, K, V in inference           (m-1) of them       none (inference)
+    gather_uneven         likewise, where slices are uneven          those of the others none (inference)
     AsyncAllToAll         partial outputs, log-sum-exps in inference (m-1) pieces        none (inference)
 
-Uneven slices have d_s(j) in place of d_s. A rank receives D - d_s where it says (m-1) d_s above, except
-for output slices, which are its own: of them it receives (m-1)/m S B N d_s, and of gradients of K and V
-2 (m-1) S B K d_s. Nothing is padded.
+The first three are in heads.py, ONE collective each way: an all-to-all; where every rank needs the same K
+and V of whole query heads, an all-gather. Of gradients of K and V a rank receives those of its slice, from
+the ranks that attend with its heads: 2 S B (sum of their K') d_s. Nothing is padded, and nothing is sent that
+is not needed.
 
-With context parallelism K and V, whole by then, are gathered over its p ranks as well, for the K' heads that
-a rank attends with: 2 (p-1) S B K' D received, S positions of each rank, and as many in the backward.
+With context parallelism K and V, whole by then, are gathered over its p ranks as well (gather_slices), for
+the K' heads that a rank attends with: 2 (p-1) S B K' D received, S positions of each rank, and as many in
+the backward.
 
 Everything but the collective is ordinary torch, so autograd differentiates the packing itself.
 Groups are arguments. Payloads are flat and contiguous: a collective into a tensor that keeps permuted
@@ -32,6 +36,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from helix_megatron.exchange.sums import sum_copies
 
 
 class _AllGather(torch.autograd.Function):
@@ -53,28 +59,7 @@ class _AllGather(torch.autograd.Function):
         grad = grad.contiguous()
         received = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         dist.all_to_all_single(received.view(-1), grad.view(-1), group=ctx.group)
-        return received.sum(dim=0, dtype=torch.float32).to(grad.dtype), None
-
-
-class _GatherUneven(torch.autograd.Function):
-    """Pieces of `sizes` elements, one on each rank -> all of them [sum of sizes]; backward as _AllGather's.
-
-    An all-to-all that sends the same piece to everyone: an all-gather would want equal ones.
-    """
-
-    @staticmethod
-    def forward(ctx, flat: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        out, m = flat.new_empty(sum(sizes)), group.size()
-        dist.all_to_all_single(out, flat.repeat(m), sizes, [flat.numel()] * m, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        m, own = ctx.group.size(), ctx.sizes[ctx.group.rank()]
-        received = grad.new_empty(m * own)
-        dist.all_to_all_single(received, grad.contiguous(), [own] * m, ctx.sizes, group=ctx.group)
-        return received.view(m, own).sum(dim=0, dtype=torch.float32).to(grad.dtype), None, None
+        return sum_copies(received, dim=0), None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -133,28 +118,6 @@ def gather_slices(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     ]
 
 
-def gather_uneven(
-    tensors: Sequence[Tensor], shapes: Sequence[Sequence[Sequence[int]]], group: dist.ProcessGroup
-) -> list[list[Tensor]]:
-    """gather_slices of tensors whose shapes differ between ranks, in ONE collective.
-
-    Args:
-        tensors: local tensors, equally typed.
-        shapes: for each tensor, its shape on every rank of the group.
-    Returns:
-        for each, the tensor of every rank of the group. Backward: summed to each owner.
-    """
-    numbers = [[math.prod(shape) for shape in of_rank] for of_rank in zip(*shapes, strict=True)]
-    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    gathered = _GatherUneven.apply(packed, [sum(of_rank) for of_rank in numbers], group)
-    pieces = iter(gathered.split([size for of_rank in numbers for size in of_rank]))
-    by_rank = [[next(pieces) for _ in tensors] for _ in numbers]
-    return [
-        [piece.view(tuple(shape)) for piece, shape in zip(of_tensor, of_shape, strict=True)]
-        for of_tensor, of_shape in zip(zip(*by_rank, strict=True), shapes, strict=True)
-    ]
-
-
 def all_to_all(
     pieces: Sequence[Tensor], receive_shapes: Sequence[Sequence[int]], group: dist.ProcessGroup
 ) -> list[Tensor]:
@@ -193,6 +156,32 @@ def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[T
     return [
         part.reshape(m, *tensor.shape)
         for part, tensor in zip(gathered.view(m, -1).split(sizes, dim=1), tensors, strict=True)
+    ]
+
+
+def gather_uneven(
+    tensors: Sequence[Tensor], shapes: Sequence[Sequence[Sequence[int]]], group: dist.ProcessGroup
+) -> list[list[Tensor]]:
+    """gather_tokens where shapes differ between ranks; has no backward.
+
+    ONE all-to-all that sends the same to everyone: an all-gather would want equal pieces.
+
+    Args:
+        tensors: local tensors, equally typed.
+        shapes: for each tensor, its shape on every rank of the group.
+    Returns:
+        for each, the tensor of every rank of the group.
+    """
+    numbers = [[math.prod(shape) for shape in of_rank] for of_rank in zip(*shapes, strict=True)]
+    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    sizes, m = [sum(of_rank) for of_rank in numbers], group.size()
+    gathered = packed.new_empty(sum(sizes))
+    dist.all_to_all_single(gathered, packed.repeat(m), sizes, [packed.numel()] * m, group=group)
+    pieces = iter(gathered.split([size for of_rank in numbers for size in of_rank]))
+    by_rank = [[next(pieces) for _ in tensors] for _ in numbers]
+    return [
+        [piece.view(tuple(shape)) for piece, shape in zip(of_tensor, of_shape, strict=True)]
+        for of_tensor, of_shape in zip(zip(*by_rank, strict=True), shapes, strict=True)
     ]
 
 

@@ -244,8 +244,8 @@ def _patch_groups() -> None:
         def call(*args, **kwargs):
             if takes_backend_first and args:
                 kwargs["backend"], args = args[0], args[1:]
-            if kwargs.get("backend") != "fake":
-                kwargs["backend"] = "gloo"
+            fake = c10d.is_initialized() and c10d.get_backend() == "fake"
+            kwargs["backend"] = "fake" if fake or kwargs.get("backend") == "fake" else "gloo"
             for name in ("device_id", "pg_options"):
                 kwargs.pop(name, None)
             given = kwargs.get("timeout")

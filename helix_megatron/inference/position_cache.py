@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_megatron.exchange.collectives import AsyncAllToAll, gather_tokens, gather_uneven
-from helix_megatron.exchange.slices import merge_key_slices, merge_value_slices, slice_shapes
+from helix_megatron.exchange.slices import slice_shapes
+from helix_megatron.exchange.views import merge_slices
 from helix_megatron.kernels.backend import attend
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, Sight
@@ -108,8 +109,8 @@ def gather_new_tokens(
     elif whole_heads:
         query = torch.cat(queries, dim=2)
     else:
-        query = merge_key_slices(queries, layout)
-    return query, merge_key_slices(keys, layout), merge_value_slices(values)
+        query = merge_slices(queries, layout, of_keys=True)
+    return query, merge_slices(keys, layout, True), merge_slices(values, layout, False)
 
 
 def send_partials(

@@ -1,7 +1,13 @@
 """Everything that knows Megatron's classes. integrate.py is what a user calls.
 
 self_attention.py  HelixParallelSelfAttention, a subclass of Megatron's SelfAttention
-core_attention.py  the exchange around an ordinary attention core; summed scores
+sliced_modules.py  Megatron's submodules, built for slices
+refusals.py        what sliced heads do not serve, by name
+core_attention.py  an ordinary attention core, and what this rank hands to it
+core_names.py      its state under the names that it has without Helix
+position_share.py  attention of a share of the query positions
+summed_scores.py   attention by partial scores of slices
+te_backends.py     Transformer Engine's choice of a kernel, for every shape
 sdpa.py            PyTorch's fused attention in place of Megatron's unfused local core
 masks.py           what a mask tensor means to each attention core
 qk_norm.py         QK norm over heads of which a rank holds a slice

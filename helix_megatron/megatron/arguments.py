@@ -107,6 +107,18 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "the next part attends. 1 does not overlap.",
     )
     group.add_argument(
+        "--helix-no-overlap-exchange",
+        action="store_true",
+        help="Training with whole query heads: wait for K and V before the query is normed and rotated, and "
+        "for their gradients before the query's. The numbers are the same.",
+    )
+    group.add_argument(
+        "--helix-recompute-exchange",
+        action="store_true",
+        help="With --recompute-granularity selective: keep slices and exchange them again in the backward, "
+        "in place of keeping the whole heads that attention is given. Less memory, more to move.",
+    )
+    group.add_argument(
         "--helix-hierarchical-allreduce",
         action="store_true",
         help="Reduce over the tensor-parallel group level by level (dim group, head groups, dim group), for "
@@ -150,6 +162,8 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
             "--helix-context-length": args.helix_context_length is not None,
             "--helix-kv-interleave-size": args.helix_kv_interleave_size != 32,
             "--helix-overlap-chunks": args.helix_overlap_chunks != 1,
+            "--helix-no-overlap-exchange": args.helix_no_overlap_exchange,
+            "--helix-recompute-exchange": args.helix_recompute_exchange,
             "--helix-hierarchical-allreduce": args.helix_hierarchical_allreduce,
             "--helix-adaptive-grad-scaling": args.helix_adaptive_grad_scaling,
             "--helix-no-verify-checkpoint": args.helix_no_verify_checkpoint,
@@ -176,6 +190,8 @@ def helix_config_from_args(args: argparse.Namespace) -> HelixConfig | None:
         host_mode=args.helix_host_mode,
         kv_interleave_size=args.helix_kv_interleave_size,
         overlap_chunks=args.helix_overlap_chunks,
+        overlap_exchange=not args.helix_no_overlap_exchange,
+        recompute_exchange=args.helix_recompute_exchange,
         hierarchical_allreduce=args.helix_hierarchical_allreduce,
         adaptive_grad_scaling=args.helix_adaptive_grad_scaling,
         rotary_percent=args.rotary_percent if has_rope else 0.0,

@@ -1,26 +1,31 @@
-"""Attention over slices: exchange within the dim group around an ordinary attention core.
+"""Attention over slices: an ordinary attention core, and what this rank hands to it.
 
-`HelixCoreAttention` takes the place of Megatron's `core_attention` module, so everything before it
-(projections, QK-norm, RoPE) and after it (output projection) stays Megatron's code on slices.
+`HelixCoreAttention` takes the place of Megatron's `core_attention` module, so everything before it and after
+it (output projection) stays Megatron's code.
 
 Note [Exact attention over slices]
-    a2a         all-gather K and V, all-to-all Q: whole heads (and, when m does not divide the query heads
-                of a group, a zigzag share of the query positions), then any attention core, then the
-                output goes back by all-to-all. With "heads" placement the queries are whole already.
-                Context parallelism: K and V are then gathered over its group too (whatever cp_comm_type
+    a2a         it is given whole heads (and, when m does not divide the query heads of a group, a zigzag
+                share of the query positions; self_attention.py and exchange/heads.py), runs any attention
+                core on them, and sends the output back as slices. With "heads" placement it stays whole.
+                Context parallelism: K and V are gathered over its group too (whatever cp_comm_type
                 says); the queries of a rank are a zigzag share already.
-    all_reduce  the partial scores of the slices are summed in fp32; softmax; times the local slice of V.
-                The two-level formula taken literally and made exact; needs S^2 memory.
-    A cache of slices (KV cache "dim"; fewer queries than keys) always sums partial scores: B N L scores are
-    less to move than the cache. A cache of positions ("sequence") does not come here, see inference/.
+    all_reduce  it is given slices, whose partial scores are summed (summed_scores.py). The two-level formula
+                taken literally and made exact; needs S^2 memory.
+    Selective recompute keeps what the core is given; with --helix-recompute-exchange it keeps slices, and the
+    exchange is made again too (of the output never).
+    A cache of slices (KV cache "dim", static context) gives slices too: the prompt's become whole heads here,
+    and where queries are fewer than keys partial scores are summed: B N L scores are less to move than the
+    cache. A cache of positions ("sequence") does not come here, see inference/.
 
-S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, D head, d_s = D/m (the
-rank's own, where slices are uneven).
+S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, K' those that this rank
+attends with, D head, d_s = D/m (the rank's own, where slices are uneven), S_p and N/a this rank's share of
+query positions and heads.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,29 +37,31 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, sharded_state_dict_default
 from torch import Tensor
 
-from helix_megatron.exchange.collectives import all_reduce_sum, gather_slices
-from helix_megatron.exchange.groups import HelixGroups, seed_of_dim_group
+from helix_megatron.exchange.collectives import gather_slices
+from helix_megatron.exchange.groups import HelixGroups
+from helix_megatron.exchange.heads import HeadExchange, WholeHeads, output_slices
 from helix_megatron.exchange.slices import (
-    gather_keys_values,
-    output_slices,
     query_slices,
     repeat_heads,
     restore_positions,
-    select_positions,
     whole_outputs,
-    whole_queries,
 )
-from helix_megatron.megatron.masks import hidden_from_scores, rows_of_chunk
-from helix_megatron.megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention, bottom_right_causal_mask
+from helix_megatron.megatron.core_names import hide_inner_core
+from helix_megatron.megatron.masks import hidden_from_scores
+from helix_megatron.megatron.position_share import PositionShare
+from helix_megatron.megatron.sdpa import CAUSAL_TYPES, ScaledDotProductAttention
+from helix_megatron.megatron.summed_scores import add_dim_group_rng, attend_by_sums
+from helix_megatron.megatron.te_backends import with_choice_of
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
-from helix_megatron.partition.layout import global_chunks, position_chunks
 
-DIM_GROUP_RNG = "helix-dim-group-rng"
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
+Prepare = Callable[[Tensor, Tensor, Tensor], Heads]
 
 
 class HelixCoreAttention(torch.nn.Module):
-    """Exact attention for query, key and value slices.
+    """Exact attention for whole heads, or slices of them.
 
     Args:
         core_builder: the layer spec's own core attention (local, Transformer Engine, ...).
@@ -77,6 +84,7 @@ class HelixCoreAttention(torch.nn.Module):
     ):
         super().__init__()
         self.layout, self.comm_type, self.group = plan.layout, plan.comm_type, groups.dim_group
+        self.exchange = HeadExchange(plan.layout, groups.dim_group, plan.overlap_exchange)
         self.attn_mask_type = attn_mask_type
         self.whole_query_heads = self.layout.query_placement == "heads"
         scale = core_kwargs.get("softmax_scale") or config.softmax_scale
@@ -86,12 +94,12 @@ class HelixCoreAttention(torch.nn.Module):
         self.window_size = config.window_size if windowed else None
 
         parts, part = self.layout.head_parts, groups.dim_rank // self.layout.position_parts
-        self.position_parts = self.layout.position_parts
-        self.position_part = groups.dim_rank % self.layout.position_parts
+        position_parts = self.layout.position_parts
+        position_part = groups.dim_rank % position_parts
         if self.whole_query_heads:
-            parts, part, self.position_parts, self.position_part = self.group.size(), groups.dim_rank, 1, 0
+            parts, part, position_parts, position_part = self.group.size(), groups.dim_rank, 1, 0
         self.cp_group = core_kwargs["pg_collection"].cp if config.context_parallel_size > 1 else None
-        self.shares_positions = self.position_parts > 1 or self.cp_group is not None
+        self.shares_positions = position_parts > 1 or self.cp_group is not None
         self.has_sinks = getattr(config, "softmax_type", "vanilla") != "vanilla"
         if self.shares_positions and self.window_size is not None and self.window_size[1] != 0:
             raise HelixConfigError(
@@ -99,14 +107,17 @@ class HelixCoreAttention(torch.nn.Module):
                 f"{self.layout.grid} for {self.layout.shape}, context-parallel size "
                 f"{config.context_parallel_size}) does not serve; use a window (left, 0)"
             )
-        self.kv_slice, self.kv_repeat = _kv_heads_needed(self.layout.kv_head_of(part, parts))
-        self.core, self.loading_prefix = None, ""
+        self.prepare: Prepare | None = None  # of the forward pass that runs
+        self.recomputes = False  # attention again in the backward: --recompute-granularity selective
+        self.recomputes_exchange = plan.recompute_exchange
+        self.kv_repeat = _uneven_repeats(self.layout.kv_head_of(part, parts))
+        self.core = None
         if self.comm_type == "a2a":
             core_config = copy.copy(config)  # this rank's whole heads, as Megatron's core counts them
             core_config.context_parallel_size = 1  # the core is given all keys
             core_config.num_attention_heads = self.layout.query_heads // parts * self.layout.grid.size
-            kv_heads = len(range(*self.kv_slice.indices(self.layout.kv_heads)))
-            core_config.num_query_groups = (sum(self.kv_repeat) if self.kv_repeat else kv_heads) * (
+            first, stop = self.layout.kv_ranges[groups.dim_rank]
+            core_config.num_query_groups = (sum(self.kv_repeat) if self.kv_repeat else stop - first) * (
                 self.layout.grid.size
             )
             local = _is_local(core_builder)
@@ -118,7 +129,11 @@ class HelixCoreAttention(torch.nn.Module):
                 **core_kwargs,
             )
             self.core_is_local = isinstance(self.core, DotProductAttention)
-            self.core_needs_mask = self.core_is_local and not isinstance(self.core, ScaledDotProductAttention)
+            fused = isinstance(self.core, ScaledDotProductAttention)
+            self.share = PositionShare(
+                self.layout, position_part, position_parts, self.cp_group, self.window_size,
+                self.core_is_local, self.core_is_local and not fused,
+            )  # fmt: skip
             if self.shares_positions and not (self.core_is_local or _is_te(self.core)):
                 raise HelixConfigError(
                     f"core attention {type(self.core).__name__} cannot be given a share of the query "
@@ -129,10 +144,8 @@ class HelixCoreAttention(torch.nn.Module):
         else:
             self.core_is_local = _is_local(core_builder)
             if config.attention_dropout > 0:
-                _add_dim_group_rng(groups)
-        self.register_state_dict_post_hook(_without_core_prefix)
-        self.register_load_state_dict_pre_hook(_with_core_prefix)
-        self.register_load_state_dict_post_hook(_judged_without_core_prefix)
+                add_dim_group_rng(groups)
+        hide_inner_core(self)
 
     @property
     def is_causal(self) -> bool:
@@ -159,48 +172,48 @@ class HelixCoreAttention(torch.nn.Module):
     ) -> Tensor:
         """
         Args:
-            query: [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement; rotated.
-            key, value: [L, B, K, d_s].
+            query: [S_p, B, N/a, D], rotated; as slices [S, B, N, d_s] ("dims") or [S, B, N/m, D] ("heads").
+            key, value: [S, B, K', D]; as slices [L, B, K, d_s].
             attention_mask: True where a query must not look, [B or 1, 1, S or 1, L]; or None.
         Returns:
             [S, B, N * d_s], as `linear_proj` of this rank expects it.
         """
         if attention_bias is not None:
             raise NotImplementedError("Helix: attention_bias is not supported when heads are sliced (m > 1)")
-        if packed_seq_params is not None:
-            return self._packed(query, key, value, attn_mask_type, packed_seq_params)
         mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
-        cached = query.shape[0] != key.shape[0]
+        sliced = key.shape[-1] < self.layout.shape.kv_channels
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, mask_type, packed_seq_params, sliced)
+        cached = sliced and query.shape[0] != key.shape[0]
         if self.comm_type == "all_reduce" or cached:
             own = not self.core_is_local and mask_type in (AttnMaskType.causal, AttnMaskType.no_mask)
             mask = None if cached and own else attention_mask
             mask_type = self.attn_mask_type if cached else mask_type  # a step of one query comes as no_mask
-            out = self._summed_scores(query, key, value, mask, mask_type)
-        else:
-            out = self._whole_heads(query, key, value, attention_mask, mask_type)
-        return out.flatten(-2)
+            return self._summed_scores(query, key, value, mask, mask_type).flatten(-2)
+        prepare = (self.prepare or self._exchanged) if sliced else None
+        return self._whole_heads(query, key, value, attention_mask, mask_type, prepare=prepare)
 
     def _packed(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask_type: AttnMaskType | None,
+        mask_type: AttnMaskType,
         packed: PackedSeqParams,
+        sliced: bool,
     ) -> Tensor:
-        """Sequences one after another, without a batch dimension: [S, N, d_s] -> [S, N * d_s].
+        """Sequences one after another, without a batch dimension: [S, N/a, D] -> [S, N * d_s].
 
         The exchange does not look at positions: it is that of one long sequence. The core tells them apart.
         """
-        if self.comm_type != "a2a" or self.shares_positions or query.shape[0] != key.shape[0]:
+        if sliced or self.shares_positions:
             raise NotImplementedError(
                 f"Helix grid {self.layout.grid}: packed sequences (thd) need --helix-comm-type a2a, no "
                 "context parallelism, no cache of slices, and an m that divides the query heads of a group; "
                 "use a grid with such an m, or m = 1"
             )
-        mask_type = mask_type if mask_type is not None else self.attn_mask_type
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        return self._whole_heads(query, key, value, None, mask_type, packed).flatten(-2).squeeze(1)
+        return self._whole_heads(query, key, value, None, mask_type, packed).squeeze(1)
 
     # ---- a2a ----
     def _whole_heads(
@@ -211,99 +224,65 @@ class HelixCoreAttention(torch.nn.Module):
         mask: Tensor | None,
         mask_type: AttnMaskType,
         packed: PackedSeqParams | None = None,
+        prepare: Prepare | None = None,
     ) -> Tensor:
-        length = query.shape[0]
-        key, value = gather_keys_values(key, value, self.kv_slice, self.layout, self.group)
-        if self.cp_group is not None:
-            key, value = (
-                restore_positions(list(shares), length * self.cp_group.size())
-                for shares in gather_slices([key, value], self.cp_group)
-            )
-        if self.kv_repeat:
-            key, value = repeat_heads(key, self.kv_repeat), repeat_heads(value, self.kv_repeat)
-        if not self.whole_query_heads:
-            query = whole_queries(query, self.layout, self.group)  # [S_p, B, N/a, D]
-        heads, dim = query.shape[2:]
-        if packed is not None:
-            tensors = (x.squeeze(1) for x in (query, key, value))
-            out = self._run_core(*tensors, None, mask_type, packed).unsqueeze(1)
-        elif not self.shares_positions:
-            out = self._run_core(query, key, value, mask, mask_type)
+        """Attention with whole heads, which `prepare` makes of slices where it is given: [S, B, N * d_s]."""
+        length = key.shape[0]
+
+        def gathered(query: Tensor, key: Tensor, value: Tensor) -> Heads:
+            if prepare is not None:
+                query, key, value = prepare(query, key, value)
+            return query, *self._all_positions(key, value)
+
+        def attend(*heads: Tensor) -> Tensor:
+            return self._attend(*heads, length, mask, mask_type, packed)
+
+        heads = (query, key, value)
+        if not (self.recomputes and self.training):
+            out = attend(*gathered(*heads))
+        elif self.recomputes_exchange:
+            out = tensor_parallel.checkpoint(lambda *x: attend(*gathered(*x)), False, *heads)
         else:
-            out = self._share_of_positions(query, key, value, mask, mask_type, length)
-        out = out.unflatten(-1, (heads, dim))
+            out = tensor_parallel.checkpoint(attend, False, *gathered(*heads))
         if self.whole_query_heads:
             return out
-        return output_slices(out, length, self.layout, self.group)
+        out = out.unflatten(-1, (-1, self.layout.shape.kv_channels))
+        return output_slices(self.exchange, out, length).flatten(-2)
 
-    def _share_of_positions(
+    def _exchanged(self, query: Tensor, key: Tensor, value: Tensor) -> Heads:
+        """Whole heads of slices that are normed and rotated."""
+        whole, key, value = WholeHeads(
+            self.exchange, None if self.whole_query_heads else query, key, value
+        ).wait()
+        return query if whole is None else whole, key, value
+
+    def _all_positions(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of the whole sequence, in its order."""
+        if self.cp_group is None:
+            return key, value
+        length = key.shape[0] * self.cp_group.size()
+        shares = gather_slices([key, value], self.cp_group)
+        return restore_positions(list(shares[0]), length), restore_positions(list(shares[1]), length)
+
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        length: int,
         mask: Tensor | None,
         mask_type: AttnMaskType,
-        length: int,
+        packed: PackedSeqParams | None,
     ) -> Tensor:
-        """Attention of this rank's query positions over all keys: [S_p, B, N/a * D].
-
-        Causal positions look at their prefix only, so each zigzag chunk runs on its own with a causal
-        mask aligned to the bottom right, and its rows of the tensor (Note [Masks and Transformer Engine]).
-        """
-        if self.window_size is not None and self.core_is_local:  # it looks at the window alone
-            mask, mask_type = None, AttnMaskType.causal
-        causal = mask_type in CAUSAL_TYPES
-        if not self.core_is_local:
-            self._refuse_masks_of_shares(mask, mask_type)
-        if not causal or (mask is not None and self.core_is_local):
-            if mask is not None and mask.shape[2] != 1:
-                mask = select_positions(mask, self.position_part, self.position_parts, dim=2)
-            return self._core_or_empty(query, key, value, mask, mask_type)
-        cp = self.cp_group
-        owner, owners = (cp.rank(), cp.size()) if cp is not None else (0, 1)
-        shares = position_chunks(length * owners, owner, owners)
-        chunks = global_chunks(length, self.position_part, self.position_parts, owner, owners)
-        queries = query.split([stop - start for start, stop in chunks])
-        outs = []
-        for (start, stop), chunk in zip(chunks, queries, strict=True):
-            rows = None
-            if mask is not None:
-                rows = rows_of_chunk(mask, (start, stop), shares, stop)
-            elif self.core_needs_mask and self.window_size is None and stop > start:
-                rows = bottom_right_causal_mask(stop - start, stop, key.device)
-            outs.append(
-                self._core_or_empty(chunk, key[:stop], value[:stop], rows, AttnMaskType.causal_bottom_right)
-            )
-        return torch.cat(outs)
-
-    def _refuse_masks_of_shares(self, mask: Tensor | None, mask_type: AttnMaskType) -> None:
-        """Transformer Engine reads these of a whole sequence, not of some rows of it."""
-        padding = mask_type in (AttnMaskType.padding, AttnMaskType.padding_causal)
-        reasons = {
-            "padding masks": mask is not None and padding,
-            f"sliding windows with {mask_type.name} attention": (
-                self.window_size is not None and mask_type not in CAUSAL_TYPES
-            ),
-        }
-        for what, used in reasons.items():
-            if used:
-                raise NotImplementedError(
-                    f"Helix: Transformer Engine's {what} are not supported for a share of the query "
-                    f"positions, which grid {self.layout.grid} needs for {self.layout.shape}; use a grid "
-                    "whose m divides the query heads of a group"
-                )
-
-    def _core_or_empty(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
-    ) -> Tensor:
-        if query.shape[0]:
+        """Attention of this rank's heads and positions: [S_p, B, N/a * D]."""
+        if self.kv_repeat:
+            key, value = repeat_heads(key, self.kv_repeat), repeat_heads(value, self.kv_repeat)
+        if packed is not None:
+            tensors = (x.squeeze(1) for x in (query, key, value))
+            return self._run_core(*tensors, None, mask_type, packed).unsqueeze(1)
+        if not self.shares_positions:
             return self._run_core(query, key, value, mask, mask_type)
-        # No position falls to this rank. Stay in the graph of Q, K and V all the same: the other ranks
-        # wait for this rank's part of the backward exchanges.
-        ratio = query.shape[2] // key.shape[2]
-        scores = torch.einsum("sbnd,lbnd->bnsl", query, key.repeat_interleave(ratio, dim=2))
-        out = torch.einsum("bnsl,lbnd->sbnd", scores, value.repeat_interleave(ratio, dim=2))
-        return out.flatten(-2)
+        return self.share.attend(self._run_core, query, key, value, mask, mask_type, length)
 
     def _run_core(
         self,
@@ -320,8 +299,15 @@ class HelixCoreAttention(torch.nn.Module):
         layout (get_qkv_layout) looks at no strides of a query whose key and value have memory of their own.
         """
         query, key, value = (x.contiguous() for x in (query, key, value))
-        return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
-                         packed_seq_params=packed)  # fmt: skip
+
+        def attend() -> Tensor:
+            return self.core(query, key, value, mask, attn_mask_type=mask_type, attention_bias=None,
+                             packed_seq_params=packed)  # fmt: skip
+
+        if self.core_is_local or not self.shares_positions:
+            return attend()
+        shape = (query.shape, key.shape, query.dtype, mask_type, mask is None, self.training)
+        return with_choice_of(shape, attend)
 
     # ---- all_reduce ----
     def _summed_scores(
@@ -334,66 +320,21 @@ class HelixCoreAttention(torch.nn.Module):
             )
         if self.whole_query_heads:
             query = query_slices(query, self.layout, self.group)
-        s, length, heads = query.shape[0], key.shape[0], query.shape[2]
-        ratio = heads // key.shape[2]
-        scaled = (query.float() * self.softmax_scale).unflatten(2, (key.shape[2], ratio))
-        scores = torch.einsum("sbkrd,lbkd->bkrsl", scaled, key.float()).flatten(1, 2)  # [B, N, S, L]
-        scores = all_reduce_sum(scores, self.group)
         te = None if self.core_is_local else value.dtype
-        hidden = hidden_from_scores(mask, mask_type, self.window_size, (s, length), scores.device, te)
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, -10000.0)  # Megatron's value for a forbidden position
-        probs = torch.softmax(scores, dim=-1)
-        if self.training and self.attention_dropout.p > 0:
-            # The ranks of a dim group hold the same probabilities and must drop the same of them.
-            with tensor_parallel.get_cuda_rng_tracker().fork(DIM_GROUP_RNG):
-                probs = self.attention_dropout(probs)
-        probs = probs.unflatten(1, (key.shape[2], ratio))
-        out = torch.einsum("bkrsl,lbkd->sbkrd", probs, value.float()).flatten(2, 3).to(value.dtype)
+        sizes = (query.shape[0], key.shape[0])
+        hidden = hidden_from_scores(mask, mask_type, self.window_size, sizes, query.device, te)
+        dropout = self.attention_dropout if self.training and self.attention_dropout.p > 0 else None
+        out = attend_by_sums(query, key, value, hidden, self.softmax_scale, dropout, self.group)
         return whole_outputs(out, self.layout, self.group) if self.whole_query_heads else out
 
 
-def _kv_heads_needed(kv_head_of: list[int]) -> tuple[slice, list[int] | None]:
-    """KV heads a rank needs for its query heads, and how often each repeats when that is uneven.
+def _uneven_repeats(kv_head_of: list[int]) -> list[int] | None:
+    """How often each KV head that a rank needs repeats, when that is uneven.
 
-    [0, 0, 1, 1] -> slice(0, 2), None (ordinary grouped attention); [0, 0, 0, 1] -> slice(0, 2), [3, 1].
+    [0, 0, 1, 1] -> None (ordinary grouped attention); [0, 0, 0, 1] -> [3, 1].
     """
-    first, last = kv_head_of[0], kv_head_of[-1]
-    counts = [kv_head_of.count(head) for head in range(first, last + 1)]
-    return slice(first, last + 1), (counts if len(set(counts)) > 1 else None)
-
-
-def _without_core_prefix(module: torch.nn.Module, state: dict, prefix: str, _: Any) -> None:
-    """State of the core is saved under the name it has without Helix."""
-    for key in [key for key in state if key.startswith(prefix + "core.")]:
-        state[prefix + key.removeprefix(prefix + "core.")] = state.pop(key)
-
-
-def _with_core_prefix(module: HelixCoreAttention, state: dict, prefix: str, *_: Any) -> None:
-    """Inverse of _without_core_prefix."""
-    if module.core is None:  # what a core knows beyond weights (of FP8, say) is of no use here
-        state.pop(f"{prefix}_extra_state", None)
-        return
-    module.loading_prefix = prefix
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}core.{key.removeprefix(prefix)}"] = state.pop(key)
-
-
-def _judged_without_core_prefix(module: HelixCoreAttention, keys: Any) -> None:
-    """Missing and unexpected keys get the names they have without Helix, and the core forgives them by those.
-
-    Transformer Engine's forgives a missing `core_attention._extra_state`: no distributed checkpoint has it.
-    """
-    if module.core is None:
-        return
-    prefix = module.loading_prefix
-    for names in (keys.missing_keys, keys.unexpected_keys):
-        names[:] = [
-            prefix + name.removeprefix(f"{prefix}core.") if name.startswith(f"{prefix}core.") else name
-            for name in names
-        ]
-    for hook in module.core._load_state_dict_post_hooks.values():
-        hook(module.core, keys)
+    counts = [kv_head_of.count(head) for head in range(kv_head_of[0], kv_head_of[-1] + 1)]
+    return counts if len(set(counts)) > 1 else None
 
 
 def _is_local(core_builder: Any) -> bool:
@@ -402,11 +343,3 @@ def _is_local(core_builder: Any) -> bool:
 
 def _is_te(core: torch.nn.Module) -> bool:
     return any(cls.__name__ == "TEDotProductAttention" for cls in type(core).__mro__)
-
-
-def _add_dim_group_rng(groups: HelixGroups) -> None:
-    """Add to Megatron's tracker a random stream that the ranks of a dim group share."""
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    if DIM_GROUP_RNG in tracker.get_states():
-        return
-    tracker.add(DIM_GROUP_RNG, seed_of_dim_group(torch.cuda.initial_seed(), groups.head_rank))

@@ -2,7 +2,8 @@
 
 A rank keeps the whole weight [d], as Megatron does, and uses its slice's entries; Megatron already sums
 the gradients of `q_layernorm` and `k_layernorm` over the tensor-parallel group. The module stays Megatron's
-(or Transformer Engine's), with the state that it keeps in checkpoints; its forward alone is another.
+(or Transformer Engine's), with the state that it keeps in checkpoints; it takes whole heads as ever, and
+slices besides.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Settings:
 
 
 class SliceNorm(torch.nn.Module):
-    """RMSNorm, LayerNorm or L2 norm over heads of which each rank of a dim group holds a slice.
+    """RMSNorm, LayerNorm or L2 norm over whole heads, or over heads of which a rank holds a slice.
 
     Made by `slice_norm`, as a subclass of the whole-head norm's class.
     """
@@ -41,11 +42,15 @@ class SliceNorm(torch.nn.Module):
     _helix_dims: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, heads, d_s] -> the same, normalised over the whole head.
+        """[s, b, heads, d] or [s, b, heads, d_s] -> the same, normalised over the whole head.
 
-        One fp32 all-reduce of [s, b, heads]; LayerNorm takes two, as its variance needs the mean first.
+        Of slices: one fp32 all-reduce of [s, b, heads]; LayerNorm takes two, for its variance needs the
+        mean first.
         """
-        values, settings = x.float(), self._helix
+        settings = self._helix
+        if x.shape[-1] == settings.head_dim:
+            return super().forward(x)
+        values = x.float()
         weight, bias = (getattr(self, name, None) for name in ("weight", "bias"))
         if settings.kind == "LayerNorm":
             values = values - self._mean_over_head(values)
@@ -69,7 +74,7 @@ def _sliced_class(cls: type) -> type:
 def slice_norm(
     norm: torch.nn.Module, config: Any, dims: Indices, head_dim: int, group: dist.ProcessGroup
 ) -> torch.nn.Module:
-    """The same module, whose forward takes slices.
+    """The same module, whose forward takes slices too.
 
     Args:
         norm: the whole-head norm Megatron would use.

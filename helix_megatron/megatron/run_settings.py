@@ -38,7 +38,7 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         HelixConfigError: the settings cannot work; the message names them and the way out.
     """
     from helix_megatron.megatron.masks import te_is_unfused
-    from helix_megatron.megatron.self_attention import refuse_unsupported
+    from helix_megatron.megatron.refusals import refuse_unsupported
 
     plan = helix.resolve(
         args.num_attention_heads,
@@ -121,6 +121,7 @@ def agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:
         settings["helix query placement"] = plan.layout.query_placement
         settings["helix KV cache"] = f"{plan.kv_cache}, interleave size {plan.kv_interleave_size}"
         settings["helix adaptive gradient scaling"] = plan.adaptive_grad_scaling
-        settings["helix overlap chunks"] = plan.overlap_chunks
+        settings["helix overlap"] = f"chunks {plan.overlap_chunks}, exchange {plan.overlap_exchange}"
+        settings["helix exchange again"] = plan.recompute_exchange
     _store, rank, world_size = next(iter(rendezvous("env://")))
     agree(settings, _store, rank, world_size)

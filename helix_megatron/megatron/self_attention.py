@@ -2,31 +2,39 @@
 
 Note [What is Megatron's and what is ours]
     A derived TransformerConfig with H*m heads, G*m KV heads and d/m channels (a rank's own d_s where slices
-    are uneven) makes Megatron's own
-    SelfAttention project, split, rotate and cache SLICES: its modules (ColumnParallelLinear,
+    are uneven) makes Megatron's own SelfAttention project SLICES: its modules (ColumnParallelLinear,
     TELayerNormColumnParallelLinear, RowParallelLinear ...) are untouched, so fp8, sequence parallelism,
     wgrad fusion and communication overlap keep working. We change four things:
       1. which rows and columns of the standard weights a rank initialises (layout.py);
-      2. the RoPE table is indexed by the slice's dimensions;
-      3. QK-norm sums its squares over the dim group (qk_norm.py);
-      4. the core attention exchanges slices (core_attention.py); per-slice softmax needs none, there the
-         derived model IS the model.
-    Inference with a cache of positions takes a way of its own from the projections on (inference/).
-    With m = 1 the class is SelfAttention, bit for bit.
+      2. slices become whole heads before QK norm and RoPE, both then Megatron's own (exchange/heads.py);
+      3. the core attention is given the heads, positions and masks of this rank (core_attention.py), and
+         its output becomes slices again;
+      4. per-slice softmax exchanges nothing: there the derived model IS the model.
+
+Note [Slices that stay slices]
+    Summed scores (comm type all_reduce, KV cache "dim") and the KV cache of positions ("sequence") take
+    slices that are normed and rotated: squares are then summed over the dim group (qk_norm.py), and the
+    RoPE table is cut to the slice's dimensions. Inference with a cache of positions takes a way of its own
+    from there on (inference/). With m = 1 the class is SelfAttention, bit for bit.
+
+Note [Out of the way]
+    With whole query heads, K and V travel while the query is normed and rotated; in the backward dK and dV
+    travel while the query's part runs, for autograd runs what was computed last first: K's part ends in the
+    collective, then comes the query's, and the start of the exchange, which waits, was computed before it.
+    Every rank computes the same graph in the same order, so collectives pair up.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
 from torch import Tensor
@@ -34,16 +42,20 @@ from torch import Tensor
 from helix_megatron import compat
 from helix_megatron.checkpoint.layout import standard_layout
 from helix_megatron.exchange.groups import HelixGroups
+from helix_megatron.exchange.heads import WholeHeads
+from helix_megatron.exchange.slices import select_positions
 from helix_megatron.inference import contexts
-from helix_megatron.megatron.core_attention import HelixCoreAttention
+from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
-from helix_megatron.megatron.qk_norm import slice_norm
-from helix_megatron.megatron.sliced_linear import Slices, mark
-from helix_megatron.partition.config import HelixConfig, HelixPlan
+from helix_megatron.megatron.refusals import refuse_unsupported, setting
+from helix_megatron.megatron.sliced_modules import slice_submodules
+from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import derived_config, plan_for
 from helix_megatron.partition.grid import HelixConfigError
-from helix_megatron.partition.layout import HelixLayout
+
+Tables = tuple[Tensor | None, Tensor | None]
+"""RoPE tables of queries and keys, [s, 1, 1, rotary_dim]."""
 
 
 class HelixParallelSelfAttention(SelfAttention):
@@ -98,14 +110,18 @@ class HelixParallelSelfAttention(SelfAttention):
             )
         super().__init__(
             derived_config(config, plan, plan.layout.slice_dims(groups.dim_rank)),
-            _slice_submodules(submodules, config, plan, groups),
+            slice_submodules(submodules, config, plan, groups),
             **layer,
         )
         self.helix_plan, self.helix_groups = plan, groups
+        self._prepare: Prepare | None = None  # of the forward pass that runs
         if plan.adaptive_grad_scaling:
             self._scale_gradients()
         layout, dim_rank = plan.layout, groups.dim_rank
         self._whole_query_heads = layout.query_placement == "heads"
+        if plan.comm_type == "a2a":  # its core attention knows what to compute again
+            self.core_attention.recomputes = self.checkpoint_core_attention
+            self.checkpoint_core_attention = False
         rotary_dims = torch.from_numpy(layout.rotary_dims(dim_rank))
         self.register_buffer("_rotary_dims", rotary_dims.to(torch.cuda.current_device()), persistent=False)
 
@@ -121,70 +137,108 @@ class HelixParallelSelfAttention(SelfAttention):
         attention_mask: Tensor | None,
         key_value_states: Tensor | None = None,
         inference_context: Any = None,
-        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_emb: Tensor | Tables | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's, [s, b, h] -> [s, b, h]; RoPE tables are cut to this rank's slice on the way."""
-        if not self.helix_plan.is_megatron:
-            inference_context = deprecate_inference_params(
-                inference_context, kwargs.pop("inference_params", None)
-            )
-            if inference_context is not None and inference_context.is_dynamic_batching():
-                contexts.check_dynamic(inference_context, self.helix_plan)
-            if rotary_pos_emb is not None:
-                q_emb, k_emb = (
-                    rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-                )
-                k_slice = self._slice_rope(k_emb)
-                if self._whole_query_heads:
-                    rotary_pos_emb = (q_emb, k_slice)
-                else:
-                    rotary_pos_emb = (k_slice if q_emb is k_emb else self._slice_rope(q_emb), k_slice)
-            cache = self.helix_plan.kv_cache
-            if inference_context is not None and (
-                cache == "sequence" or (cache == "dim" and inference_context.is_dynamic_batching())
-            ):
-                return contexts.forward_with_shards(
-                    self, hidden_states, attention_mask, inference_context, rotary_pos_emb, *args, **kwargs
-                )
-            gated = _setting(self.config, "attention_output_gate")
-            if inference_context is not None and cache == "dim" and gated:
-                raise NotImplementedError(
-                    f"Helix grid {self.helix_plan.grid}: inference with an output gate "
-                    "(--attention-output-gate) was never checked with sliced heads; use a grid with m = 1"
-                )
-        return super().forward(
-            hidden_states,
-            attention_mask,
-            key_value_states,
-            inference_context,
-            rotary_pos_emb,
-            *args,
-            **kwargs,
+        """As Megatron's, [s, b, h] -> [s, b, h]."""
+        if self.helix_plan.is_megatron:
+            return super().forward(
+                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb,
+                *args, **kwargs,
+            )  # fmt: skip
+        inference_context = deprecate_inference_params(
+            inference_context, kwargs.pop("inference_params", None)
         )
-
-    def _slice_rope(self, emb: Tensor | None) -> Tensor | None:
-        """Columns of a RoPE table [s, 1, 1, rotary_dim] that belong to this rank's slice.
-
-        Megatron hands the same table to every layer and step, and it is as long as the longest sequence: the
-        slice is made once and kept with the table (several models may share one).
-        """
-        if emb is None:
-            return None
-        expected = self.helix_plan.layout.shape.rotary_dim
-        if emb.shape[-1] != expected:
-            raise HelixConfigError(
-                f"RoPE rotates {emb.shape[-1]} dimensions of each head, but Helix was configured for "
-                f"{expected}; set HelixConfig.rotary_percent to the model's rotary_percent (0 without RoPE)"
+        tables: Tables | None = None
+        if rotary_pos_emb is not None:
+            tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
+            self._check_rope(tables)
+        if inference_context is None and self.helix_plan.comm_type == "a2a":
+            packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            tables = self._begin(tables, hidden_states, packed)
+        elif tables is not None:
+            tables = self._tables_of_slices(tables)
+        if inference_context is not None and self._has_shards(inference_context):
+            return contexts.forward_with_shards(
+                self, hidden_states, attention_mask, inference_context, tables, *args, **kwargs
             )
-        if not hasattr(emb, "helix_slices"):
-            emb.helix_slices = {}
-        key = (self.helix_plan.layout, self.helix_groups.dim_rank, torch.is_inference_mode_enabled())
-        if key not in emb.helix_slices:
-            emb.helix_slices[key] = emb.index_select(-1, self._rotary_dims)
-        return emb.helix_slices[key]
+        try:
+            return super().forward(
+                hidden_states, attention_mask, key_value_states, inference_context, tables, *args, **kwargs
+            )
+        finally:
+            if self._prepare is not None:
+                self._prepare = self.core_attention.prepare = None
 
+    def _has_shards(self, context: Any) -> bool:
+        """Whether Helix, not Megatron, keeps the KV cache of this context."""
+        plan = self.helix_plan
+        dynamic = context.is_dynamic_batching()
+        if dynamic:
+            contexts.check_dynamic(context, plan)
+        if plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic):
+            return True
+        if plan.kv_cache == "dim" and setting(self.config, "attention_output_gate"):
+            raise NotImplementedError(
+                f"Helix grid {plan.grid}: inference with an output gate (--attention-output-gate) was never "
+                "checked with sliced heads; use a grid with m = 1"
+            )
+        return False
+
+    # ---- RoPE tables ----
+    def _check_rope(self, tables: Tables) -> None:
+        expected = self.helix_plan.layout.shape.rotary_dim
+        for table in tables:
+            if table is not None and table.shape[-1] != expected:
+                raise HelixConfigError(
+                    f"RoPE rotates {table.shape[-1]} dimensions of each head, but Helix was configured for "
+                    f"{expected}; set HelixConfig.rotary_percent to the model's rotary_percent (0 without "
+                    "RoPE)"
+                )
+
+    def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:
+        """Settle who makes whole heads of slices in this pass, and where; the tables left to Megatron."""
+        skipped = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+        q_table, k_table = tables if tables is not None and not skipped else (None, None)
+        q_table = self._table_of_positions(q_table, hidden_states)
+        core = self.core_attention
+        if core.recomputes and core.recomputes_exchange and self.training and not packed:
+            core.prepare = partial(self._whole_heads, tables=(q_table, k_table))
+            self._prepare = _as_they_are
+            return None
+        early = q_table if self._whole_query_heads and not packed else None
+        self._prepare = partial(self._whole_heads, tables=(early, None))
+        return (None if early is not None else q_table), k_table
+
+    def _table_of_positions(self, table: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+        """The rows of a table for the query positions that this rank attends with."""
+        layout = self.helix_plan.layout
+        parts = 1 if self._whole_query_heads else layout.position_parts
+        if table is None or parts == 1:
+            return table
+        length = hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1)
+        rank = self.helix_groups.dim_rank
+
+        def cut() -> Tensor:
+            return select_positions(table[:length], rank % parts, parts)
+
+        rows = _kept_with(table, (layout, rank, length), cut)
+        return rows if len(rows) else None
+
+    def _tables_of_slices(self, tables: Tables) -> Tables:
+        """Columns of the tables that belong to this rank's slice."""
+        q_table, k_table = tables
+        key = (self.helix_plan.layout, self.helix_groups.dim_rank)
+
+        def sliced(table: Tensor | None) -> Tensor | None:
+            if table is None:
+                return None
+            return _kept_with(table, key, lambda: table.index_select(-1, self._rotary_dims))
+
+        return q_table if self._whole_query_heads else sliced(q_table), sliced(k_table)
+
+    # ---- query, key and value ----
     def get_query_key_value_tensors(
         self,
         hidden_states: Tensor,
@@ -192,33 +246,61 @@ class HelixParallelSelfAttention(SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[Tensor, ...]:
-        """Query, key and value of this rank.
+        """Query, key and value of this rank, normed (slices that the core will exchange are not).
 
         Returns:
-            query [s, b, hq, d_s] ("dims") or [s, b, hq/m, d] ("heads"); key and value [s, b, hk, d_s]; with
-            `output_gate` the gate too, shaped as the query.
+            query, key, value of the heads (and positions) that this rank attends with, whole: as
+            WholeHeads.wait. Where slices stay slices (see the note above), or the core exchanges them:
+            query [s, b, hq, d_s] ("dims") or [s, b, hq/m, d] ("heads"), key and value [s, b, hk, d_s].
+            With `output_gate` the gate too, shaped as linear_proj's input, in heads.
         """
-        if self.helix_plan.is_megatron or not self._whole_query_heads:
+        if self.helix_plan.is_megatron or self.helix_plan.layout.per_slice:
             return super().get_query_key_value_tensors(
                 hidden_states, key_value_states, output_gate, split_qkv
             )
+        query, key, value, *gate = self._project(hidden_states, output_gate)
+        if self._prepare is not None:
+            return *self._prepare(query, key, value), *gate
+        return _normed(self.q_layernorm, query), _normed(self.k_layernorm, key), value, *gate
+
+    def _whole_heads(self, query: Tensor, key: Tensor, value: Tensor, *, tables: Tables) -> Heads:
+        """Whole heads of the slices, normed, and rotated where a table is given."""
+        exchange, (q_table, k_table) = self.core_attention.exchange, tables
+        arriving = WholeHeads(exchange, None if self._whole_query_heads else query, key, value)
+        if self._whole_query_heads:
+            query = self._rotated(_normed(self.q_layernorm, query), q_table)
+        whole, key, value = arriving.wait()
+        if whole is not None:
+            query = self._rotated(_normed(self.q_layernorm, whole), q_table)
+        return query, self._rotated(_normed(self.k_layernorm, key), k_table), value
+
+    def _rotated(self, heads: Tensor, table: Tensor | None) -> Tensor:
+        if table is None:
+            return heads
+        return apply_rotary_pos_emb(
+            heads,
+            table,
+            config=self.config,
+            mscale=compat.yarn_scale(self.config),
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _project(self, hidden_states: Tensor, output_gate: bool) -> list[Tensor]:
+        """Query, key, value (and gate) as `linear_qkv` gives them, in heads or slices of heads."""
         layout = self.helix_plan.layout
-        mixed_qkv, _ = self.linear_qkv(hidden_states)
-        heads = layout.query_heads // layout.grid.dim_parallel_size
-        kv = layout.kv_heads * layout.slice_dims(self.helix_groups.dim_rank)
-        queries = heads * layout.shape.kv_channels
-        gate = None
-        if output_gate:
-            query, gate, key, value = mixed_qkv.split([queries, queries, kv, kv], dim=-1)
+        d_s = layout.slice_dims(self.helix_groups.dim_rank)
+        mixed, _ = self.linear_qkv(hidden_states)
+        if self._whole_query_heads:
+            heads, dim = layout.query_heads // layout.grid.dim_parallel_size, layout.shape.kv_channels
+            sizes = [heads * dim] * (1 + output_gate) + [layout.kv_heads * d_s] * 2
         else:
-            query, key, value = mixed_qkv.split([queries, kv, kv], dim=-1)
-        query = query.unflatten(-1, (heads, -1))
-        key, value = key.unflatten(-1, (layout.kv_heads, -1)), value.unflatten(-1, (layout.kv_heads, -1))
-        if self.q_layernorm is not None:
-            query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
-        return (query, key, value) if gate is None else (query, key, value, gate.unflatten(-1, (heads, -1)))
+            mixed, dim = mixed.unflatten(-1, (layout.kv_heads, -1)), d_s
+            sizes = [layout.query_heads // layout.kv_heads * d_s] * (1 + output_gate) + [d_s] * 2
+        query, *gate, key, value = mixed.split(sizes, dim=-1)
+        s, b = mixed.shape[:2]
+        in_heads = [x.reshape(s, b, -1, dim) for x in (query, *gate)]
+        key, value = (x.reshape(s, b, -1, d_s) for x in (key, value))
+        return [in_heads[0], key, value, *in_heads[1:]]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -244,198 +326,27 @@ class HelixParallelSelfAttention(SelfAttention):
         return state
 
 
-def _setting(config: Any, name: str, default: Any = False) -> Any:
-    found = getattr(config, name, default)
-    return default if found is None else found
+def _as_they_are(query: Tensor, key: Tensor, value: Tensor) -> Heads:
+    return query, key, value
 
 
-def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
-    """Refuse, by name, what would be computed wrong with sliced heads.
+def _normed(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
+    """QK norm, where there is one. No kernel is given no position, and the weight stays in the graph."""
+    if norm is None:
+        return heads
+    if heads.shape[0]:
+        return norm(heads)
+    return norm(torch.cat([heads, heads.new_zeros(1, *heads.shape[1:])]))[:0]
 
-    Args:
-        config: a TransformerConfig, or Megatron's parsed arguments, which use the same names.
+
+def _kept_with(table: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """What is cut from a RoPE table, made once and kept with the table.
+
+    Megatron hands the same table to every layer and step (several models may share one), and it is as long as
+    the longest sequence.
     """
-    per_slice = plan.layout.per_slice
-    value = partial(_setting, config)
-    softmax_type = value("softmax_type", "vanilla")
-    graphs = value("cuda_graph_impl", "none")
-    packed = value("sft") or value("dataloader_inter_document_masking")
-    packs = "packed sequences (--sft, --dataloader-inter-document-masking)"
-    reasons = {
-        "multi-latent attention (--multi-latent-attention)": value("multi_latent_attention"),
-        "context parallelism (--context-parallel-size > 1) with per-slice softmax or --helix-comm-type "
-        "all_reduce": value("context_parallel_size", 1) > 1 and plan.comm_type != "a2a",
-        "the attention output gate (--attention-output-gate) with per-slice softmax": per_slice
-        and value("attention_output_gate"),
-        "QK clipping (--qk-clip)": value("qk_clip"),
-        f"softmax type {softmax_type!r} (--softmax-type) with --helix-comm-type all_reduce": (
-            softmax_type != "vanilla" and plan.comm_type == "all_reduce"
-        ),
-        f"softmax type {softmax_type!r} (--softmax-type) where m does not divide the query heads of a group "
-        "(ranks that share a head would each train its sink)": (
-            softmax_type == "learnable" and plan.comm_type == "a2a" and plan.layout.position_parts > 1
-        ),
-        f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
-        "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
-        f"CUDA graphs (--cuda-graph-impl {graphs})": graphs != "none",
-        "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
-        "flash decode (--flash-decode)": value("flash_decode"),
-        "test mode (--test-mode)": value("test_mode"),
-        "an experimental attention variant (--experimental-attention-variant)": value(
-            "experimental_attention_variant"
-        ),
-        f"{packs} with --helix-comm-type all_reduce": packed and plan.comm_type == "all_reduce",
-        f"{packs} with --context-parallel-size > 1": packed and value("context_parallel_size", 1) > 1,
-        f"{packs} where m does not divide the query heads of a group": (
-            packed and plan.comm_type == "a2a" and plan.layout.position_parts > 1
-        ),
-        f"{packs} with per-slice softmax and local layers (--transformer-impl local), whose core has none": (
-            packed and per_slice and value("transformer_impl") == "local"
-        ),
-        "weights sharded over more ranks than tensor parallelism has (--tensor-parallel-num-weight-shards, "
-        "gtp_weight_remat_size)": value("gtp_weight_remat_size", 1) > 1,
-        "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
-    }
-    for feature, used in reasons.items():
-        if used:
-            raise HelixConfigError(
-                f"Helix grid {plan.grid} does not support {feature}: heads are sliced (m > 1). "
-                "Turn it off, or choose a grid with m = 1"
-            )
-    _refuse_fp8_shapes(value, plan)
-
-
-def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:
-    """FP8 GEMMs want multiples of 16 (32 with MXFP8, 128 with blocks): say so before the first step."""
-    if not (value("fp8") or value("fp4")):
-        return
-    # The configuration's names, and those of Megatron's arguments.
-    flags = ("fp8_param", "fp4_param", "fp8_param_gather", "fp4_param_gather")
-    if any(value(flag) for flag in flags):
-        raise HelixConfigError(
-            f"Helix grid {plan.grid} slices heads (m > 1), which weights kept in FP8 or FP4 "
-            "(--fp8-param-gather, --fp4-param-gather) were never run with; leave them in half precision"
-        )
-    layout = plan.layout
-    recipe = value("fp8_recipe", "") if value("fp8") else ""
-    recipe = getattr(recipe, "value", recipe)
-    multiple = {"mxfp8": 32, "blockwise": 128}.get(recipe, 16)
-    why = f"FP8 and FP4 need multiples of {multiple}"
-    if recipe == "blockwise":
-        why = f"--fp8-recipe blockwise works in blocks of {multiple}, and slices of a part of one never ran"
-    for rank in range(plan.grid.dim_parallel_size):  # other head groups hold as much
-        parts = {
-            "rows of linear_qkv": len(layout.qkv_rows(rank)),
-            "columns of linear_proj": len(layout.proj_columns(rank)),
-        }
-        for name, held in parts.items():
-            if held % multiple:
-                raise HelixConfigError(
-                    f"{why}, but rank {rank} of Helix grid {plan.grid} holds {held} {name} of "
-                    f"{layout.shape}; use a smaller tensor-parallel size, another recipe, or no FP8"
-                )
-
-
-def _slice_submodules(
-    submodules: SelfAttentionSubmodules, config: TransformerConfig, plan: HelixPlan, groups: HelixGroups
-) -> SelfAttentionSubmodules:
-    """The spec's submodules, built for slices instead of heads."""
-    layout, tp = plan.layout, plan.grid.size
-    rank = groups.head_rank * plan.grid.dim_parallel_size + groups.dim_rank
-    rows, columns = Slices(layout, rank, 0, config), Slices(layout, rank, 1, config)
-    changes: dict[str, Any] = {
-        "linear_qkv": _sliced(submodules.linear_qkv, rows, tp),
-        "linear_proj": _sliced(submodules.linear_proj, columns, tp),
-    }
-    if not layout.per_slice:
-
-        def core_attention(*, config: TransformerConfig, **kwargs: Any) -> HelixCoreAttention:
-            del config  # the derived one: whole heads need the model's own
-            return HelixCoreAttention(submodules.core_attention, model_config, plan, groups, **kwargs)
-
-        model_config = config
-        changes["core_attention"] = core_attention
-        norms = _norm_builders(submodules, config)
-        for name, builder in norms.items():
-            whole = name == "q_layernorm" and layout.query_placement == "heads"
-            changes[name] = partial(_build_qk_norm, builder, layout, None if whole else groups)
-    changes = {name: compat.as_class(builder) for name, builder in changes.items()}
-    return dataclasses.replace(submodules, **changes)
-
-
-def _norm_builders(submodules: SelfAttentionSubmodules, config: TransformerConfig) -> dict[str, Any]:
-    """Builders of the QK norms that Megatron's SelfAttention would use; empty without QK-norm."""
-    if not (config.qk_layernorm or config.qk_l2_norm):
-        return {}
-    if config.qk_l2_norm:
-        from megatron.core.transformer.torch_norm import L2Norm as default
-    else:
-        from megatron.core.extensions.transformer_engine import HAVE_TE
-
-        default = None
-        if HAVE_TE:
-            from megatron.core.extensions.transformer_engine import TENorm as default
-    builders = {name: getattr(submodules, name) or default for name in ("q_layernorm", "k_layernorm")}
-    empty = [name for name, builder in builders.items() if builder is IdentityOp]
-    if empty:
-        flag = "--qk-l2-norm" if config.qk_l2_norm else "--qk-layernorm"
-        raise HelixConfigError(
-            f"{flag} was given, but the layer spec has no norm in {' and '.join(empty)} (Megatron's training "
-            f"loop puts no L2 norm into its local spec), so that Megatron would compute none; use "
-            f"--transformer-impl transformer_engine or another spec, or leave {flag} out"
-        )
-    missing = [name for name, builder in builders.items() if builder is None]
-    if missing:
-        raise HelixConfigError(
-            f"qk_layernorm needs Transformer Engine, or {' and '.join(missing)} set in the layer spec"
-        )
-    return builders
-
-
-def _build_qk_norm(
-    builder: Any,
-    layout: HelixLayout,
-    groups: HelixGroups | None,
-    *,
-    hidden_size: int,
-    config: Any,
-    eps: float,
-) -> torch.nn.Module:
-    """A QK norm over whole heads (groups None) or over slices of them."""
-    del hidden_size  # of a slice; the norm is over the whole head
-    norm = builder(hidden_size=layout.shape.kv_channels, config=config, eps=eps)
-    if groups is None:
-        return norm
-    dims = layout.key_dims(groups.dim_rank)
-    return slice_norm(norm, config, dims, layout.shape.kv_channels, groups.dim_group)
-
-
-def _sliced(builder: Callable, slices: Slices, tp: int) -> Callable:
-    """Wrap a linear layer's builder: it is marked, and a rank initialises ITS rows of the master weight.
-
-    Megatron divides a layer's size by T, so it is told T times what this rank holds (the whole layer, where
-    slices are even). With `--use-cpu-initialization` it draws the whole master weight on every rank and keeps
-    the rank's contiguous chunk. Here the true master is drawn, and that chunk is made the rows (dim 0) or
-    columns (dim 1) of this rank's slices: the model is the same at every grid. A local draw (GPU
-    initialisation) is left alone, its entries are independent.
-    """
-    held, dim, rank = len(slices.own), slices.dim, slices.rank
-
-    def build(*args: Any, init_method: Callable[[Tensor], Any], **kwargs: Any) -> torch.nn.Module:
-        def init(weight: Tensor) -> Any:
-            if weight.shape[dim] != held * tp:
-                return init_method(weight)
-            shape = list(weight.shape)
-            shape[dim] = len(slices.permutation)
-            master = weight.new_empty(shape)
-            result = init_method(master)
-            with torch.no_grad():
-                index = torch.from_numpy(slices.own).to(weight.device)
-                weight.narrow(dim, rank * held, held).copy_(master.index_select(dim, index))
-            return result
-
-        sizes = list(args[:2])  # of the input and of the output
-        sizes[1 - dim] = held * tp
-        return mark(builder(*sizes, *args[2:], init_method=init, **kwargs), slices)
-
-    return build
+    kept = table.__dict__.setdefault("helix_cuts", {})
+    key = (key, torch.is_inference_mode_enabled())
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]

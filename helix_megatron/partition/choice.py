@@ -1,8 +1,9 @@
 """The planner's grid without a search, for `--attention-impl helix` alone, and why.
 
 Every legal grid of a tensor-parallel size does equal work and keeps equal memory (uneven slices: on the mean
-of the ranks). They differ in what the m ranks of a dim group exchange: 2 (m - 1) G d / T elements of K and V
-for a token, and (m - 1)/m H d / T each of queries and outputs where m does not divide a group's query heads;
+of the ranks). They differ in what the m ranks of a dim group exchange: 2 (m - 1) K' d / m elements of K and V
+for a token (K' KV heads that a rank attends with, G m / T at most and one at least), and (m - 1)/m H d / T
+each of queries and outputs where m does not divide a group's query heads;
 with a cache of slices, 2 (m - 1) H / T scores for a token and each key it looks at. All grow with m, and so
 does the group. So the rule is: as many head groups as the model allows. Whether another tensor-parallel size
 would be better it cannot say; that takes a cluster and a search (`helix plan`).
@@ -11,6 +12,7 @@ would be better it cannot say; that takes a cluster and a search (`helix plan`).
 from __future__ import annotations
 
 from helix_megatron.partition.grid import AttentionShape, HelixGrid, choose_grid, legal_grids
+from helix_megatron.partition.layout import HelixLayout
 
 
 def choose(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
@@ -38,9 +40,6 @@ def choose(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
 
 def exchanged(shape: AttentionShape, grid: HelixGrid) -> float:
     """Elements that a rank receives inside attention for one token, forward, comm type a2a; mean of ranks."""
-    n, m, d = grid.head_parallel_size, grid.dim_parallel_size, shape.kv_channels
-    keys_values = 2 * (m - 1) * (shape.num_query_groups / n) * (d / m)
-    query_heads = shape.num_attention_heads // n
-    if query_heads % m == 0:
-        return keys_values  # whole query heads stay where they are
-    return keys_values + 2 * (m - 1) / m * query_heads * (d / m)
+    n, m = grid.head_parallel_size, grid.dim_parallel_size
+    whole = shape.num_attention_heads // n % m == 0  # whole query heads stay where they are
+    return sum(HelixLayout(shape, grid, "heads" if whole else "dims").exchanged().values())

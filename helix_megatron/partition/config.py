@@ -68,6 +68,14 @@ class HelixConfig:
     """Parts into which the new tokens of an inference step are cut: the exchange of one part's attention runs
     while the next part attends. 1: no overlap. For the "sequence" cache."""
 
+    overlap_exchange: bool = True
+    """Training with whole query heads: K and V travel while the query is normed and rotated, their gradients
+    while the query's are. The numbers are the same without."""
+
+    recompute_exchange: bool = False
+    """Selective recompute keeps slices, and exchanges them again in the backward; else it keeps the whole
+    heads that attention is given."""
+
     hierarchical_allreduce: bool = False
     """Reduce over the tensor-parallel group level by level; for grids that span nodes (levels.py)."""
 
@@ -174,7 +182,10 @@ class HelixConfig:
         layout = HelixLayout(shape, grid, placement, per_slice, output_gate, self.slice_weights)
         scaled = self.adaptive_grad_scaling and per_slice
         interleave, chunks = self.kv_interleave_size, self.overlap_chunks
-        return HelixPlan(layout, comm_type, fused, kv_cache, interleave, chunks, scaled)
+        return HelixPlan(
+            layout, comm_type, fused, kv_cache, interleave, chunks, scaled, self.overlap_exchange,
+            self.recompute_exchange,
+        )  # fmt: skip
 
     def _check_count_of_weights(self, grid: HelixGrid) -> None:
         weights, m = self.slice_weights, grid.dim_parallel_size
@@ -232,6 +243,7 @@ class HelixPlan:
         kv_cache: "sequence", "dim", or "none" (per-slice softmax: Megatron's own).
         kv_interleave_size, overlap_chunks: as in HelixConfig.
         adaptive_grad_scaling: likewise; false with exact softmax.
+        overlap_exchange, recompute_exchange: as in HelixConfig.
     """
 
     layout: HelixLayout
@@ -241,6 +253,8 @@ class HelixPlan:
     kv_interleave_size: int = 32
     overlap_chunks: int = 1
     adaptive_grad_scaling: bool = False
+    overlap_exchange: bool = True
+    recompute_exchange: bool = False
 
     @property
     def grid(self) -> HelixGrid:

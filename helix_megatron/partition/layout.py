@@ -217,6 +217,11 @@ class HelixLayout:
         return [(heads[0], heads[-1] + 1) for heads in needed]
 
     @cached_property
+    def kv_needed(self) -> list[int]:
+        """K', KV heads that each rank of a dim group attends with."""
+        return [stop - first for first, stop in self.kv_ranges]
+
+    @cached_property
     def kv_blocks(self) -> int | None:
         """x, where the KV heads are x equal blocks and each is needed by m / x neighbours; else None."""
         m, heads = self.grid.dim_parallel_size, self.kv_heads
@@ -226,6 +231,18 @@ class HelixLayout:
         size = heads // x
         blocks = [(t * x // m * size, (t * x // m + 1) * size) for t in range(m)]
         return x if self.kv_ranges == blocks else None
+
+    def exchanged(self) -> dict[str, float]:
+        """Elements that a rank receives per token, layer and forward pass (a2a); the mean of the ranks."""
+        m, d = self.grid.dim_parallel_size, self.shape.kv_channels
+        if self.per_slice or m == 1:
+            return {}
+        others = [d - d_s for d_s in self.all_slice_dims]
+        moved = {"K and V": sum(2.0 * k * o for k, o in zip(self.kv_needed, others, strict=True)) / m}
+        if self.query_placement == "dims":
+            queries = (m - 1) / m * self.query_heads * d / m
+            moved |= {"queries": queries, "outputs": queries}
+        return moved
 
     def local_query_heads(self, rank: int) -> Indices:
         """Query heads of which this tensor-parallel rank holds something."""

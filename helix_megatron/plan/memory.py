@@ -179,9 +179,9 @@ def _attention_terms(problem: Problem) -> list[Term]:
     terms: list[Term] = []
     if shape.position_embedding_type == "rope" and not work.fused:
         rotary = int(shape.kv_channels * shape.rotary_percent)
-        keys = rotary // problem.layout.m
-        queries = rotary if problem.layout.placement in ("none", "heads") else keys
-        columns = 2 * (queries + keys)
+        columns = 2 * rotary * (1 + _share_of_positions(problem))
+        if problem.layout.comm_type == "all_reduce":
+            columns = 2 * rotary / problem.layout.m * (1 if problem.layout.placement == "dims" else 2)
         terms.append(Term("rotary tables", {"s": work.length, "columns": columns, "bytes": work.element}))
     if shape.qk_layernorm:
         terms += _qk_norm_terms(problem)
@@ -203,17 +203,46 @@ def _mixed_qkv(problem: Problem) -> float:
     return problem.qkv_width if problem.gathers_qkv else problem.qkv_width / problem.layout.tp
 
 
+def _attended_heads(problem: Problem) -> tuple[int, int]:
+    """Query heads and KV heads, whole, that a rank's core is given before KV heads are repeated."""
+    if not problem.layout.sliced:
+        return _local_heads(problem)
+    heads, layout = problem.heads, problem.layout
+    parts = layout.m if layout.placement == "heads" else heads.head_parts
+    return heads.query_heads // parts, heads.kv_needed[0]
+
+
+def _share_of_positions(problem: Problem) -> float:
+    """Part of the query positions that a rank attends with."""
+    if problem.layout.placement != "dims":
+        return 1.0
+    length = problem.workload.length
+    return part_length(length, 0, problem.heads.position_parts) / length
+
+
 def _qk_norm_terms(problem: Problem) -> list[Term]:
-    local = _local_heads(problem)
-    if problem.layout.sliced:
-        local = (problem.heads.query_heads, problem.heads.kv_heads)
-    dim = problem.heads.slice_dim if problem.layout.sliced else problem.shape.kv_channels
-    t = {"t": problem.tokens}
-    mixed = {"qkv of a rank": _mixed_qkv(problem), "bytes": problem.workload.element}
+    shape, layout, e = problem.shape, problem.layout, problem.workload.element
+    t, mixed = {"t": problem.tokens}, {"qkv of a rank": _mixed_qkv(problem), "bytes": e}
+    if layout.comm_type == "all_reduce":  # slices
+        dim = problem.heads.slice_dim
+        queries, keys = float(problem.heads.query_heads), problem.heads.kv_heads
+    else:
+        dim = shape.kv_channels
+        queries, keys = _attended_heads(problem)
+        queries *= _share_of_positions(problem)
+    if layout.comm_type != "a2a":
+        terms = [Term("QK norm input", {**t, **mixed})]
+    elif layout.placement == "heads":  # the query is a view of the projection
+        terms = [
+            Term("QK norm input, of queries", {**t, **mixed}),
+            Term("QK norm input, of keys", {**t, "KV heads": keys, "d": dim, "bytes": e}),
+        ]
+    else:
+        terms = [Term("QK norm input", {**t, "q and k heads": queries + keys, "d": dim, "bytes": e})]
     return [
-        Term("QK norm input", {**t, **mixed}),
-        Term("QK norm product", {**t, "q and k of a rank": sum(local) * dim, "fp32": 4}),
-        Term("QK norm statistics", {**t, "heads": sum(local), "fp32": 4}),
+        *terms,
+        Term("QK norm product", {**t, "q and k of a rank": (queries + keys) * dim, "fp32": 4}),
+        Term("QK norm statistics", {**t, "heads": queries + keys, "fp32": 4}),
     ]
 
 
@@ -237,19 +266,14 @@ def _unfused_core(problem: Problem) -> list[Term]:
 
 def _fused_core(problem: Problem) -> list[Term]:
     """A fused attention core on whole heads: q, k, v, output, log-sum-exp; and the projection's input."""
-    shape, layout, length = problem.shape, problem.layout, problem.workload.length
+    shape, layout = problem.shape, problem.layout
     t, e, d = problem.tokens, problem.workload.element, shape.kv_channels
-    heads, kv_heads = _local_heads(problem)
-    share = 1.0
+    heads, kv_heads = _attended_heads(problem)
     if layout.sliced:
-        whole = layout.placement == "heads"
-        parts = layout.m if whole else problem.heads.head_parts
-        heads = problem.heads.query_heads // parts
-        needed = problem.heads.kv_head_of(0, parts)
-        uneven = len({needed.count(head) for head in needed}) > 1  # every query head has its own copy
-        kv_heads = heads if uneven else len(set(needed))
-        share = part_length(length, 0, 1 if whole else problem.heads.position_parts) / length
-    queries = {"t": t, "share of positions": share}
+        needed = problem.heads.kv_head_of(0, problem.heads.query_heads // heads)
+        if len({needed.count(head) for head in needed}) > 1:  # every query head has its own copy
+            kv_heads = heads
+    queries = {"t": t, "share of positions": _share_of_positions(problem)}
     terms = [
         Term("key and value", {"t": t, "2": 2, "KV heads": kv_heads, "d": d, "bytes": e}),
         Term("query and output", {**queries, "2": 2, "heads": heads, "d": d, "bytes": e}),
@@ -291,8 +315,8 @@ def buffers(problem: Problem, stage: int) -> list[Term]:
     else:
         terms.append(Term("hidden states", {"3": 3, **hidden}))
     if layout.sliced:
-        both = 2 * problem.heads.kv_heads * shape.kv_channels
-        terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 hk d": both, "bytes": e}))
+        both = 2 * max(problem.heads.kv_needed) * shape.kv_channels
+        terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 K' d": both, "bytes": e}))
     elif problem.gathers_qkv:
         terms.append(Term("gathered QKV", {"t": t, "(H+2G)d": problem.qkv_width, "bytes": e}))
     return terms

@@ -142,14 +142,15 @@ class _Step:
             self.add("gradient of the mixed QKV", "reduce_scatter", "tp", mixed, BACKWARD, part="exchange")
         if not layout.sliced:
             return
-        if shape.qk_layernorm:
+        whole = work.kind == "train" and layout.comm_type == "a2a"  # before the norm
+        if shape.qk_layernorm and not whole:
             self.add_qk_norm()
         if work.kind != "train" and layout.kv_cache == "sequence":
             self.add_sequence_cache()
         elif layout.comm_type == "all_reduce" or work.kind == "decode":
             self.add_summed_scores()
         else:
-            self.add_gathered_heads()
+            self.add_whole_heads()
 
     def add_qk_norm(self) -> None:
         heads = self.problem.heads
@@ -173,26 +174,31 @@ class _Step:
             partial = {"hq(d/m+lse)": heads.query_heads * (heads.slice_dim + lse)}
         self.add("partial outputs", "all_to_all", "dim", {**tokens, **partial})
 
-    def add_gathered_heads(self) -> None:
-        """Comm type a2a."""
-        heads, b = self.problem.heads, self.problem.layout.micro_batch
-        keys = {"(p-1)": self.m - 1, "t": self.t, "2 hk d/m": 2 * heads.kv_heads * heads.slice_dim,
-                "bytes": self.e}  # fmt: skip
-        self.add("K and V slices", "all_gather", "dim", keys)
-        self.add("gradients of K and V", "all_to_all", "dim", keys, BACKWARD)
+    def add_whole_heads(self) -> None:
+        """Comm type a2a: one collective before attention, one after it where queries are sliced."""
+        heads, b, me = self.problem.heads, self.problem.layout.micro_batch, self.dim_rank
+        needed, per_head = heads.kv_needed, 2 * self.t * heads.slice_dim
+        keys, others = (self.m - 1) * needed[me] * per_head, (sum(needed) - needed[me]) * per_head
+        everything = {"(p-1)": 1, "bytes": self.e}
         if self.problem.layout.placement == "heads":
+            gathers = heads.kv_blocks == 1  # everyone needs the same
+            received = {**everything, "K and V of the other slices": keys}
+            sent = {**everything, "gradients from the other heads": others}
+            self.add("K and V", "all_gather" if gathers else "all_to_all", "dim", received)
+            self.add("gradients of K and V", "all_to_all", "dim", sent, BACKWARD)
             return
         a, c, s = heads.head_parts, heads.position_parts, self.problem.workload.length
-        per_head = {"hq/a": heads.query_heads // a, "d/m": heads.slice_dim, "bytes": self.e}
-        own = part_length(s, self.dim_rank % c, c)  # positions of this rank, received from every other rank
-        others = a * s - own  # positions of this rank's slices, over all parts but its own
-        queries = {"(p-1)": 1, "positions from others": (self.m - 1) * own * b, **per_head}
-        outputs = {"(p-1)": 1, "positions from others": others * b, **per_head}
-        self.add("queries", "all_to_all", "dim", queries)
-        self.add("output slices", "all_to_all", "dim", outputs)
+        own = part_length(s, me % c, c)  # positions of this rank, received from every other rank
+        rows = b * heads.query_heads // a * heads.slice_dim
+        queries = (self.m - 1) * own * rows
+        outputs = (a * s - own) * rows  # positions of this rank's slices, over all parts but its own
+        self.add("Q, K and V", "all_to_all", "dim", {**everything, "elements": queries + keys})
+        self.add("output slices", "all_to_all", "dim", {**everything, "elements": outputs})
         # Each gradient travels its exchange's way back.
-        self.add("gradients of queries", "all_to_all", "dim", outputs, BACKWARD)
-        self.add("gradients of output slices", "all_to_all", "dim", queries, BACKWARD)
+        self.add("gradients of Q, K, V", "all_to_all", "dim",
+                 {**everything, "elements": outputs + others}, BACKWARD)  # fmt: skip
+        self.add("gradients of output slices", "all_to_all", "dim",
+                 {**everything, "elements": queries}, BACKWARD)  # fmt: skip
 
     def add_summed_scores(self) -> None:
         """Comm type all_reduce (and a cache of slices)."""

@@ -168,6 +168,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import soak as by_name  # ranks import it by name
+    from tests.megatron_glue import soak as by_name  # ranks import it by name
 
     sys.exit(by_name.main())

@@ -115,7 +115,7 @@ def build(job: Job, tp: int, cp: int, pgs: ProcessGroupCollection, groups=None) 
     attn.params = {"attn_mask_type": AttnMaskType[MASK_TYPES[case.mask]]}
     if groups is not None:
         attn.params["helix_groups"] = groups
-    if job.te_core and tp > 1:
+    if job.te_core and tp > 1 and job.helix.softmax == "exact":  # else Megatron itself calls it, with views
         attn.submodules.core_attention = TEDotProductAttention
     return build_module(attn if job.block is None else spec, config=config, layer_number=1, pg_collection=pgs)
 

@@ -68,8 +68,8 @@ def test_sequence_parallel_and_recompute():
         dict(sequence_parallel=True),
         dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
     ):
-        for heads, groups in [(8, 4), (9, 3)]:
-            case = Case(heads, groups, dim=16)
+        for heads, groups, norm in [(8, 4, None), (9, 3, None), (8, 4, "LayerNorm"), (9, 3, "RMSNorm")]:
+            case = Case(heads, groups, dim=16, qk_norm=norm)
             jobs += [(case, helix, overrides) for helix in all_settings(case, 4)]
     assert_exact(4, jobs)
 

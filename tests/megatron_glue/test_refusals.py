@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helix_megatron.host.launcher import run_ranks
-from helix_megatron.megatron.self_attention import refuse_unsupported
+from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from tests.training import HELIX, MODEL

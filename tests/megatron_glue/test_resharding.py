@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helix_megatron import compat
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.megatron import integrate
-from helix_megatron.megatron.self_attention import refuse_unsupported
+from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.megatron.sliced_linear import Slices, mark, slices_of
 from helix_megatron.megatron.weight_readers import describe_sliced, plan_sliced
 from helix_megatron.partition.config import HelixConfig

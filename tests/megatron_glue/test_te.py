@@ -203,9 +203,13 @@ def test_queries_that_nothing_rotates(results, name):
 
 @pytest.mark.parametrize("recipe", ["fp8", "delayed"])
 def test_fp8(results, recipe):
-    """Training goes as in vanilla FP8: to FP8's own error; test_fp8.py looks at attention alone."""
+    """Training stays as near to bfloat16 as vanilla FP8's does; test_fp8.py looks at attention alone."""
     plain, whole, sliced = (results[name] for name in ("bf16", recipe, f"{recipe} in slices"))
     assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(sliced["modules"])
     assert "HelixCoreAttention" in sliced["modules"] and len(sliced["losses"]) == 8
     assert whole["losses"] != plain["losses"]
-    assert sliced["losses"] == pytest.approx(whole["losses"], abs=5e-3)
+    errors = [
+        max(abs(loss - true) for loss, true in zip(run["losses"], plain["losses"], strict=True))
+        for run in (sliced, whole)
+    ]
+    assert errors[0] <= 1.5 * errors[1], errors

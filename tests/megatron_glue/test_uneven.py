@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helix_megatron.host.launcher import run_ranks
-from helix_megatron.megatron.self_attention import refuse_unsupported
+from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import plan_for
 from helix_megatron.partition.grid import HelixConfigError
@@ -175,27 +175,31 @@ def test_bytes_are_those_of_the_docstring(placement):
         kv, back = 2 * s * b * hk * (d - d_s) * 4, 2 * (m - 1) * s * b * hk * d_s * 4
         queries, outputs = (s * b * hq // m * x * 4 for x in (d - d_s, (m - 1) * d_s))
         exchanged = queries + outputs if placement == "dims" else 0
-        calls = 3 if placement == "dims" else 1
+        calls = 2 if placement == "dims" else 1
         assert found["forward"] == {"all_to_all x2": (calls, kv + exchanged)}
         assert found["both"] == {"all_to_all x2": (2 * calls, kv + back + 2 * exchanged)}
 
 
 def _gathered_gradient() -> list[float]:
-    """Rank r's piece has r + 1 elements; its gradient is 256 from rank 0 and 1 from each of the others."""
-    from helix_megatron.exchange.collectives import gather_uneven
+    """Slices of 2, 1 and 1 dimensions of one KV head; its gradient is 256 on rank 0 and 1 on the others."""
+    from helix_megatron.exchange.heads import HeadExchange, WholeHeads
+    from helix_megatron.partition.grid import AttentionShape, HelixGrid
+    from helix_megatron.partition.layout import HelixLayout
 
     torch.distributed.init_process_group("nccl")
-    rank, shapes = torch.distributed.get_rank(), [(1,), (2,), (3,)]
-    piece = torch.full(shapes[rank], float(rank), dtype=torch.bfloat16, requires_grad=True)
-    (everyones,) = gather_uneven([piece], [shapes], torch.distributed.group.WORLD)
-    assert [x.tolist() for x in everyones] == [[0.0], [1.0] * 2, [2.0] * 3]
-    torch.cat(everyones).backward(torch.full((6,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16))
-    return piece.grad.tolist()
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    layout = HelixLayout(AttentionShape(3, 1, 4), HelixGrid(1, 3), "heads")
+    own = torch.full((1, 1, 1, layout.slice_dims(rank)), float(rank), dtype=torch.bfloat16)
+    key, value = own.clone().requires_grad_(), own.clone().requires_grad_()
+    _, keys, values = WholeHeads(HeadExchange(layout, group), None, key, value).wait()
+    assert keys.flatten().tolist() == values.flatten().tolist() == [0.0, 0.0, 1.0, 2.0]
+    (keys + values).backward(torch.full_like(keys, 256.0 if rank == 0 else 1.0))
+    return key.grad.flatten().tolist() + value.grad.flatten().tolist()
 
 
 def test_gradients_of_gathered_pieces_are_summed_in_fp32():
     """In bfloat16 256 + 1 is 256 again; 258 is a number of it."""
-    assert run_ranks(_gathered_gradient, 3) == [[258.0], [258.0] * 2, [258.0] * 3]
+    assert run_ranks(_gathered_gradient, 3) == [[258.0] * 4, [258.0] * 2, [258.0] * 2]
 
 
 # ---- refusals ----

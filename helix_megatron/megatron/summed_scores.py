@@ -1,0 +1,58 @@
+"""Attention by partial scores of slices, summed over the dim group in fp32. Needs memory for all scores.
+
+S sequence, L keys, B batch, N query heads (hq), K KV heads (hk) of the head group, d_s dimensions of a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from helix_megatron.exchange.collectives import all_reduce_sum
+from helix_megatron.exchange.groups import HelixGroups, seed_of_dim_group
+
+DIM_GROUP_RNG = "helix-dim-group-rng"
+
+
+def attend_by_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    softmax_scale: float,
+    dropout: Callable[[Tensor], Tensor] | None,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """
+    Args:
+        query: [S, B, N, d_s].
+        key, value: [L, B, K, d_s].
+        hidden: True where a query must not look, broadcast to [B, N, S, L]; or None.
+        dropout: of the probabilities; the ranks of a dim group hold the same ones and drop the same of them.
+    Returns:
+        [S, B, N, d_s].
+    """
+    kv_heads = key.shape[2]
+    scaled = (query.float() * softmax_scale).unflatten(2, (kv_heads, -1))
+    scores = torch.einsum("sbkrd,lbkd->bkrsl", scaled, key.float()).flatten(1, 2)  # [B, N, S, L]
+    scores = all_reduce_sum(scores, group)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -10000.0)  # Megatron's value for a forbidden position
+    probs = torch.softmax(scores, dim=-1)
+    if dropout is not None:
+        with tensor_parallel.get_cuda_rng_tracker().fork(DIM_GROUP_RNG):
+            probs = dropout(probs)
+    probs = probs.unflatten(1, (kv_heads, -1))
+    return torch.einsum("bkrsl,lbkd->sbkrd", probs, value.float()).flatten(2, 3).to(value.dtype)
+
+
+def add_dim_group_rng(groups: HelixGroups) -> None:
+    """Add to Megatron's tracker a random stream that the ranks of a dim group share."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    if DIM_GROUP_RNG in tracker.get_states():
+        return
+    tracker.add(DIM_GROUP_RNG, seed_of_dim_group(torch.cuda.initial_seed(), groups.head_rank))

@@ -1,0 +1,131 @@
+"""When the layer exchanges, and what it keeps: the same numbers whatever is overlapped or computed again."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from helix_megatron.host.launcher import run_ranks
+from helix_megatron.measure.comm import CommMeter
+from helix_megatron.measure.memory import activation_bytes
+from helix_megatron.megatron.refusals import refuse_unsupported
+from helix_megatron.partition.config import HelixConfig
+from helix_megatron.partition.derived import plan_for
+from helix_megatron.partition.grid import HelixConfigError
+from tests.megatron_glue.layer_worker import Groups, load, make_config, make_layer, run, start
+from tests.reference import Case
+
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+CASES = [
+    (Case(8, 4, 16, qk_norm="RMSNorm", seq=12), HelixConfig(1, 2)),  # whole query heads
+    (Case(8, 4, 16, qk_norm="L2Norm", interleaved=True, seq=12), HelixConfig(1, 2, query_placement="dims")),
+    (Case(3, 3, 16, qk_norm="LayerNorm", gate=True, seq=12), HelixConfig(1, 2)),  # positions are shared
+]
+
+
+def rank_runs(tp: int, variants: list[tuple[dict, dict]]) -> list[list[dict]]:
+    """For every case, what each variant (of HelixConfig, of the configuration) gives, exchanges and keeps."""
+    start(tp)
+    groups, rank, found = Groups(), torch.distributed.get_rank(), []
+    for case, helix in CASES:
+        case.draw()
+        results = []
+        for settings, overrides in variants:
+            helix = dataclasses.replace(helix, **settings)
+            plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
+            layout = plan.layout
+            layer = make_layer(case, helix, tp, groups.of(layout.grid), **overrides).train()
+            load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+            result, meter = {}, CommMeter()
+            with meter.counting():
+                result["numbers"] = run(layer, case, tp)
+            result["calls"] = {k: v.calls for k, v in meter.tallies.items() if "all_reduce" not in k}
+            hidden = case.tensors["hidden"].float().requires_grad_()
+            forward = functools.partial(layer, hidden, None, rotary_pos_emb=case.rope_table())
+            result["kept"] = activation_bytes([layer], forward)
+            results.append(result)
+        found.append(results)
+    return found
+
+
+def assert_same_numbers(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys() and len(first) >= 4
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_overlap_changes_no_bit():
+    variants = [(dict(overlap_exchange=on), {}) for on in (True, False)]
+    for cases in run_ranks(rank_runs, 2, 2, variants):
+        for on, off in cases:
+            assert_same_numbers(on["numbers"], off["numbers"])
+            assert on["calls"] == off["calls"]
+
+
+def rank_overlapped(tp: int, overlap: bool) -> list[str]:
+    """In which order the layer starts collectives, waits for them, and norms its queries."""
+    import torch.distributed as dist
+
+    start(tp)
+    case, helix = CASES[0][0], dataclasses.replace(CASES[0][1], overlap_exchange=overlap)
+    case.draw()
+    layout = helix.resolve(case.heads, case.groups, case.dim, tp).layout
+    layer = make_layer(case, helix, tp, Groups().of(layout.grid)).train()
+    rank, events, original = torch.distributed.get_rank(), [], dist.all_to_all_single
+    load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+
+    class Seen:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            events.append("arrived")
+            return self.work.wait()
+
+    def counted(*args, async_op=False, **kwargs):
+        events.append("sent")
+        work = original(*args, async_op=async_op, **kwargs)
+        return Seen(work) if async_op else events.append("arrived")
+
+    norm = layer.q_layernorm
+    norm.register_forward_hook(lambda *_: events.append("query normed"))
+    norm.register_full_backward_hook(lambda *_: events.append("query's gradient"))
+    dist.all_to_all_single = counted
+    try:
+        run(layer, case, tp)
+    finally:
+        dist.all_to_all_single = original
+    return events
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_query_is_normed_while_keys_and_values_travel(overlap):
+    forward, backward = ["sent", "query normed", "arrived"], ["sent", "query's gradient", "arrived"]
+    if not overlap:
+        forward, backward = (["sent", "arrived", there[1]] for there in (forward, backward))
+    assert run_ranks(rank_overlapped, 2, 2, overlap) == [forward + backward] * 2
+
+
+def test_recompute_keeps_whole_heads_or_slices():
+    again = dict(recompute_exchange=True)
+    variants = [({}, {}), ({}, SELECTIVE), (again, SELECTIVE)]
+    for cases in run_ranks(rank_runs, 2, 2, variants):
+        for (case, helix), (everything, kept, slices) in zip(CASES, cases, strict=True):
+            for other in (kept, slices):
+                assert_same_numbers(everything["numbers"], other["numbers"])
+            assert kept["calls"] == everything["calls"]
+            name = "all_to_all x2"
+            assert slices["calls"][name] == everything["calls"][name] + 1  # before attention, once more
+            assert slices["kept"] < kept["kept"] < everything["kept"], (case, helix)
+
+
+def test_exchanging_again_needs_something_computed_again():
+    case, helix = Case(8, 4, 16), HelixConfig(1, 2, recompute_exchange=True)
+    config = make_config(case, 2)
+    with pytest.raises(HelixConfigError, match="--recompute-granularity selective"):
+        refuse_unsupported(config, plan_for(helix, config, 2))
+    refuse_unsupported(make_config(case, 2, **SELECTIVE), plan_for(helix, config, 2))
+    summed = dataclasses.replace(helix, comm_type="all_reduce")
+    with pytest.raises(HelixConfigError, match="which is all_reduce here"):
+        refuse_unsupported(make_config(case, 2, **SELECTIVE), plan_for(summed, config, 2))
