@@ -41,6 +41,13 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line: of a rank's traceback the exception itself."""
+    text = str(error).split("\n--- end of its output ---")[0].strip()
+    last = text.splitlines()[-1][:300] if text else ""
+    return last if "Traceback" in text else f"{type(error).__name__}: {last}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a section runs.

@@ -1,6 +1,6 @@
 """The process of one section: `python -m helix_megatron.check.worker FUNCTION ROWS PLACE`.
 
-FUNCTION is module:function, ROWS a file, PLACE the fields of rows.Place as JSON. Exit code 0: the section came
+FUNCTION is module:function, ROWS a file, PLACE the fields of rows.Place as JSON. Exit code 0: it came
 to its end, whatever its rows say.
 """
 
@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 
-from helix_megatron.check.rows import Place, Rows
+from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.host.processes import die_with_parent
 
 
@@ -26,15 +26,9 @@ def main(function: str, path: str, place: str) -> int:
         getattr(importlib.import_module(module), name)(rows, Place(**json.loads(place)))
     except Exception as error:
         traceback.print_exc()
-        rows.add("the section itself", "failed", f"{type(error).__name__}: {_last_line(error)}")
+        rows.add("the section itself", "failed", first_line(error))
         return 1
     return 0
-
-
-def _last_line(error: Exception) -> str:
-    """A RankError holds the rank's traceback: what was raised there is the line before its output."""
-    text = str(error).split("\n--- end of its output ---")[0].strip()
-    return text.splitlines()[-1][:300] if text else ""
 
 
 if __name__ == "__main__":
