@@ -1,4 +1,4 @@
-"""`helix check`: one command proves and measures Helix on the machine at hand: a host, one GPU, several, many.
+"""`helix check`: one command proves and measures Helix on this machine: a host, one GPU, several, many.
 
     command.py      the command line
     sections.py     the table of sections: what each proves, where it runs, how long it may take

@@ -1,8 +1,8 @@
-"""What the machine's devices and links do: the rates and collectives of `helix plan --probe`, and a layer with them.
+"""What devices and links do: the rates and collectives of `helix plan --probe`, and a layer with them.
 
-Several GPUs, or the ranks of torchrun: every collective over every shape of group, a line through small and one
-through large messages, and the attention layer with its communication. One GPU: its rates alone. A host: gloo
-between two ranks, which says how it was measured and nothing about GPUs.
+Several GPUs, or the ranks of torchrun: every collective over every shape of group, a line through small and
+one through large messages, and the attention layer with its communication. One GPU: its rates alone. A host:
+gloo between two ranks, which says nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -93,4 +93,4 @@ def measure_with_communication(rows: Rows, layout: Layout, place: Place) -> None
     except Exception as error:
         rows.add(name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
         return
-    rows.add(name, "measured", "", **{k: v for k, v in measured.items() if k != "us"}, kernels_us=measured.get("us"))
+    rows.add(name, "measured", **{k: v for k, v in measured.items() if k != "us"}, kernels=measured.get("us"))

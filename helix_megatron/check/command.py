@@ -88,7 +88,9 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "check.json").touch()
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written ({error.strerror}); give another folder.") from error
+        raise ValueError(
+            f"--out {folder} cannot be written ({error.strerror}); give another folder."
+        ) from error
 
 
 def _command() -> str:

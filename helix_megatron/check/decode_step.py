@@ -1,4 +1,4 @@
-"""Megatron's dynamic inference context in a decode step of any length, without a prompt being computed first."""
+"""Megatron's dynamic inference context in a decode step of any length, without computing a prompt first."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Attention layers of every kind against float64, beside vanilla Megatron's own error at T = 1 here.
 
 The reference has the weights and the input of the layer, rounded as it has them. In fp32 an error is bounded
-by a number; in half precision, and wherever Transformer Engine multiplies in TF32, by vanilla Megatron's error
-of the same case on the same device. m = 1 is compared bit for bit with vanilla Megatron at the same T.
+by a number; in half precision, and wherever Transformer Engine multiplies in TF32, by vanilla Megatron's
+error of the same case on the same device. m = 1 is compared bit for bit with vanilla Megatron at the same T.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def check(rows: Rows, place: Place) -> None:
         why = "no GPU" if place.on_host else "not installed"
         rows.add("Transformer Engine's layers", "skipped", f"{why}; Megatron's local layers ran")
     jobs = [number for number, job in enumerate(JOBS) if job.quick or not place.quick]
-    needed = {(JOBS[number].shape, tuple(sorted(JOBS[number].case.items(), key=str))): number for number in jobs}
-    yardsticks: dict[str, float] = place.run(rank_yardsticks, 1, list(needed.values()), place, te)[0]
+    alone = {_key(JOBS[number], ",".join(JOBS[number].kinds), ""): number for number in jobs}
+    yardsticks: dict[str, float] = place.run(rank_yardsticks, 1, list(alone.values()), place, te)[0]
     for ranks in sorted({JOBS[number].ranks for number in jobs}):
         mine = [number for number in jobs if JOBS[number].ranks == ranks]
         place.run(rank_jobs, ranks, rows.path, mine, place, te, yardsticks)
@@ -177,8 +177,8 @@ def rank_jobs(path: str, numbers: list[int], place: Place, te: bool, yardsticks:
 
 
 def _write(
-    rows: Rows, job: Job, kind: str, dtype: str, everywhere: list[Any], core: str, yardsticks: dict[str, float],
-    place: Place,
+    rows: Rows, job: Job, kind: str, dtype: str, everywhere: list[Any], core: str,
+    yardsticks: dict[str, float], place: Place,
 ) -> None:  # fmt: skip
     """One row, and a warning where the attention core is not the one expected."""
     variant = f"{kind} {dtype}"
@@ -205,7 +205,7 @@ def _largest(errors: dict[str, float]) -> float:
 
 
 def judge(errors: dict[str, float], kind: str, dtype: str, vanilla: float | None) -> tuple[str, str]:
-    """(status, detail) of a layer's relative errors, beside vanilla Megatron's; "bits": of m = 1, must be 0."""
+    """(status, detail) of a layer's relative errors, beside vanilla Megatron's; "bits" must be 0."""
     error = _largest(errors)
     limit = max(FLOORS[dtype], TIMES_VANILLA * vanilla) if vanilla is not None else 10 * FLOORS[dtype]
     if kind == "local" and dtype == "fp32":

@@ -1,8 +1,8 @@
 """Text from a sharded KV cache: the greedy tokens of transformers, from a tiny random Llama.
 
-transformers computes on the CPU in fp32. The engine does so on a host; on a GPU it computes in bf16, where the
-greedy token of a random model may be a tie: the answer must agree with transformers' up to a step whose two
-greatest logits are nearer than bf16 can tell.
+transformers computes on the CPU in fp32. The engine does so on a host; on a GPU it computes in bf16, where
+the greedy token of a random model may be a tie: the answer must agree with transformers' up to a step whose
+two greatest logits are nearer than bf16 can tell.
 """
 
 from __future__ import annotations

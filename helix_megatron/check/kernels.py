@@ -1,4 +1,4 @@
-"""Attention over a rank's part of a paged KV cache: every backend against the formula, and its speed on a GPU.
+"""Attention over a rank's part of a paged cache: every backend against the formula, its speed on a GPU.
 
 On a host the Triton kernel runs under Triton's interpreter, which says whether it is right and nothing about
 its time. On a GPU it is timed in a CUDA graph, beside FlashAttention where that is installed, and against the
@@ -32,7 +32,13 @@ STEPS = {  # tokens of each request, how many of them are new
 HEADS = ((4, 4), (4, 2), (9, 3), (8, 1))
 INTERLEAVES = ((1, 4), (3, 2), (4, 5))
 WINDOWS = (None, 6)
-KINDS = ((torch.float32, 128), (torch.bfloat16, 128), (torch.float16, 64), (torch.bfloat16, 80), (torch.bfloat16, 256))
+KINDS = (
+    (torch.float32, 128),
+    (torch.bfloat16, 128),
+    (torch.float16, 64),
+    (torch.bfloat16, 80),
+    (torch.bfloat16, 256),
+)
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # name, query heads, ranks of the dim group; KV head 1, dimension 128: what a rank of a decode step attends
 SPEEDS = (("64/8 heads, 8x2", 8, 2), ("16/1 heads, 1x8", 16, 8), ("16/2 heads, 2x4", 8, 4))
@@ -72,8 +78,8 @@ def cases(device: str, quick: bool) -> list[dict[str, Any]]:
         if device == "cpu":
             dim = 12 + 4 * (number % 2)
         found.append(
-            dict(step=step, lengths=lengths, new=new, heads=heads, dim=dim, dtype=dtype, ranks=ranks, size=size,
-                 left=WINDOWS[number // 2 % 2], seed=number)
+            dict(step=step, lengths=lengths, new=new, heads=heads, dim=dim, dtype=dtype, ranks=ranks,
+                 size=size, left=WINDOWS[number // 2 % 2], seed=number)
         )  # fmt: skip
     return found[:: 3 if quick and device == "cpu" else 1]
 
@@ -83,14 +89,18 @@ def right(rows: Rows, name: str, device: str, quick: bool) -> None:
     worst: dict[str, float] = {}
     for case in cases(device, quick):
         label = f"{name or 'as chosen'}, {str(case['dtype'])[6:]}"
-        what = f"{case['step']} {case['heads']} d={case['dim']} window {case['left']} of {case['ranks']} ranks"
+        what = (
+            f"{case['step']} {case['heads']} d={case['dim']} window {case['left']} of {case['ranks']} ranks"
+        )
         try:
             error = error_of(name, device, case)
         except Exception as failure:
             rows.add(label, "failed", f"{what}: {type(failure).__name__}: {str(failure)[:200]}")
             return
         if not error <= TOLERANCES[case["dtype"]]:
-            rows.add(label, "failed", f"{what}: {error:.1e} off the formula, allowed {TOLERANCES[case['dtype']]:g}")
+            rows.add(
+                label, "failed", f"{what}: {error:.1e} off the formula, allowed {TOLERANCES[case['dtype']]:g}"
+            )
             return
         worst[label] = max(worst.get(label, 0.0), error)
     for label, error in worst.items():
@@ -103,7 +113,16 @@ def error_of(name: str, device: str, case: dict[str, Any]) -> float:
     outs, lses, wants = [], [], []
     errors = []
     for rank in range(case["ranks"]):
-        given = (case["lengths"], case["new"], case["ranks"], case["size"], rank, case["heads"], dim, "scattered")
+        given = (
+            case["lengths"],
+            case["new"],
+            case["ranks"],
+            case["size"],
+            rank,
+            case["heads"],
+            dim,
+            "scattered",
+        )
         query, keys, values, requests, kept = draw(*given, case["seed"], dtype=case["dtype"], cycles=3)
         sight = Sight(scale, case["left"], KvInterleave(case["ranks"], case["size"]), rank)
         moved = Requests(*(x.to(device) for x in (requests.query_ends, requests.lengths, requests.table)))
@@ -118,8 +137,8 @@ def error_of(name: str, device: str, case: dict[str, Any]) -> float:
 
 
 def attend(
-    name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests, sight: Sight,
-    singles: bool,
+    name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
+    sight: Sight, singles: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """backend.attend by the backend `name`."""
     before = os.environ.pop(backend.OVERRIDE, None)

@@ -1,8 +1,8 @@
-"""One rank's share of real models at full size, alone: its collectives are skipped (torch's fake process group).
+"""One rank's share of real models at full size, alone: collectives are skipped (torch's fake process group).
 
 On a GPU: microseconds of kernels by class, forward and backward, launches and peak memory of an attention
-layer, Helix beside Megatron, and a decode step. On a host, at small sizes: the operations, counted; no time of
-a host says anything about kernels.
+layer, Helix beside Megatron, and a decode step. On a host, at small sizes: the operations, counted; its times
+say nothing about kernels.
 
 Note [Classes of kernels]
     gemm        matrix products of linear_qkv and linear_proj
@@ -73,7 +73,9 @@ class Decode:
 
     @property
     def name(self) -> str:
-        return f"decode, 16/{self.kv_heads} heads TP=8, {self.cache}, context {self.context}, batch {self.batch}"
+        return (
+            f"decode, 16/{self.kv_heads} heads TP=8, {self.cache}, context {self.context}, batch {self.batch}"
+        )
 
 
 DECODES = (
@@ -141,7 +143,9 @@ def rank_layouts(path: str, place: Place) -> None:
         else:
             rows.add(layout.name, "measured", said(place.on_host), **measured)
             if "unfused" in measured["core"] and not place.on_host:
-                rows.add(layout.name, "warning", f"attention ran {measured['core']}: a fused one was expected")
+                rows.add(
+                    layout.name, "warning", f"attention ran {measured['core']}: a fused one was expected"
+                )
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -339,4 +343,6 @@ def by_class(kernels: list[tuple[str, float, int]]) -> dict[str, tuple[float, in
     for name, us, count in kernels:
         seconds[class_of(name)] += us  # type: ignore[assignment]
         launches[class_of(name)] += count
-    return {name: (round(seconds[name], 1), launches[name]) for name in ("gemm", "attention", "norm", "packing")}
+    return {
+        name: (round(seconds[name], 1), launches[name]) for name in ("gemm", "attention", "norm", "packing")
+    }

@@ -61,10 +61,15 @@ class Results:
 
     @property
     def failed(self) -> bool:
-        return any(found["status"] not in ("passed", "skipped") for found in self.document["sections"].values())
+        return any(
+            found["status"] not in ("passed", "skipped") for found in self.document["sections"].values()
+        )
 
     def _write(self) -> None:
-        for name, text in (("check.json", json.dumps(self.document, indent=1) + "\n"), ("check.md", page(self.document))):
+        for name, text in (
+            ("check.json", json.dumps(self.document, indent=1) + "\n"),
+            ("check.md", page(self.document)),
+        ):
             partial = self.folder / f"{name}.partial"
             partial.write_text(text, encoding="utf-8")
             partial.replace(self.folder / name)
@@ -75,12 +80,15 @@ class Results:
 
 
 def screen(document: dict[str, Any], folder: Path) -> str:
-    """What a user reads: a line a section, then what failed, what to look at and what was skipped, and why."""
+    """What a user reads: a line a section, then what failed, what to look at, what was skipped and why."""
     lines = ["", f"helix check --{document['selection']}: {document['where']}", _provenance(document), ""]
     notes: dict[str, list[str]] = {"failed": [], "warning": [], "skipped": []}
     for name, section in document["sections"].items():
         rows = section.get("rows", [])
-        counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "measured", "failed", "skipped")}
+        counts = {
+            status: sum(row["status"] == status for row in rows)
+            for status in ("ok", "measured", "failed", "skipped")
+        }
         told = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "nothing"
         lines.append(f"{name:12} {section['status']:8} {told:34} {section.get('seconds', 0):5.0f} s")
         told_lines = highlights(name, rows)
@@ -90,7 +98,9 @@ def screen(document: dict[str, Any], folder: Path) -> str:
         if section["status"] == "failed":
             notes["failed"].append(f"{name}: {section['reason']}")
         for kind in ("warning", "skipped"):
-            found = list(dict.fromkeys(f"{row['case']}: {row['detail']}" for row in rows if row["status"] == kind))
+            found = list(
+                dict.fromkeys(f"{row['case']}: {row['detail']}" for row in rows if row["status"] == kind)
+            )
             notes[kind] += [f"{name}: {text}" for text in found[:_SHOWN]]
             if len(found) > _SHOWN:
                 notes[kind].append(f"{name}: {len(found) - _SHOWN} more of these in check.md")
@@ -113,8 +123,14 @@ def _wrap(line: str) -> list[str]:
 
 def _provenance(document: dict[str, Any]) -> str:
     versions = {name: version for name, version in document["versions"].items() if version != "not installed"}
-    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "megatron-core", "transformer-engine") if name in versions)
-    return f"{told}; revision {document['revision'][:12]}{' with changes' * ('changes' in document['revision'])}"
+    told = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("torch", "megatron-core", "transformer-engine")
+        if name in versions
+    )
+    return (
+        f"{told}; revision {document['revision'][:12]}{' with changes' * ('changes' in document['revision'])}"
+    )
 
 
 def _cores(section: dict[str, Any]) -> set[str]:
@@ -131,15 +147,24 @@ def highlights(name: str, rows: list[dict[str, Any]]) -> list[str]:
                 worst[row["variant"]] = max(worst.get(row["variant"], 0.0), row["error"])
         return [f"furthest from float64: {variant} {error:.1e}" for variant, error in worst.items()]
     if name == "training":
-        return [f"{row['case']}: at most {row['difference']:.1e} from vanilla" for row in ok if "difference" in row]
+        return [
+            f"{row['case']}: at most {row['difference']:.1e} from vanilla"
+            for row in ok
+            if "difference" in row
+        ]
     if name == "kernels":
         timed = [row for row in ok if "gb_per_s" in row]
-        return [f"{row['case']}: {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s" for row in timed[:3]]
+        return [
+            f"{row['case']}: {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s" for row in timed[:3]
+        ]
     if name == "layers":
         return [_layer_line(row) for row in ok if "us" in row or "operations" in row]
     if name == "collectives":
         lines = [row for row in ok if "bandwidth" in row]
-        return [f"{row['case']}: {row['latency'] * 1e6:.0f} us + {row['bandwidth'] / 1e9:.2f} GB/s" for row in lines[:3]]
+        return [
+            f"{row['case']}: {row['latency'] * 1e6:.0f} us + {row['bandwidth'] / 1e9:.2f} GB/s"
+            for row in lines[:3]
+        ]
     return [f"{row['case']}: {row['detail']}" for row in ok[:3]]
 
 
@@ -156,7 +181,8 @@ def page(document: dict[str, Any]) -> str:
     text = [
         "# helix check",
         "",
-        f"{document['where']}; {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB; {document['when']}  ",
+        f"{document['where']}; {hardware['cpu']}, {hardware['memory_bytes'] / 2**30:.0f} GiB  ",
+        f"{document['when']}  ",
         f"command `{document['command']}`; revision {revision}, source {document['source']}  ",
         ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
     ]
@@ -169,7 +195,9 @@ def page(document: dict[str, Any]) -> str:
             text += [section["reason"], ""]
         if section["rows"]:
             text += ["| case | | |", "| --- | --- | --- |"]
-            text += [f"| {_cell(row['case'])} | {row['status']} | {_cell(_told(row))} |" for row in section["rows"]]
+            text += [
+                f"| {_cell(row['case'])} | {row['status']} | {_cell(_told(row))} |" for row in section["rows"]
+            ]
         if section["output"]:
             text += ["", "```", section["output"].replace("```", "'''"), "```"]
     return "\n".join(text) + "\n"
@@ -178,7 +206,11 @@ def page(document: dict[str, Any]) -> str:
 def _told(row: dict[str, Any]) -> str:
     """A row's detail, and what was measured but for long lists."""
     rest = {k: v for k, v in row.items() if k not in ("case", "status", "detail")}
-    found = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items() if not isinstance(v, list) or len(v) < 13]
+    found = [
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in rest.items()
+        if not isinstance(v, list) or len(v) < 13
+    ]
     return "; ".join(filter(None, [row["detail"], *found]))
 
 

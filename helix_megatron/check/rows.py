@@ -98,5 +98,10 @@ class Place:
         if not self.on_host:
             how.setdefault("env", {}).setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's wish, T > 1
         return run_ranks(
-            function, ranks, *args, host_mode=self.on_host, share_gpu=not self.on_host and self.shares(ranks), **how
+            function,
+            ranks,
+            *args,
+            host_mode=self.on_host,
+            share_gpu=not self.on_host and self.shares(ranks),
+            **how,
         )

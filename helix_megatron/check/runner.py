@@ -26,14 +26,14 @@ from typing import Any
 from helix_megatron.check.rows import Place, read_rows
 from helix_megatron.check.sections import Section
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-             "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID")  # fmt: skip
+_TORCHRUN = """RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
+    TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RUN_ID""".split()
 _TAIL = 1500  # characters of a dead section's output that are kept
 
 
 @dataclass
 class Ended:
-    """How a section ended: `status` is passed, failed, or skipped, `reason` one line, empty when it passed."""
+    """How a section ended: `status` is passed, failed or skipped, `reason` why, empty when it passed."""
 
     status: str
     reason: str
@@ -44,7 +44,9 @@ class Ended:
     """The end of what it printed, when it failed."""
 
 
-def run_section(section: Section, place: Place, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
+def run_section(
+    section: Section, place: Place, folder: Path, environment: Mapping[str, str] | None = None
+) -> Ended:
     """Run it here.
 
     Args:
@@ -119,7 +121,9 @@ class Torchrun:
         self.number, long = 0, datetime.timedelta(days=1)
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(host, port, is_master=self.first and not agent, timeout=long, wait_for_workers=False)
+        self._store = TCPStore(
+            host, port, is_master=self.first and not agent, timeout=long, wait_for_workers=False
+        )
 
     def run(self, section: Section, place: Place, folder: Path) -> Ended | None:
         """What the first supervisor found; None in the others."""

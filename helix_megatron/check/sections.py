@@ -30,13 +30,13 @@ class Section:
 
 
 SECTIONS = (
-    Section("exactness", "attention layers equal the float64 formula, as nearly as Megatron's own", 240, 1800),
-    Section("training", "losses of Megatron's training loop are vanilla's, saved and loaded at other grids", 240, 1800),
+    Section("exactness", "attention layers are as near to float64 as Megatron's own", 240, 1800),
+    Section("training", "losses are vanilla's, also saved and loaded at other grids", 240, 1800),
     Section("generation", "greedy tokens are those of transformers", 180, 900),
-    Section("kernels", "attention over a paged cache equals the formula; its GB/s on a GPU", 180, 900),
-    Section("layers", "what one rank of a large group computes: kernels by class, launches, memory", 180, 1200),
-    Section("collectives", "latency and bandwidth of the grid's collectives, rates of the device", 180, 1200, True),
-)  # fmt: skip
+    Section("kernels", "attention over a paged cache equals the formula; GB/s on a GPU", 180, 900),
+    Section("layers", "what one rank of a large group computes: kernels, launches, memory", 180, 1200),
+    Section("collectives", "latency and bandwidth of the grid's collectives, rates", 180, 1200, True),
+)
 BY_NAME = {section.name: section for section in SECTIONS}
 
 

@@ -1,7 +1,7 @@
 """Megatron's own training loop: the loss of every step, Helix against vanilla on one rank.
 
-In fp32 the losses agree to rounding. In bf16 and FP8 a step amplifies rounding, so vanilla at T = 3, which may
-split the model (9 query and 3 KV heads), says how much two exact layouts differ anyway.
+In fp32 the losses agree to rounding. In bf16 and FP8 a step amplifies rounding, so vanilla at T = 3, which
+may split the model (9 query and 3 KV heads), says how much two exact layouts differ anyway.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from pathlib import Path
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.host.launcher import RankError
 
-LOOP = """--micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu --normalization RMSNorm
-    --disable-bias-linear --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 7
-    --use-cpu-initialization --num-layers 2 --num-attention-heads 9 --group-query-attention --num-query-groups 3
-    --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
+LOOP = """--micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu
+    --normalization RMSNorm --disable-bias-linear --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 7
+    --use-cpu-initialization --num-layers 2 --num-attention-heads 9 --group-query-attention
+    --num-query-groups 3 --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
     --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1
     --no-gradient-accumulation-fusion""".split()
 LOCAL = """--transformer-impl local --attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion
     --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-persist-layer-norm""".split()
-SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48 --max-position-embeddings 48
-    --vocab-size 264""".split()
+SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48
+    --max-position-embeddings 48 --vocab-size 264""".split()
 LARGE = """--hidden-size 1152 --kv-channels 128 --ffn-hidden-size 3072 --seq-length 1024
     --max-position-embeddings 1024 --vocab-size 2048""".split()
-PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "fp8": "--bf16 --fp8-format hybrid --fp8-recipe delayed".split()}
+PRECISIONS = {
+    "fp32": [],
+    "bf16": ["--bf16"],
+    "fp8": "--bf16 --fp8-format hybrid --fp8-recipe delayed".split(),
+}
 LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp8": 0.1}
 TIMES_VANILLA = 3.0
 """How many times the difference of two vanilla layouts is allowed, where that is more than the limit."""
@@ -54,21 +58,23 @@ class Run:
 
 
 STEPS, SAVED = 6, 4
-MOVES = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"  # the optimizer's state, to any grid
+MOVES = (
+    "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"  # the optimizer's state, to any grid
+)
+T2, RECOMPUTE = "--tensor-model-parallel-size 2", "--recompute-granularity full --recompute-method uniform"
+OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+SAVES = f"{MOVES} --save SAVE --save-interval {SAVED} --exit-interval {SAVED}"
+T6 = f"--tensor-model-parallel-size 6 --sequence-parallel {HELIX}"
 RUNS = (
     Run("vanilla", 1, against=""),
     Run("vanilla T=3", 3, "--tensor-model-parallel-size 3", quick=False, noise=True),
-    Run("1x2, saves", 2, f"--tensor-model-parallel-size 2 {HELIX} {MOVES} --save SAVE "
-        f"--save-interval {SAVED} --exit-interval {SAVED}"),
-    Run("3x2 loads, sequence parallel", 6,
-        f"--tensor-model-parallel-size 6 --sequence-parallel {HELIX} {MOVES} --load SAVE", quick=False),
+    Run("1x2, saves", 2, f"{T2} {HELIX} {SAVES}"),
+    Run("3x2 loads, sequence parallel", 6, f"{T6} {MOVES} --load SAVE", quick=False),
     Run("vanilla loads", 1, f"{MOVES} --load SAVE"),
-    Run("1x2, sequence parallel", 2, f"--tensor-model-parallel-size 2 --sequence-parallel {HELIX}", quick=False),
-    Run("1x2, full recompute", 2, "--tensor-model-parallel-size 2 --recompute-granularity full "
-        f"--recompute-method uniform --recompute-num-layers 1 {HELIX}", quick=False),
-    Run("1x2, distributed optimizer, overlapped", 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer "
-        f"--overlap-grad-reduce --overlap-param-gather {HELIX}", quick=False),
-)  # fmt: skip
+    Run("1x2, sequence parallel", 2, f"{T2} --sequence-parallel {HELIX}", quick=False),
+    Run("1x2, full recompute", 2, f"{T2} {RECOMPUTE} --recompute-num-layers 1 {HELIX}", quick=False),
+    Run("1x2, distributed optimizer, overlapped", 4, f"{T2} {OVERLAPPED} {HELIX}", quick=False),
+)
 
 
 def check(rows: Rows, place: Place) -> None:
@@ -163,7 +169,9 @@ def read_losses(text: str) -> dict[int, float]:
 
     It forgets nothing after the first step of a run, so the second line is the mean of two steps.
     """
-    found = [(int(step), float(loss)) for step, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", text)]
+    found = [
+        (int(step), float(loss)) for step, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", text)
+    ]
     if len(found) > 1:
         found[1] = found[1][0], 2 * found[1][1] - found[0][1]
     return dict(found)

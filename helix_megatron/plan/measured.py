@@ -65,7 +65,9 @@ def calibrate(cluster: Cluster, rows: Sequence[Mapping[str, Any]]) -> Cluster:
     """`cluster` with the rates that explain the rows; see Note [From profiles to rates]."""
     rates = dict(cluster.rates)
     for name, kind in KINDS.items():
-        slower = [log(row["us"][name] / predict_kernels(row, cluster)[name]) for row in rows if row["us"].get(name)]
+        slower = [
+            log(row["us"][name] / predict_kernels(row, cluster)[name]) for row in rows if row["us"].get(name)
+        ]
         if slower:
             rates[kind] = cluster.rate(kind, "bf16").slower(exp(sum(slower) / len(slower)))
     return replace(cluster, rates=rates)
@@ -80,12 +82,18 @@ def apply_check(cluster: Cluster, path: str) -> Cluster:
     document = read_check(path)
     gpus = document["hardware"]["gpus"]
     if not gpus:
-        raise ValueError(f"--check {path} was made on a host ({document['where']}); kernels are timed on a GPU.")
+        raise ValueError(
+            f"--check {path} was made on a host ({document['where']}); kernels are timed on a GPU."
+        )
     refuse_other_gpu(cluster, gpus[0], path)
     found = document["sections"]
     measured = [row for row in found.get("collectives", {}).get("rows", []) if row["status"] == "measured"]
-    rates = {row["rate"]: Rate(row["flops"], row["moved"], row["launch"]) for row in measured if "rate" in row}
-    links = {row["case"]: Line(row["latency"], row["bandwidth"]) for row in measured if row.get("entry") == "links"}
+    rates = {
+        row["rate"]: Rate(row["flops"], row["moved"], row["launch"]) for row in measured if "rate" in row
+    }
+    links = {
+        row["case"]: Line(row["latency"], row["bandwidth"]) for row in measured if row.get("entry") == "links"
+    }
     rows = [row for row in found.get("layers", {}).get("rows", []) if is_profile(row)]
     if not rows and not rates:
         raise ValueError(
@@ -99,7 +107,12 @@ def apply_check(cluster: Cluster, path: str) -> Cluster:
 
 def is_profile(row: Mapping[str, Any]) -> bool:
     """Whether a row is a training layer whose kernels were timed, with a fused or flash core."""
-    return row["status"] == "measured" and "heads" in row and bool(row.get("us")) and "unfused" not in row["core"]
+    return (
+        row["status"] == "measured"
+        and "heads" in row
+        and bool(row.get("us"))
+        and "unfused" not in row["core"]
+    )
 
 
 def read_check(path: str) -> dict[str, Any]:
@@ -107,11 +120,15 @@ def read_check(path: str) -> dict[str, Any]:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--check {path} cannot be read ({error.strerror}); helix check writes one.") from error
+        raise ValueError(
+            f"--check {path} cannot be read ({error.strerror}); helix check writes one."
+        ) from error
     except ValueError as error:
         raise ValueError(f"--check {path} is no JSON; helix check writes check.json.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"--check {path} is no check.json of this version ({FORMAT}); run helix check again.")
+        raise ValueError(
+            f"--check {path} is no check.json of this version ({FORMAT}); run helix check again."
+        )
     return document
 
 
@@ -122,4 +139,6 @@ def refuse_other_gpu(cluster: Cluster, gpu: str, path: str) -> None:
 
     preset = BOARDS.get(gpu.removeprefix("NVIDIA "), (None,))[0]
     if preset and cluster.name in CLUSTERS and cluster.name != preset:
-        raise ValueError(f"--check {path} was made on {gpu}, and the cluster is {cluster.name}; --cluster {preset}.")
+        raise ValueError(
+            f"--check {path} was made on {gpu}, and the cluster is {cluster.name}; --cluster {preset}."
+        )
