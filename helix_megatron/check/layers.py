@@ -96,7 +96,8 @@ def check(rows: Rows, place: Place) -> None:
         # host mode is switched on in the rank: the fake process group comes from what it replaces,
         # and has no peer to share memory with
         alone = {"HELIX_HOST_SHARED_MEMORY": "0"}
-        run_ranks(function, 1, rows.path, place, host_mode=False, timeout_s=place.seconds, env=alone)
+        how: dict[str, Any] = {"env": alone, "timeout_s": place.seconds, "fresh": not place.on_host}
+        run_ranks(function, 1, rows.path, place, host_mode=False, **how)
 
 
 def start_alone(on_host: bool, world: int = WORLD) -> None:

@@ -102,6 +102,7 @@ class Place:
             ranks,
             *args,
             host_mode=self.on_host,
-            share_gpu=not self.on_host and self.shares(ranks),
+            share_gpu=self.shares(ranks),
+            fresh=not self.on_host,
             **how,
         )

@@ -15,12 +15,12 @@ from pathlib import Path
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.host.launcher import RankError
 
-LOOP = """--micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu
-    --normalization RMSNorm --disable-bias-linear --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 7
+LOOP = """--micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu --normalization
+    RMSNorm --disable-bias-linear --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 7
     --use-cpu-initialization --num-layers 2 --num-attention-heads 9 --group-query-attention
-    --num-query-groups 3 --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 1 --tokenizer-type NullTokenizer
-    --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000 --log-interval 1
-    --no-gradient-accumulation-fusion""".split()
+    --num-query-groups 3 --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 1
+    --tokenizer-type NullTokenizer --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
+    --log-interval 1 --no-gradient-accumulation-fusion""".split()
 LOCAL = """--transformer-impl local --attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion
     --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-persist-layer-norm""".split()
 SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48

@@ -1,9 +1,9 @@
 """Rates and links of a cluster from a check.json of `helix check`.
 
 Note [From profiles to rates]
-    A profile says how long the kernels of an attention layer took, by class; the planner says the same for the
-    same layout (compute.attention_layer). The quotient of the two, over all profiled layouts, is by how much
-    the device is slower than the preset at that class of work. One layout is enough to plan others.
+    A profile says how long the kernels of an attention layer took, by class; the planner says the same for
+    the same layout (compute.attention_layer). The quotient of the two, over all profiled layouts, is by how
+    much the device is slower than the preset at that class of work. One layout is enough to plan others.
 
     gemm        matrix products                attention   fused or flash attention
     norm        norms                          packing     RoPE, packing
@@ -43,8 +43,9 @@ def problem_of(row: Mapping[str, Any]) -> Problem:
     layout = Layout(row["tp"], micro_batch=row["batch"])
     if row["grid"] is not None:
         grid = HelixGrid(*row["grid"])
-        layout = Layout(row["tp"], helix=True, grid=grid, comm_type="a2a" if grid.dim_parallel_size > 1 else "none",
-                        placement=row["placement"], kv_cache="sequence", micro_batch=row["batch"])  # fmt: skip
+        comm = "a2a" if grid.dim_parallel_size > 1 else "none"
+        layout = Layout(row["tp"], helix=True, grid=grid, comm_type=comm, placement=row["placement"],
+                        kv_cache="sequence", micro_batch=row["batch"])  # fmt: skip
     return Problem(shape, layout, Workload("train", row["batch"], row["sequence"], row["dtype"]))
 
 
@@ -97,11 +98,13 @@ def apply_check(cluster: Cluster, path: str) -> Cluster:
     rows = [row for row in found.get("layers", {}).get("rows", []) if is_profile(row)]
     if not rows and not rates:
         raise ValueError(
-            f"--check {path} has no kernel times: its section layers is missing or failed; helix check --only layers."
+            f"--check {path} has no kernel times: its section layers is missing or failed; make them by "
+            "helix check --only layers."
         )
     cluster = replace(cluster, rates={**cluster.rates, **rates}, links={**cluster.links, **links})
-    said = [f"{what} measured by helix check on {document['where']}, revision {document['revision'][:12]}, {path}"
-            for what, there in (("kernels", rows), ("rates", rates), ("links", links)) if there]  # fmt: skip
+    made = f"measured by helix check on {document['where']}, revision {document['revision'][:12]}, {path}"
+    measures = {"kernels": rows, "rates": rates, "links": links}
+    said = [f"{what} {made}" for what, there in measures.items() if there]
     return replace(calibrate(cluster, rows), sources=(*said, *cluster.sources))
 
 

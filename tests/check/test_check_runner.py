@@ -116,7 +116,7 @@ def test_refusals(capsys, arguments, words):
 
 
 def test_the_command_on_a_host(tmp_path):
-    """The quick form of two sections, as a user runs it: the kernels are right, a layer's share is counted."""
+    """Two sections of the quick form, as a user runs it: right kernels, and a layer's share counted."""
     command = [sys.executable, "-m", "helix_megatron.cli", "check", "--quick", "--out", str(tmp_path)]
     command += ["--only", "kernels", "--only", "layers"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=400)

@@ -125,8 +125,8 @@ def test_fp8_may_differ_as_two_vanilla_layouts_do():
 
 
 def test_the_second_printed_loss_is_a_mean_of_two():
-    text = "iteration  1/ 3 | lm loss: 5.0E+00 |\n iteration  2/ 3 | lm loss: 4.5 |\n iteration  3/ 3 | lm loss: nan |"
-    found = training.read_losses(text)
+    line = "iteration  {}/ 3 | lm loss: {} |\n"
+    found = training.read_losses(line.format(1, "5.0E+00") + line.format(2, 4.5) + line.format(3, "nan"))
     assert (found[1], found[2]) == (5.0, 4.0) and math.isnan(found[3])
 
 
