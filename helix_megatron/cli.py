@@ -1,5 +1,6 @@
 """The `helix` command: one subcommand per tool.
 
+    helix check --quick          prove and measure Helix on this machine: a host, one GPU, several, many
     helix compare CONFIG.yaml    the same model by several layouts, side by side
     helix convert --from …       Hugging Face models into Megatron checkpoints, and back
     helix data PREFIX            a small real English text as byte tokens
@@ -19,6 +20,7 @@ import argparse
 import sys
 from typing import Any
 
+from helix_megatron.check.command import add_check
 from helix_megatron.convert.cli import add_convert
 from helix_megatron.generate.cli import add_generate, add_serve
 from helix_megatron.plan.command import add_plan
@@ -63,7 +65,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    add_compare, add_data, add_doctor, add_convert, add_generate, add_plan, add_serve, add_show,
+    add_check, add_compare, add_data, add_doctor, add_convert, add_generate, add_plan, add_serve, add_show,
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """`helix doctor`: what is installed on this machine, what that enables, and what is wrong.
 
-Nothing here is measured and nothing is run on a GPU. Versions are read without importing the packages, except
-torch and megatron.core: those must import, and a broken Transformer Engine shows as a megatron.core that
-does not.
+Nothing here is measured and nothing is run on a GPU: `helix check` does that. Versions are read without
+importing the packages, except torch and megatron.core: those must import, and a broken Transformer Engine
+shows as a megatron.core that does not.
 """
 
 from __future__ import annotations
@@ -260,6 +260,8 @@ def show(report: dict[str, Any], console: Any) -> None:
         console.print(f"wrong: {problem}", style="red", markup=False)
     verdict = {"gpu": "fit for GPUs", "host": "fit for host mode only: no usable GPU here", "none": "not fit"}
     console.print(f"helix doctor: {verdict[report['mode']]}", style="green" if report["fit"] else "red")
+    if report["fit"]:
+        console.print("Whether it computes the right numbers here: helix check --quick", markup=False)
 
 
 def main(as_json: bool) -> int:

@@ -6,7 +6,7 @@
 #   MEGATRON_REPOSITORY=…   where Megatron-LM is cloned from; a folder too (default: the Dockerfile's)
 #   PYTHON=python           whose torch; its interpreter goes into the base
 #   KEEP=1                  keep the images localhost/helix-base and localhost/helix-megatron
-# In the image, as user 1000 and as another without a name: helix doctor, two ranks train two steps, by the plugin's
+# In the image, as user 1000 and as another without a name: helix doctor, helix check --quick, two ranks train two steps, by the plugin's
 # own entry and by the patched checkout's pretrain_gpt.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -92,6 +92,7 @@ say "the image is built"
 container="$(buildah from --pull-never localhost/helix-megatron)"
 inside() { buildah run --isolation chroot "${mounts[@]:0:2}" "$@"; }
 inside "${container}" helix doctor
+inside "${container}" helix check --quick --out /tmp/check
 launch=(python -m helix_megatron.launch --nproc-per-node 2)
 flags=(--helix-host-mode --helix-config /opt/helix/configs/tiny.yaml)
 trained() { # the last rank's log

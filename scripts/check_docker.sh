@@ -31,6 +31,7 @@ done
 PYTHON="${python}" "${work}/source/scripts/install_into_base.sh" "${work}/source"
 "${python}" -m pip list --disable-pip-version-check
 "${work}/venv/bin/helix" doctor --help >/dev/null
+"${work}/venv/bin/helix" check --help >/dev/null
 echo "check_docker: installed beside the base's packages, which are unchanged"
 if PYTHON="${python}" MEGATRON_CORE_VERSION=0.0.1 "${work}/source/scripts/install_into_base.sh" \
     "${work}/source" >"${work}/log" 2>&1; then

@@ -46,6 +46,7 @@ def test_the_tables_say_host_mode_only(no_driver, capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert "fit for host mode only" in printed and "megatron-core" in printed
+    assert printed.rstrip().endswith("helix check --quick")
 
 
 def test_an_unsupported_megatron_is_not_fit(no_driver, monkeypatch, capsys):

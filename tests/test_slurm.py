@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helix_megatron.check import tiny_model
 from tests.compare.compare_fakes import document
-from tests.generate import tiny_model
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")

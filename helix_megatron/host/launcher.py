@@ -69,6 +69,7 @@ def run_ranks(
     show_rank0=False,
     share_gpu=False,
     stop=None,
+    fresh=False,
 ) -> list:
     """Run `function(*args)` in `world_size` processes and return what each returned, in rank order.
 
@@ -85,6 +86,7 @@ def run_ranks(
         show_rank0: leave rank 0's output on this terminal instead.
         share_gpu: all ranks use device 0 with real NCCL; see Note [Several ranks on one GPU].
         stop: a threading.Event; when another thread sets it, the time is out.
+        fresh: ranks are fresh interpreters, as they are with a shared GPU; slower, and safe with CUDA.
 
     Raises:
         RankError: a rank raised, exited non-zero, was killed, or was still running after `timeout_s`; the
@@ -100,8 +102,8 @@ def run_ranks(
     payload = pickle.dumps((function, args))
     reserved = _reserved_port()
     environment = _rank_environment(world_size, reserved.getsockname()[1], env)
-    context = multiprocessing.get_context("spawn" if share_gpu else "forkserver")
-    if not share_gpu:
+    context = multiprocessing.get_context("spawn" if share_gpu or fresh else "forkserver")
+    if not (share_gpu or fresh):
         context.set_forkserver_preload(_PRELOAD)
     ranks = []
     with _terminate_as_exception():

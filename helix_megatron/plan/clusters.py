@@ -40,6 +40,8 @@ def gpu_preset(
             "cached attention": Rate(0.25 * peak, bandwidth, 4e-6),
             "repeated attention": Rate(0.25 * peak, bandwidth, 8e-6),
             "pass": Rate(peak, bandwidth, 8e-6),
+            "norm": Rate(peak, bandwidth, 2e-6),
+            "packing": Rate(peak, bandwidth, 2e-6),
             "update": Rate(peak, bandwidth, 8e-6),
         },
         gpus_per_node=gpus_per_node,

@@ -55,6 +55,7 @@ def add_plan(subparsers: Any) -> None:
     add("--top", type=int, default=8, help="rows shown (default: 8)")
     add("--explain", action="store_true", help="every formula of the first rows, with numbers")
     add("--json", action="store_true", help="one JSON document instead of tables")
+    add("--check", metavar="FILE", help="rates and links from a check.json of helix check on such a GPU")
     add("--probe", metavar="FILE", help="measure this machine (GPUs: in torchrun), write FILE for --cluster")
     add("--ranks", type=int, help="with --probe: the most ranks (default: twice the cores)")
     add("flags", nargs="*", help="after --: the model as Megatron's flags")
@@ -108,9 +109,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 def chosen_cluster(options: argparse.Namespace) -> Cluster:
     """The cluster with the user's changes. ValueError for sizes that cannot be."""
-    from helix_megatron.plan import clusters, inputs
+    from helix_megatron.plan import clusters, inputs, measured
 
     cluster = inputs.cluster(options.cluster)
+    if options.check:
+        cluster = measured.apply_check(cluster, options.check)
     if options.gpus:
         cluster = clusters.resize(cluster, *_devices(options, cluster))
     elif options.nodes:

@@ -5,8 +5,24 @@
                       causal half of them; in decode the whole cache is read, and Megatron's unfused core
                       writes and reads KV heads once for each of their query heads
                       On a host a fused core takes its time over the scores too, if d is small
-    pass              norms, RoPE, activation, residual: nothing but memory traffic
+    norm, pass        norms, activation, residual: nothing but memory traffic
+    packing           RoPE, splitting and packing q, k and v: memory traffic in many small kernels
     update            Adam
+
+On a host, and in decode, norms and RoPE are counted with the passes.
+
+Note [What packing costs]
+    How often a kernel reads or writes a rank's share of q, k and v in a forward pass, and how many kernels
+    there are, comes from profiles of five layouts on an H200 (benchmarks/results/h200, RoPE not fused):
+        RoPE, splits           16 times, 16 kernels     fused RoPE: assumed 4 times, 8 kernels
+        Megatron, tp > G       + 3 times the QKV of all ranks, which it gathers and cuts, 7 kernels
+        Helix, heads           + 1.3 times, 2 + 0.8 m kernels
+        Helix, dims            + 7.6 times, 9 kernels
+
+Note [The last tiles]
+    A fused core deals tiles of 128 queries to the multiprocessors (132 of an H100), the late ones with all
+    keys before them. About one tile on each is the time in which others have nothing left to do, so few heads
+    take longer than their FLOP: busy = tokens x heads / (tokens x heads + 132 x 128).
 
 A backward pass costs twice the products, 2.5 times fused attention (its scores are made again), twice the
 rest. Symbols as in memory.py.
@@ -16,14 +32,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helix_megatron.plan.hardware import Rate
 from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.memory import parameters
 from helix_megatron.plan.terms import Term, total
 
-GEMM, PASS, UPDATE = "gemm", "pass", "update"
+GEMM, PASS, UPDATE, NORM, PACKING = "gemm", "pass", "update", "norm", "packing"
 FUSED, UNFUSED = "fused attention", "unfused attention"
 CACHED, REPEATED = "cached attention", "repeated attention"
-_BACKWARD = {GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, REPEATED: 0.0, PASS: 2.0}
+_MEMORY = dict.fromkeys((PASS, NORM, PACKING), 2.0)
+_BACKWARD = {**_MEMORY, GEMM: 2.0, FUSED: 2.5, UNFUSED: 2.0, CACHED: 0.0, REPEATED: 0.0}
+
+
+_LAST_ROWS = 132 * 128  # Note [The last tiles]
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,8 @@ class Operation:
         calls: how many.
         flops: of one.
         bytes: that one moves to and from memory.
+        launches: kernels that one is made of.
+        busy: share of the device that computes, on average.
     """
 
     name: str
@@ -42,6 +65,12 @@ class Operation:
     calls: int
     flops: Term
     bytes: Term
+    launches: float = 1.0
+    busy: float = 1.0
+
+    def seconds(self, rate: Rate) -> float:
+        """Of one forward pass of one."""
+        return rate.seconds(self.flops.value / self.busy, self.bytes.value, self.launches)
 
     @property
     def backward(self) -> float:
@@ -52,26 +81,48 @@ class Operation:
 def operations(problem: Problem, stage: int) -> list[Operation]:
     """Forward pass of a micro-batch on a rank of `stage`."""
     shape, layout = problem.shape, problem.layout
-    h, tp, layers, e = shape.hidden_size, layout.tp, problem.layers, problem.workload.element
-    heads, f = shape.num_attention_heads * shape.kv_channels / tp, shape.ffn_hidden_size / tp
-
-    def gemm(name: str, calls: int, inner: float, columns: float, t: int = problem.tokens) -> Operation:
-        flops = Term(name, {"2": 2, "t": t, "inner": inner, "columns": columns})
-        moved = Term(name, {"weights, input, output": inner * columns + t * (inner + columns), "bytes": e})
-        return Operation(name, GEMM, calls, flops, moved)
-
+    h, tp, layers, f = shape.hidden_size, layout.tp, problem.layers, shape.ffn_hidden_size / layout.tp
+    linear_qkv, linear_proj = _projections(problem)
     found = [
-        gemm("linear_qkv", layers, h, problem.qkv_width / tp),
+        linear_qkv,
         attention(problem),
-        gemm("linear_proj", layers, heads, h),
-        gemm("linear_fc1", layers, h, (2 if shape.swiglu else 1) * f),
-        gemm("linear_fc2", layers, f, h),
-        _passes(problem),
+        linear_proj,
+        _gemm(problem, "linear_fc1", layers, h, (2 if shape.swiglu else 1) * f),
+        _gemm(problem, "linear_fc2", layers, f, h),
+        *_passes(problem),
     ]
     if stage == layout.pp - 1:
         tokens = problem.tokens if problem.workload.kind == "train" else layout.micro_batch
-        found.append(gemm("output layer", 1, h, shape.padded_vocab_size(tp) / tp, tokens))
+        found.append(_gemm(problem, "output layer", 1, h, shape.padded_vocab_size(tp) / tp, tokens))
     return found
+
+
+def attention_layer(problem: Problem, rope_fusion: bool) -> dict[str, list[Operation]]:
+    """The operations of attention alone, its input's norm included, by the classes that a profile shows."""
+    return {
+        "gemm": list(_projections(problem)),
+        "attention": [attention(problem)],
+        "norm": [_norms(problem, 1)],
+        "packing": [_packing(problem, rope_fusion)],
+    }
+
+
+def _gemm(
+    problem: Problem, name: str, calls: int, inner: float, columns: float, tokens: int | None = None
+) -> Operation:
+    t = problem.tokens if tokens is None else tokens
+    flops = Term(name, {"2": 2, "t": t, "inner": inner, "columns": columns})
+    moved = {"weights, input, output": inner * columns + t * (inner + columns)}
+    return Operation(name, GEMM, calls, flops, Term(name, {**moved, "bytes": problem.workload.element}))
+
+
+def _projections(problem: Problem) -> tuple[Operation, Operation]:
+    shape, tp, layers = problem.shape, problem.layout.tp, problem.layers
+    heads = shape.num_attention_heads * shape.kv_channels / tp
+    return (
+        _gemm(problem, "linear_qkv", layers, shape.hidden_size, problem.qkv_width / tp),
+        _gemm(problem, "linear_proj", layers, heads, shape.hidden_size),
+    )
 
 
 def attention(problem: Problem) -> Operation:
@@ -80,9 +131,9 @@ def attention(problem: Problem) -> Operation:
     b, d, e, s = layout.micro_batch, shape.kv_channels, work.element, work.length
     heads = shape.num_attention_heads / layout.tp
 
-    def made(kind: str, pairs: dict[str, float], moved: dict[str, float]) -> Operation:
+    def made(kind: str, pairs: dict[str, float], moved: dict[str, float], busy: float = 1.0) -> Operation:
         flops = Term("attention", {"4": 4, "d": d, **pairs})
-        return Operation("attention", kind, problem.layers, flops, Term("attention", moved))
+        return Operation("attention", kind, problem.layers, flops, Term("attention", moved), busy=busy)
 
     if work.kind == "decode":
         kv: float = max(1, shape.num_query_groups // layout.tp)
@@ -98,24 +149,55 @@ def attention(problem: Problem) -> Operation:
         skipped = work.fused or work.kind == "train"  # on a host, prompts in a cache of slices are masked
         pairs["keys"] = s / 2 if skipped else s
         if work.fused:
-            return made(FUSED, pairs, {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e})
+            moved = {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e}
+            rows = problem.tokens * heads
+            return made(FUSED, pairs, moved, busy=rows / (rows + _LAST_ROWS))
         return made(FUSED, pairs, {**pairs, "fp32": 4})  # a core is as busy with the scores, in its caches
     pairs["keys"] = s
     copies = layout.m if sums else 1  # every rank of the dim group has all scores of the head group
     return made(UNFUSED, pairs, {"passes over scores": 6 * copies, **pairs, "fp32": 4})
 
 
-def _passes(problem: Problem) -> Operation:
+def _passes(problem: Problem) -> list[Operation]:
     """Norms, residuals, RoPE and activation of a layer: how often their tensors are read and written."""
     shape, layout, work = problem.shape, problem.layout, problem.workload
     own = 1 / layout.tp if layout.sequence_parallel else 1.0
-    hidden = (8 if work.fused else 16) * own * shape.hidden_size
-    heads = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / layout.tp
     mlp = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
-    elements = hidden + (2 if work.fused else 6) * heads + (2 if work.fused else 4) * mlp
-    moved = {"t": problem.tokens, "elements read and written": elements, "bytes": work.element}
-    nothing, name = Term("passes", {"0": 0}), "norms, RoPE, activation"
-    return Operation(name, PASS, problem.layers, nothing, Term("passes", moved))
+    apart = work.fused and work.kind != "decode"
+    hidden = (4 if apart else 8 if work.fused else 16) * own * shape.hidden_size
+    heads = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / layout.tp
+    heads *= 0 if apart else 2 if work.fused else 6
+    name = "residuals, activation" if apart else "norms, RoPE, activation"
+    passes = _moves(problem, name, PASS, hidden + heads + (2 if work.fused else 4) * mlp)
+    return [_norms(problem, 2), _packing(problem), passes] if apart else [passes]
+
+
+def _norms(problem: Problem, count: int) -> Operation:
+    """Norms of a layer's hidden states, in one read and one write each."""
+    own = 1 / problem.layout.tp if problem.layout.sequence_parallel else 1.0
+    moved = 2 * count * own * problem.shape.hidden_size
+    return _moves(problem, "norms", NORM, moved, launches=count)
+
+
+def _packing(problem: Problem, rope_fusion: bool = True) -> Operation:
+    """See Note [What packing costs]."""
+    layout = problem.layout
+    own = problem.qkv_width / layout.tp
+    times, launches = (4.0, 8.0) if rope_fusion else (16.0, 16.0)
+    gathered = 0.0
+    if problem.gathers_qkv:
+        gathered, launches = 3.0 * problem.qkv_width, launches + 7
+    elif layout.sliced and layout.placement == "heads":
+        times, launches = times + 1.3, launches + 2 + 0.8 * layout.m
+    elif layout.sliced:
+        times, launches = times + 7.6, launches + 9
+    return _moves(problem, "RoPE, packing", PACKING, times * own + gathered, launches)
+
+
+def _moves(problem: Problem, name: str, kind: str, elements: float, launches: float = 1.0) -> Operation:
+    """Nothing but memory traffic: elements of a token, read and written."""
+    moved = {"t": problem.tokens, "elements read and written": elements, "bytes": problem.workload.element}
+    return Operation(name, kind, problem.layers, Term(name, {"0": 0}), Term(name, moved), launches)
 
 
 def optimizer_bytes(problem: Problem, stage: int) -> tuple[Term, Term]:

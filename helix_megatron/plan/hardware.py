@@ -41,14 +41,18 @@ Placement = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Rate:
-    """seconds = launch + max(FLOP / flops, bytes / bandwidth), in FLOP/s and bytes/s that are reached."""
+    """seconds = launches x launch + max(FLOP / flops, bytes / bandwidth), in FLOP/s and bytes/s reached."""
 
     flops: float
     bandwidth: float
     launch: float = 0.0
 
-    def seconds(self, flops: float, moved: float) -> float:
-        return self.launch + max(flops / self.flops, moved / self.bandwidth)
+    def seconds(self, flops: float, moved: float, launches: float = 1.0) -> float:
+        return launches * self.launch + max(flops / self.flops, moved / self.bandwidth)
+
+    def slower(self, factor: float) -> Rate:
+        """The rate of a device that takes `factor` times as long."""
+        return Rate(self.flops / factor, self.bandwidth / factor, self.launch * factor)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ class Cluster:
     def rate(self, kind: str, dtype: str) -> Rate:
         """The rate of an operation's kind. ValueError where the cluster has none."""
         rate = self.rates.get(f"{kind} {dtype}") or self.rates.get(kind)
+        if rate is None and kind in ("norm", "packing") and "pass" in self.rates:
+            passes = self.rates["pass"]  # whose launch is of the several that such an operation is made of
+            rate = Rate(passes.flops, passes.bandwidth, passes.launch / 4)
         if rate is None:
             raise ValueError(
                 f"cluster {self.name} has no rate of {kind!r}, only of {', '.join(sorted(self.rates))}; "

@@ -174,8 +174,11 @@ def gpu_machine() -> Cluster:
     return cluster
 
 
-def measure_gpus(base: Cluster) -> Cluster:
-    """`base` with what the GPUs of all ranks really do; the same on every rank."""
+def measure_gpus(base: Cluster, keep: bool = False) -> Cluster:
+    """`base` with what the GPUs of all ranks really do; the same on every rank.
+
+    keep: leave the process group for the caller, who destroys it.
+    """
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     try:
@@ -183,7 +186,8 @@ def measure_gpus(base: Cluster) -> Cluster:
         links = probe_collectives.gpu_links(world, min(world, base.joined))
         reached = probe_rates.gpu_rates(probe_rates.GPU)
     finally:
-        dist.destroy_process_group()
+        if not keep:
+            dist.destroy_process_group()
     rates = {**base.rates, **{kind: Rate(*values) for kind, values in reached.items()}}
     cluster = replace(base, nodes=world // base.gpus_per_node, rates=rates)
     return with_links(cluster, {key: Line(*point) for key, point in links.items()})

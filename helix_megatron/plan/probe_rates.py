@@ -103,6 +103,8 @@ def gpu_rates(sizes: Sizes) -> dict[str, Reached]:
         "cached attention": (attention, *cached[1:]),
         "repeated attention": (attention, *repeated[1:]),
         "pass": (passed[0], passed[1], several),
+        "norm": (passed[0], passed[1], gemm[2]),
+        "packing": (passed[0], passed[1], gemm[2]),
         "update": (update[0], update[1], several),
     }
 

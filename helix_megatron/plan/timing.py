@@ -96,12 +96,14 @@ class _Stage:
             rate = self.cluster.rate(operation.kind, work.dtype)
             passes = 1 + operation.backward + layout.recompute if self.train else 1.0
             flops, moved = operation.flops, operation.bytes
+            launches = "" if operation.launches == 1 else f"{operation.launches:.6g} launches x "
+            busy = "" if operation.busy == 1 else f" x {operation.busy:.6g} busy"
             formula = (
-                f"({rate.launch * 1e6:.6g} us + max of "
-                f"{flops} = {flops.value:.6g} FLOP at {rate.flops:.6g}/s, "
+                f"({launches}{rate.launch * 1e6:.6g} us + max of "
+                f"{flops} = {flops.value:.6g} FLOP at {rate.flops:.6g}/s{busy}, "
                 f"{moved} = {moved.value:.6g} B at {rate.bandwidth:.6g} B/s)"
             )
-            line = Line("compute", operation.name, rate.seconds(flops.value, moved.value), formula)
+            line = Line("compute", operation.name, operation.seconds(rate), formula)
             lines.append(line.times({"calls": operation.calls, "passes": passes}))
         accumulated = compute.accumulation_bytes(problem, self.stage)
         if self.train and accumulated.value:

@@ -165,7 +165,7 @@ def test_a_tokenizer_nobody_can_read_is_one_line(tmp_path, llama):
 
 
 def test_files_beside_it_do_not_change_its_tokenizer(tmp_path, llama):
-    from tests.generate import tiny_model
+    from helix_megatron.check import tiny_model
 
     tiny_model.make(tmp_path / "beside")
     (tmp_path / "beside" / "chat_template.jinja").write_text("of another model")

@@ -180,7 +180,7 @@ def test_tokens_that_a_model_has_not_are_not_made_up(tmp_path):
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
     """A tiny model with a tokenizer of 259 tokens, and its checkpoint."""
-    from tests.generate import tiny_model
+    from helix_megatron.check import tiny_model
 
     folder = tiny_model.make(tmp_path_factory.mktemp("spoken") / "hf")
     edit(folder / "generation_config.json", eos_token_id=[256, 257])

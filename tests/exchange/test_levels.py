@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helix_megatron.check.reference import Case
 from helix_megatron.exchange import levels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.measure.comm import CommMeter
@@ -15,7 +16,6 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixGrid
 from tests.exchange.levels_worker import rank_count
 from tests.megatron_glue.layer_worker import Groups, load, make_layer, run, start
-from tests.reference import Case
 
 N, M, T = 3, 2, 6
 

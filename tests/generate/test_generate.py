@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
+from helix_megatron.check import tiny_model
 from helix_megatron.convert import check, mapping, torch_dist
 from helix_megatron.generate import engine as engines
 from helix_megatron.generate import generate, model, stops
@@ -24,7 +25,6 @@ from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.config import HelixConfig
-from tests.generate import tiny_model
 
 PROMPTS = [
     "hello there",

@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron import cli
+from helix_megatron.check import tiny_model
 from helix_megatron.generate import serve
 from helix_megatron.generate.messages import check_messages
 from helix_megatron.generate.requests import Limits, Refused, check_room, checked, parse, prompts_of
 from helix_megatron.generate.stops import Search, Stops
-from tests.generate import tiny_model
 
 for package in ("zmq", "msgpack", "quart", "hypercorn"):
     pytest.importorskip(package)

@@ -25,6 +25,11 @@ def test_every_rank_is_a_host_of_its_own_on_device_0(monkeypatch):
         assert rank["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
+def test_fresh_ranks_are_no_forks_and_share_nothing():
+    (variables,) = run_ranks(environment, 1, host_mode=False, fresh=True, timeout_s=120)
+    assert variables["LOCAL_WORLD_SIZE"] == "1" and "NCCL_HOSTID" not in variables
+
+
 def fails_on_rank_1():
     assert "torch" in sys.modules  # a fresh interpreter has it too
     if os.environ["RANK"] == "1":

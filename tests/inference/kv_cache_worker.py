@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from helix_megatron.check.reference import Case, reference
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
-from tests.reference import Case, reference
 
 
 def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helix_megatron.check.reference import Case
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import slice_cache as kv_slices
@@ -29,7 +30,6 @@ from tests.inference.kv_cache_worker import (
     generate_without_cache,
     refused,
 )
-from tests.reference import Case
 
 # ---- layers, against float64 ----
 GRIDS = [(1, 2), (1, 4), (2, 2), (3, 2), (1, 3), (2, 3)]  # 16 dimensions, 8 rotary pairs: m = 3 is uneven

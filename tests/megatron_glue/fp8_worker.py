@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
+from helix_megatron.check.reference import Case, normalise, reference
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, errors, load, make_layer, run, start
-from tests.reference import Case, normalise, reference
 
 STEPS = 3  # delayed scaling starts with a scale of 1
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from helix_megatron.check.reference import Case
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, load, make_layer, run, start
-from tests.reference import Case
 
 HALF = dict(params_dtype=torch.float16, fp16=True)
 

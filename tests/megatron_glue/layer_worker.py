@@ -7,34 +7,13 @@ import itertools
 from dataclasses import replace
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from helix_megatron.megatron import integrate
-from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
+from helix_megatron.check import layer as layers
+from helix_megatron.check.layer import Groups, errors, load, make_config, run, start
+from helix_megatron.check.reference import Case, reference
 from helix_megatron.partition.config import HelixConfig
-from tests.reference import Case, reference
 
-MASK_TYPES = {
-    "causal": "causal",
-    "padding": "padding",
-    "arbitrary": "arbitrary",
-    "none": "no_mask",
-    "documents": "causal",
-}
-
-
-def start(tp: int, cp: int = 1) -> None:
-    """Process groups of tensor-parallel groups, and of context-parallel ones, over the world."""
-    torch.distributed.init_process_group("nccl")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
-    tensor_parallel.model_parallel_cuda_manual_seed(123)
+__all__ = ["Groups", "errors", "load", "make_config", "run", "start"]
 
 
 @contextlib.contextmanager
@@ -45,37 +24,6 @@ def inferring():
     mode = utils.InferenceMode.active() if hasattr(utils, "InferenceMode") else contextlib.nullcontext()
     with torch.no_grad(), mode:
         yield
-
-
-def make_config(case: Case, tp: int, **overrides) -> TransformerConfig:
-    norm = case.qk_norm if case.qk_norm in ("RMSNorm", "LayerNorm") else "RMSNorm"
-    settings = dict(
-        num_layers=1,
-        hidden_size=case.hidden,
-        num_attention_heads=case.heads,
-        num_query_groups=case.groups,
-        kv_channels=case.dim,
-        ffn_hidden_size=2 * case.hidden,
-        tensor_model_parallel_size=tp,
-        add_bias_linear=False,
-        add_qkv_bias=case.bias,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        normalization=norm,
-        qk_layernorm=case.qk_norm in ("RMSNorm", "LayerNorm"),
-        qk_l2_norm=case.qk_norm == "L2Norm",
-        layernorm_epsilon=1e-5,
-        rotary_interleaved=case.interleaved,
-        window_size=case.window,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        attention_softmax_in_fp32=True,
-        attention_output_gate=case.gate,
-        softmax_type="learnable" if case.sinks else "vanilla",
-    )
-    return TransformerConfig(**{**settings, **overrides})
 
 
 class TEDotProductAttention(torch.nn.Module):
@@ -130,109 +78,9 @@ class UnfusedTEDotProductAttention(TEDotProductAttention):
 def make_layer(
     case: Case, helix: HelixConfig | None, tp: int, groups=None, te_core=False, te=False, **overrides
 ):
-    """Helix's layer, or Megatron's own when helix is None. Integration is what puts Helix in the spec.
-
-    te: the whole of Transformer Engine's spec, whose linear_qkv starts with a norm of its input.
-    """
-    if helix is not None:
-        integrate.enable(helix)
-    try:
-        config = make_config(case, tp, **overrides)
-        spec = get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization="RMSNorm"
-        ).submodules.self_attention
-        if te:
-            spec = get_gpt_layer_with_transformer_engine_spec().submodules.self_attention
-        from megatron.core.transformer.enums import AttnMaskType
-
-        spec.params = {"attn_mask_type": AttnMaskType[MASK_TYPES[case.mask]]}
-        if te_core:
-            spec.submodules.core_attention = (
-                UnfusedTEDotProductAttention if te_core == "unfused" else TEDotProductAttention
-            )
-        if groups is not None:
-            spec.params["helix_groups"] = groups
-        pgs = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        return build_module(spec, config=config, layer_number=1, pg_collection=pgs)
-    finally:
-        if helix is not None:
-            integrate.disable()
-
-
-def load(layer, case: Case, rows, columns, dtype) -> None:
-    """Put this rank's rows and columns of the standard weights into the layer."""
-    with torch.no_grad():
-        layer.linear_qkv.weight.copy_(case.tensors["qkv_weight"][rows].to(dtype))
-        if case.bias:
-            layer.linear_qkv.bias.copy_(case.tensors["qkv_bias"][rows].to(dtype))
-        layer.linear_proj.weight.copy_(case.tensors["proj_weight"][:, columns].to(dtype))
-        if case.qk_norm in ("RMSNorm", "LayerNorm"):
-            layer.q_layernorm.weight.copy_(case.tensors["q_norm"].to(dtype))
-            layer.k_layernorm.weight.copy_(case.tensors["k_norm"].to(dtype))
-        if case.sinks:
-            _sinks(layer).copy_(_own_heads(layer, case.tensors["sinks"]))
-
-
-def _sinks(layer) -> torch.nn.Parameter:
-    """With m = 1 the core attention is Megatron's own."""
-    return getattr(layer.core_attention, "core", layer.core_attention).softmax_offset
-
-
-def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
-    """This rank's share of one number per head, as the ranks hold them in order."""
-    return per_head.chunk(layer.helix_plan.grid.size)[layer.pg_collection.tp.rank()]
-
-
-def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False) -> dict[str, torch.Tensor]:
-    """Forward and backward; whole output and input gradient, local weight gradients."""
-    rank = torch.distributed.get_rank() % tp
-    share = slice(rank * case.seq // tp, (rank + 1) * case.seq // tp) if sequence_parallel else slice(None)
-    hidden = case.tensors["hidden"][share].to(dtype).requires_grad_()
-    table = case.rope_table()
-    out, _ = layer(hidden, case.attention_mask(), rotary_pos_emb=table)
-    (out.double() * case.tensors["loss"][share]).sum().backward()
-
-    def whole(x: torch.Tensor) -> torch.Tensor:
-        if not sequence_parallel:
-            return x.detach()
-        parts = [torch.empty_like(x) for _ in range(tp)]
-        torch.distributed.all_gather(parts, x.detach().contiguous())
-        return torch.cat(parts)
-
-    result = {
-        "output": whole(out),
-        "hidden": whole(hidden.grad),
-        "qkv_weight": layer.linear_qkv.weight.grad,
-        "proj_weight": layer.linear_proj.weight.grad,
-    }
-    if case.bias:
-        result["qkv_bias"] = layer.linear_qkv.bias.grad
-    if case.sinks:
-        result["sinks"] = _sinks(layer).grad
-    if case.qk_norm in ("RMSNorm", "LayerNorm"):
-        for name, norm in (("q_norm", layer.q_layernorm), ("k_norm", layer.k_layernorm)):
-            grad = norm.weight.grad.clone()
-            torch.distributed.all_reduce(grad)  # Megatron does this in finalize_model_grads
-            result[name] = grad
-    return result
-
-
-def errors(found: dict, expected: dict, rows, columns) -> dict[str, float]:
-    """|found - expected| / |expected| for every tensor, over this rank's part of it."""
-    result = {}
-    for name, value in found.items():
-        want = expected[name]
-        if name in ("qkv_weight", "qkv_bias"):
-            want = want[rows]
-        if name == "sinks":
-            want = want.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-        if name == "proj_weight":
-            want = want[:, columns]
-        scale = want.norm().item() or 1.0
-        result[name] = (value.double() - want).norm().item() / scale
-        if not torch.isfinite(value).all():
-            result[name] = float("inf")
-    return result
+    """Helix's layer, or Megatron's own when helix is None; te: all of Transformer Engine's spec."""
+    cores = {False: None, True: TEDotProductAttention, "unfused": UnfusedTEDotProductAttention}
+    return layers.make_layer(case, helix, tp, groups, cores[te_core], te, **overrides)
 
 
 def check(case: Case, helix: HelixConfig, tp: int, groups, **overrides) -> dict[str, float]:
@@ -248,21 +96,6 @@ def check(case: Case, helix: HelixConfig, tp: int, groups, **overrides) -> dict[
     if any(overrides.get("no_rope_freq", [])):
         case = replace(case, rotary_percent=0.0)
     return errors(found, reference(case, slices), rows, columns)
-
-
-class Groups:
-    """Process groups of several grids, made once each."""
-
-    def __init__(self) -> None:
-        self.made: dict = {}
-
-    def of(self, grid):
-        if grid not in self.made:
-            destroy_helix_parallel()
-            self.made[grid] = initialize_helix_parallel(
-                grid, parallel_state.get_tensor_model_parallel_group()
-            )
-        return self.made[grid]
 
 
 def check_all(tp: int, jobs: list[tuple[Case, HelixConfig, dict]]) -> list[tuple[str, dict[str, float]]]:

@@ -10,8 +10,8 @@ import random
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from helix_megatron.check.reference import Case
 from helix_megatron.partition.config import COMM_TYPES, CORE_ATTENTIONS, QUERY_PLACEMENTS, HelixConfig
-from tests.reference import Case
 
 WORLDS = ((2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (2, 2), (3, 2))
 """(tensor-parallel, context-parallel) sizes."""

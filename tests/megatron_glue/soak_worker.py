@@ -27,6 +27,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from helix_megatron.check.layer import sinks_of
+from helix_megatron.check.reference import Case, attention, normalise
 from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
@@ -34,12 +36,10 @@ from tests.megatron_glue.layer_worker import (
     MASK_TYPES,
     Groups,
     TEDotProductAttention,
-    _sinks,
     make_config,
     start,
 )
 from tests.megatron_glue.soak_draw import EXPERTS, FFN, Job
-from tests.reference import Case, attention, normalise
 
 FACTOR = 4.0
 UNITS = 16.0
@@ -140,7 +140,7 @@ def compute(
     if case.bias:
         weights["qkv_bias"] = attn.linear_qkv.bias, (rows,)
     if case.sinks and not job.off_by_one:
-        weights["sinks"] = _sinks(attn), (own_heads,)
+        weights["sinks"] = sinks_of(attn), (own_heads,)
     if case.qk_norm in ("RMSNorm", "LayerNorm"):
         weights |= {"q_norm": (attn.q_layernorm.weight, ()), "k_norm": (attn.k_layernorm.weight, ())}
         partial += ["q_norm", "k_norm"]

@@ -2,10 +2,10 @@
 
 import pytest
 
+from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import all_settings, check_all
-from tests.reference import Case
 
 TOLERANCE = 2e-6  # relative, fp32 against float64
 SHAPES = [(32, 32), (16, 2), (8, 1), (9, 3), (28, 4), (14, 2)]

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.megatron.gradient_range import LARGEST, keep_in_range, power_of_two
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.gradient_range_worker import layer_results, rank_steps, train
-from tests.reference import Case
 from tests.training import HELIX, MODEL
 
 

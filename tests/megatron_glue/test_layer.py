@@ -4,6 +4,7 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
+from helix_megatron.check.reference import Case, reference
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
@@ -19,7 +20,6 @@ from tests.megatron_glue.layer_worker import (
     run,
     start,
 )
-from tests.reference import Case, reference
 
 
 # ---- identities ----

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 
+from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.measure.comm import CommMeter
 from helix_megatron.measure.memory import activation_bytes
@@ -14,7 +15,6 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import plan_for
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import Groups, load, make_config, make_layer, run, start
-from tests.reference import Case
 
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 CASES = [

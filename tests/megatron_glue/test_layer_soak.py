@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import RankError
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue import soak
 from tests.megatron_glue.soak_draw import Job, draw, why_illegal
-from tests.reference import Case
 
 
 def test_a_hundred_random_layers():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from helix_megatron.check.reference import Case, reference
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.megatron.masks import hidden_from_scores, rows_of_chunk
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.layout import global_chunks, position_chunks
 from tests.megatron_glue.layer_worker import Groups, all_settings, errors, load, make_layer, run, start
-from tests.reference import Case, reference
 
 SHAPES = ((8, 2), (9, 3), (3, 1))  # whole query heads and shared positions
 WINDOWS = (None, (4, 0))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helix_megatron.check.reference import Case, reference
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.partition.config import HelixConfig
@@ -21,7 +22,6 @@ from tests.megatron_glue.layer_worker import (
     start,
 )
 from tests.megatron_glue.test_attention_exact import FEATURES, assert_exact
-from tests.reference import Case, reference
 
 
 def uneven_settings(case: Case, tp: int, weights: dict | None = None, **chosen) -> list[HelixConfig]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from helix_megatron import compat
+from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import RankError, run_ranks
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_config, make_layer, start
-from tests.reference import Case
 
 LAYOUTS = {
     "vanilla": None,

@@ -72,10 +72,13 @@ def seconds(formula):
     """What the printed numbers come to, and nothing but them."""
     factors, inner = re.fullmatch(r"((?:[\d,.e+-]+ [a-z -]+ x )*)\((.*)\)(?:; .*)?", formula).groups()
     times = prod(number(factor.split()[0]) for factor in factors.split(" x ") if factor)
-    if operation := re.fullmatch(r"(\S+) us \+ max of (.*) = (\S+) FLOP at (\S+)/s, (.*)", inner):
-        launch, flops_of, flops, rate, moved = operation.groups()
+    many, busy = r"(?:(\S+) launches x )?", r"(?: x (\S+) busy)?"
+    form = rf"{many}(\S+) us \+ max of (.*) = (\S+) FLOP at (\S+)/s{busy}, (.*)"
+    if operation := re.fullmatch(form, inner):
+        launches, launch, flops_of, flops, rate, share, moved = operation.groups(default="1")
         assert product(flops_of) == pytest.approx(number(flops), rel=2e-3)
-        return times * (number(launch) / 1e6 + max(number(flops) / number(rate), over_memory(moved)))
+        started = number(launches) * number(launch) / 1e6
+        return times * (started + max(number(flops) / number(rate) / number(share), over_memory(moved)))
     if " B at " in inner:
         return times * over_memory(inner)
     way = re.sub(r"^[a-z, ]+: ", "", inner)  # the name of a collective's algorithm
@@ -198,7 +201,7 @@ def test_the_page_has_the_table_of_the_papers_configurations(benchmark):
 
 
 def test_per_slice_on_every_grid_is_the_papers_row(benchmark):
-    """Megatron with H m heads of d/m: one time whatever m, and nothing in the exchange."""
+    """Megatron with H m heads of d/m: one time whatever m, but for the last tiles, and no exchange."""
     for kind in ("train", "prefill", "decode"):
         seconds = []
         for m in (1, 2, 4, 16):
@@ -207,4 +210,4 @@ def test_per_slice_on_every_grid_is_the_papers_row(benchmark):
             found = predict(problem, benchmark.PAPER_CLUSTER)
             assert found.parts["exchange"] == 0 and problem.workload.dtype == "fp16"
             seconds.append(found.seconds)
-        assert max(seconds) == pytest.approx(min(seconds))
+        assert max(seconds) == pytest.approx(min(seconds), rel=1e-9 if kind == "decode" else 0.02)

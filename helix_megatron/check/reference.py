@@ -1,6 +1,6 @@
 """Attention in float64 in one process, straight from the formula and Megatron's standard weight layout.
 
-Independent of the package: no layout, no exchange, no Megatron.
+Independent of the rest of the package: no layout, no exchange, no Megatron. Tests compare with it too.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Case:
             "sinks": normal(self.heads),
         }
         return self.tensors
+
+    def rounded(self, dtype: torch.dtype) -> Case:
+        """The same with its tensors rounded to `dtype`: what a layer of that dtype is given."""
+        return replace(self, tensors={name: x.to(dtype).double() for name, x in self.tensors.items()})
 
     def attention_mask(self) -> Tensor | None:
         """True where a query must not look: [b, 1, s, s], or None when the core makes the mask itself."""
@@ -158,15 +162,18 @@ def attention(case: Case, t: dict[str, Tensor], slices: int = 1) -> Tensor:
     return out @ t["proj_weight"].T
 
 
-def reference(case: Case, slices: int = 1) -> dict[str, Tensor]:
+def reference(case: Case, slices: int = 1, input_norm: bool = False) -> dict[str, Tensor]:
     """Output, and gradients of (output * loss).sum(), for the whole layer.
 
+    input_norm: an RMSNorm of weight 1 before it, as in Transformer Engine's linear_qkv.
     slices > 1: the paper's formula instead, softmax(Q_j K_j^T / sqrt(d/slices)) V_j for each contiguous
     slice j of a head, each slice rotated as a head of its own dimension.
     """
     names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
     t = {name: case.tensors[name].clone().requires_grad_() for name in names}
-    out = attention(case, t, slices)
+    ones = torch.ones(case.hidden, dtype=torch.float64)
+    inputs = {**t, "hidden": normalise(t["hidden"], ones, "RMSNorm")} if input_norm else t
+    out = attention(case, inputs, slices)
     (out * case.tensors["loss"]).sum().backward()
     grads = {name: x.grad for name, x in t.items() if x.grad is not None}
     return {"output": out.detach(), **grads}

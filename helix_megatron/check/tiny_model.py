@@ -64,3 +64,10 @@ def greedy(folder: Path, prompts: list[str], new_tokens: int) -> list[list[int]]
         )  # fmt: skip
         found.append(out[0, ids.shape[1] :].tolist())
     return found
+
+
+def tokenize(folder: Path, text: str) -> list[int]:
+    """The tokens of a prompt."""
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(folder).encode(text))

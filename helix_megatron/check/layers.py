@@ -1,0 +1,349 @@
+"""One rank's share of real models at full size, alone: collectives are skipped (torch's fake process group).
+
+On a GPU: microseconds of kernels by class, forward and backward, launches and peak memory of an attention
+layer, Helix beside Megatron, and a decode step. On a host, at small sizes: the operations, counted; its times
+say nothing about kernels.
+
+Note [Classes of kernels]
+    gemm        matrix products of linear_qkv and linear_proj
+    attention   the fused or flash core, by the names of its kernels; an unfused core's products are gemm
+    norm        of the layer's input, forward and backward
+    packing     everything else: RoPE, splitting and packing q, k and v, copies, small kernels
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from helix_megatron.check.rows import Place, Rows
+from helix_megatron.megatron import integrate
+from helix_megatron.models import presets
+from helix_megatron.partition.config import HelixConfig
+
+WORLD = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the table: an attention layer of a preset on `tp` ranks; grid None: Megatron's own."""
+
+    model: str
+    tp: int
+    grid: tuple[int, int] | None = None
+    placement: str = "auto"
+    quick: bool = True
+
+    @property
+    def name(self) -> str:
+        what = "Megatron" if self.grid is None else f"Helix {self.grid[0]}x{self.grid[1]} {self.placement}"
+        return f"{self.model}, {what} TP={self.tp}"
+
+
+LAYOUTS = (
+    Layout("llama-3.1-70b", 8),
+    Layout("llama-3.1-70b", 16),
+    Layout("llama-3.1-70b", 16, (8, 2), "heads"),
+    Layout("llama-3.1-70b", 16, (8, 2), "dims"),
+    Layout("llama-3.1-70b", 16, (4, 4), "heads", quick=False),
+    Layout("qwen2-7b", 4, quick=False),
+    Layout("qwen2-7b", 8, (4, 2), "dims", quick=False),
+    Layout("llama-2-7b", 8, quick=False),
+    Layout("llama-2-7b", 16, (8, 2), "heads", quick=False),
+    Layout("llama-2-7b", 16, (4, 4), "heads", quick=False),
+)
+SEQUENCE = 8192
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decode step of one layer of 16 query heads of 128 at TP = 8."""
+
+    kv_heads: int
+    cache: str
+    context: int
+    batch: int
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return (
+            f"decode, 16/{self.kv_heads} heads TP=8, {self.cache}, context {self.context}, batch {self.batch}"
+        )
+
+
+DECODES = (
+    Decode(2, "sequence", 2048, 1, quick=True),
+    Decode(2, "sequence", 131072, 8),
+    Decode(1, "sequence", 131072, 8),
+    Decode(2, "dim", 2048, 1, quick=True),
+    Decode(2, "dim", 131072, 8),
+)
+BLOCK = 256
+
+
+def check(rows: Rows, place: Place) -> None:
+    """All layouts in one process, all decode steps in another."""
+    from helix_megatron.host.launcher import run_ranks
+
+    for function in (rank_layouts, rank_decodes):
+        # host mode is switched on in the rank: the fake process group comes from what it replaces,
+        # and has no peer to share memory with
+        alone = {"HELIX_HOST_SHARED_MEMORY": "0"}
+        how: dict[str, Any] = {"env": alone, "timeout_s": place.seconds, "fresh": not place.on_host}
+        run_ranks(function, 1, rows.path, place, host_mode=False, **how)
+
+
+def start_alone(on_host: bool, world: int = WORLD) -> None:
+    """Be rank 0 of `world`: every process group is torch's fake one, whose collectives do nothing."""
+    from torch.distributed import distributed_c10d
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    new_group, initialize = distributed_c10d.new_group, distributed_c10d.init_process_group
+    if on_host:
+        from helix_megatron.host.mode import enable_host_mode
+
+        enable_host_mode()
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        for name in ("pg_options", "device_id"):
+            kwargs.pop(name, None)
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    for module in (torch.distributed, distributed_c10d):
+        module.new_group = fake
+    initialize(backend="fake", store=FakeStore(), rank=0, world_size=world)
+
+
+def share_of(tp: int) -> None:
+    """Tensor-parallel groups of `tp` ranks, in place of those before."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def rank_layouts(path: str, place: Place) -> None:
+    """In the one rank: every layout; what fails of one is its row."""
+    start_alone(place.on_host)
+    rows = Rows(path)
+    for layout in LAYOUTS:
+        if place.quick and not layout.quick:
+            continue
+        try:
+            measured = measure_layout(layout, place.on_host)
+        except Exception as error:
+            rows.add(layout.name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+        else:
+            rows.add(layout.name, "measured", said(place.on_host), **measured)
+            if "unfused" in measured["core"] and not place.on_host:
+                rows.add(
+                    layout.name, "warning", f"attention ran {measured['core']}: a fused one was expected"
+                )
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_layout(layout: Layout, on_host: bool) -> dict[str, Any]:
+    """The layer of one layout: what it is, and what its forward and backward took."""
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    from helix_megatron.check import layer as layers
+    from helix_megatron.check.exactness import attention_core
+    from helix_megatron.check.reference import Case
+
+    shape, te = presets.find(layout.model), HAVE_TE and not on_host
+    dim, hidden, length = shape.kv_channels, shape.hidden_size, SEQUENCE
+    if on_host:
+        dim, hidden, length = 16, 256, 64
+    case = Case(shape.num_attention_heads, shape.num_query_groups, dim, hidden, length, 1, bias=False)
+    helix, groups = None, None
+    share_of(layout.tp)
+    if layout.grid is not None:
+        helix = HelixConfig(*layout.grid, query_placement=layout.placement)
+        groups = layers.Groups().of(helix.resolve(case.heads, case.groups, dim, layout.tp).grid)
+    dtype = torch.bfloat16
+    fused = dict(params_dtype=dtype, bf16=True, attention_softmax_in_fp32=not te, apply_rope_fusion=te)
+    layer = layers.make_layer(case, helix, layout.tp, groups, transformer_engine=te, **fused)
+    device = torch.cuda.current_device()
+    table = case.rope_table()
+    assert table is not None
+    table, x = table.to(device), torch.randn(length, 1, hidden, device=device).to(dtype)
+
+    def step() -> None:
+        given = x.detach().requires_grad_()
+        layer(given, None, rotary_pos_emb=table)[0].backward(x)
+        for parameter in layer.parameters():
+            parameter.grad = None
+
+    found: dict[str, Any] = {
+        "model": layout.model, "heads": case.heads, "kv_heads": case.groups, "dim": dim, "hidden": hidden,
+        "sequence": length, "batch": 1, "dtype": "bf16", "tp": layout.tp, "grid": layout.grid,
+        "placement": layout.placement if layout.grid else None, "rope_fusion": te,
+    }  # fmt: skip
+    if on_host:
+        return {**found, "operations": count_operations(step), "core": attention_core(layer, te)}
+    torch.cuda.reset_peak_memory_stats()
+    seconds = wall_seconds(step)
+    kernels = kernels_of(step)
+    classes = by_class(kernels)
+    return {
+        **found,
+        "us": {name: us for name, (us, _) in classes.items()},
+        "launches": {name: count for name, (_, count) in classes.items()},
+        "step_ms": 1e3 * seconds,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+        "core": attention_core(layer, te),
+    }
+
+
+def rank_decodes(path: str, place: Place) -> None:
+    """In the one rank: every decode step."""
+    from megatron.core.inference.utils import InferenceMode
+
+    start_alone(place.on_host, 8)
+    rows = Rows(path)
+    for decode in DECODES:
+        if place.quick and not decode.quick:
+            continue
+        if place.on_host:
+            decode = replace(decode, context=min(decode.context, 512))
+        try:
+            with torch.inference_mode(), InferenceMode.active():
+                measured = measure_decode(decode, place.on_host)
+        except Exception as error:
+            rows.add(decode.name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+        else:
+            rows.add(decode.name, "measured", said(place.on_host), **measured)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
+    """One decode step of one layer on a cache whose contents are whatever memory held."""
+    from helix_megatron.check import layer as layers
+    from helix_megatron.check.decode_step import new_context, put_into_step
+    from helix_megatron.check.reference import Case
+
+    case = Case(16, decode.kv_heads, 128, 1024, 1, bias=False)
+    share_of(8)
+    helix = HelixConfig(kv_cache=decode.cache)
+    plan = helix.resolve(16, decode.kv_heads, 128, 8)
+    half: dict[str, Any] = dict(params_dtype=torch.bfloat16, bf16=True)
+    layer = layers.make_layer(case, helix, 8, layers.Groups().of(plan.grid), **half).eval()
+    blocks = decode.batch * -(-decode.context // BLOCK)
+    block_bytes = 2 * BLOCK * decode.kv_heads * 128 * 2 // 8
+    integrate.enable(helix)  # what the context caches is Helix's
+    try:
+        config = layers.make_config(case, 8, **half)
+        context, table = new_context(config, blocks, block_bytes, decode.context, decode.batch, BLOCK)
+    finally:
+        integrate.disable()
+    put_into_step(context, table, decode.batch, decode.context, BLOCK)
+    rope_case = Case(16, 1, 128, seq=decode.context)
+    device = torch.cuda.current_device()
+    rope = rope_case.rope_table()
+    assert rope is not None
+    rope = rope.to(device)
+    hidden = torch.randn(context.padded_active_token_count, 1, 1024, device=device).to(torch.bfloat16)
+
+    def step() -> None:
+        layer(hidden, None, inference_context=context, rotary_pos_emb=rope)
+
+    found: dict[str, Any] = {"context": decode.context, "batch": decode.batch, "cache": plan.kv_cache}
+    if on_host:
+        return {**found, "operations": count_operations(step)}
+    seconds, kernels = wall_seconds(step), kernels_of(step)
+    return {
+        **found,
+        "us": {"kernels": sum(us for _, us, _ in kernels)},
+        "launches": {"kernels": sum(count for _, _, count in kernels)},
+        "step_ms": 1e3 * seconds,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+        "cache_bytes": decode.batch * decode.context * block_bytes // BLOCK,
+    }
+
+
+def said(on_host: bool) -> str:
+    """What is not as in a real run."""
+    return "collectives skipped" + ("; small sizes, operations counted, nothing timed" if on_host else "")
+
+
+# ---- instruments ----
+_NO_KERNEL = {
+    f"aten::{name}"
+    for name in """view _unsafe_view as_strided _reshape_alias alias detach lift_fresh empty empty_strided
+    empty_like resolve_conj resolve_neg unfold set_ result_type""".split()
+}
+
+
+def count_operations(step: Callable[[], None]) -> int:
+    """Operators of one step that compute or copy: about what a GPU would launch."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return sum(
+        event.name.startswith("aten::") and event.name not in _NO_KERNEL and not event.cpu_children
+        for event in profile.events()
+    )
+
+
+def wall_seconds(step: Callable[[], None], turns: int = 10) -> float:
+    """Median seconds of one step, host time included."""
+    for _ in range(3):
+        step()
+    found = []
+    for _ in range(turns):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(found)
+
+
+def kernels_of(step: Callable[[], None], steps: int = 3) -> list[tuple[str, float, int]]:
+    """(name, microseconds, launches) of the kernels of one step, by torch.profiler."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return [
+        (event.key, event.self_device_time_total / steps, event.count // steps)
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+_ATTENTION, _GEMM = ("attn", "flash", "fmha", "sdpa"), ("gemm", "cutlass", "nvjet", "cublas", "xmma")
+
+
+def class_of(kernel: str) -> str:
+    """See Note [Classes of kernels]."""
+    name = kernel.lower()
+    if any(word in name for word in _ATTENTION):
+        return "attention"
+    if any(word in name for word in _GEMM):
+        return "gemm"
+    return "norm" if "norm" in name else "packing"
+
+
+def by_class(kernels: list[tuple[str, float, int]]) -> dict[str, tuple[float, int]]:
+    """Microseconds and launches of each class."""
+    seconds: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for name, us, count in kernels:
+        seconds[class_of(name)] += us  # type: ignore[assignment]
+        launches[class_of(name)] += count
+    return {
+        name: (round(seconds[name], 1), launches[name]) for name in ("gemm", "attention", "norm", "packing")
+    }

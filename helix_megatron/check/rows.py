@@ -1,0 +1,108 @@
+"""What a section says while it runs, row by row into a file, and where its ranks run.
+
+A row is a dict of JSON types: `case`, `status` (one of STATUSES), `detail` (one line), and what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATUSES = ("ok", "failed", "skipped", "warning", "measured")
+
+
+class Rows:
+    """Appends rows to a file; one that is written stays when the process dies.
+
+    Args:
+        path: JSON lines. Several processes may append, one after another.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+
+    def add(self, case: str, status: str, detail: str = "", **measured: Any) -> None:
+        """Write one row."""
+        assert status in STATUSES, status
+        row = {"case": case, "status": status, "detail": " ".join(detail.split()), **measured}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file, without the last line if its writer died in it."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line: of a rank's traceback the exception itself."""
+    text = str(error).split("\n--- end of its output ---")[0].strip()
+    last = text.splitlines()[-1][:300] if text else ""
+    return last if "Traceback" in text else f"{type(error).__name__}: {last}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a section runs.
+
+    Args:
+        gpus: usable on this machine; 0: a host, in host mode.
+        world: ranks of torchrun, of which this process is one; 0 where a section starts its own.
+        quick: the small selection.
+        seconds: that the section may take.
+    """
+
+    gpus: int
+    world: int
+    quick: bool
+    seconds: float
+
+    @property
+    def on_host(self) -> bool:
+        return not self.gpus
+
+    def shares(self, ranks: int) -> bool:
+        """Whether so many ranks take turns on one GPU."""
+        return 0 < self.gpus < ranks
+
+    def words(self, ranks: int) -> str:
+        """How so many ranks run, in words."""
+        if self.on_host:
+            return f"{ranks} ranks in host mode"
+        if ranks == 1:
+            return "one rank on one GPU"
+        return f"{ranks} ranks " + ("share one GPU" if self.shares(ranks) else "with a GPU each")
+
+    def run(self, function: Callable[..., Any], ranks: int, *args: Any, **how: Any) -> list[Any]:
+        """What `function(*args)` gives on each of `ranks` ranks; in torchrun, on this one alone.
+
+        RankError as run_ranks.
+        """
+        if self.world:
+            assert ranks == self.world
+            if self.on_host:
+                from helix_megatron.host.mode import enable_host_mode
+
+                enable_host_mode()
+            return [function(*args)]
+        from helix_megatron.host.launcher import run_ranks
+
+        how.setdefault("timeout_s", self.seconds)
+        if not self.on_host:
+            how.setdefault("env", {}).setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's wish, T > 1
+        return run_ranks(
+            function,
+            ranks,
+            *args,
+            host_mode=self.on_host,
+            share_gpu=self.shares(ranks),
+            fresh=not self.on_host,
+            **how,
+        )
