@@ -24,7 +24,7 @@ from helix_megatron import cli
 from helix_megatron.check import tiny_model
 from helix_megatron.generate import serve
 from helix_megatron.generate.messages import check_messages
-from helix_megatron.generate.requests import Limits, Refused, check_room, checked, parse, prompts_of
+from helix_megatron.generate.requests import Limits, Refused, check_fields, check_room, parse, prompts_of
 from helix_megatron.generate.stops import Search, Stops
 
 for package in ("zmq", "msgpack", "quart", "hypercorn"):
@@ -541,12 +541,12 @@ def test_limits_hold_exactly():
         with pytest.raises(Refused):
             prompts_of({"prompt": prompt}, LIMITS, list)
     body = {"temperature": 0, "top_k": 3}
-    assert checked({**body, "user": "me", "stop": None}, LIMITS, chat=False) == body
-    checked({"temperature": 1.0, "top_k": 3, "top_p": 0, "max_tokens": 1}, LIMITS, chat=False)
-    checked({"logprobs": 10}, LIMITS, chat=False)
+    assert check_fields({**body, "user": "me", "stop": None}, LIMITS, chat=False) == body
+    check_fields({"temperature": 1.0, "top_k": 3, "top_p": 0, "max_tokens": 1}, LIMITS, chat=False)
+    check_fields({"logprobs": 10}, LIMITS, chat=False)
     for bad in ({"top_k": 10, "top_p": 0}, {"logprobs": 11}, {"top_logprobs": None, "nobody": None}):
         with pytest.raises(Refused):
-            checked(bad, LIMITS, chat=False)
+            check_fields(bad, LIMITS, chat=False)
     check_room(1, 2, LIMITS)
     with pytest.raises(Refused) as refused:
         check_room(2, 2, LIMITS)

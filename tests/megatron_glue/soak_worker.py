@@ -27,13 +27,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from helix_megatron.check.layer import sinks_of
+from helix_megatron.check.layer import MASK_TYPES, sinks_of
 from helix_megatron.check.reference import Case, attention, normalise
 from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import (
-    MASK_TYPES,
     Groups,
     TEDotProductAttention,
     make_config,
