@@ -133,7 +133,8 @@ def sinks_of(layer) -> torch.nn.Parameter:
 
 def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
     """This rank's share of one number per head, as the ranks hold them in order."""
-    return per_head.chunk(layer.helix_plan.grid.size)[layer.pg_collection.tp.rank()]
+    tp = layer.pg_collection.tp
+    return per_head.chunk(tp.size())[tp.rank()]
 
 
 def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False) -> dict[str, torch.Tensor]:

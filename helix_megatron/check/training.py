@@ -73,6 +73,7 @@ RUNS = (
     Run("vanilla loads", 1, f"{MOVES} --load SAVE"),
     Run("1x2, sequence parallel", 2, f"{T2} --sequence-parallel {HELIX}", quick=False),
     Run("1x2, full recompute", 2, f"{T2} {RECOMPUTE} --recompute-num-layers 1 {HELIX}", quick=False),
+    Run("1x2, context parallel 2", 4, f"{T2} --context-parallel-size 2 {HELIX}", quick=False),
     Run("1x2, distributed optimizer, overlapped", 4, f"{T2} {OVERLAPPED} {HELIX}", quick=False),
 )
 
