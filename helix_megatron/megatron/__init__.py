@@ -9,6 +9,7 @@ position_share.py  attention of a share of the query positions
 summed_scores.py   attention by partial scores of slices
 te_backends.py     Transformer Engine's choice of a kernel, for every shape
 sdpa.py            PyTorch's fused attention in place of Megatron's unfused local core
+rope_tables.py     what of RoPE tables a rank rotates by
 masks.py           what a mask tensor means to each attention core
 qk_norm.py         QK norm over heads of which a rank holds a slice
 gradient_range.py  adaptive gradient scaling of per-slice attention in fp16

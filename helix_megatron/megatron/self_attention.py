@@ -26,7 +26,6 @@ Note [Out of the way]
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,19 +42,17 @@ from helix_megatron import compat
 from helix_megatron.checkpoint.layout import standard_layout
 from helix_megatron.exchange.groups import HelixGroups
 from helix_megatron.exchange.heads import WholeHeads
-from helix_megatron.exchange.slices import select_positions
 from helix_megatron.inference import contexts
+from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
 from helix_megatron.megatron.refusals import refuse_unsupported, setting
+from helix_megatron.megatron.rope_tables import Tables
 from helix_megatron.megatron.sliced_modules import slice_submodules
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import derived_config, plan_for
 from helix_megatron.partition.grid import HelixConfigError
-
-Tables = tuple[Tensor | None, Tensor | None]
-"""RoPE tables of queries and keys, [s, 1, 1, rotary_dim]."""
 
 
 class HelixParallelSelfAttention(SelfAttention):
@@ -153,7 +150,7 @@ class HelixParallelSelfAttention(SelfAttention):
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
-            self._check_rope(tables)
+            rope_tables.check(tables, self.helix_plan.layout.shape.rotary_dim)
         if inference_context is None and self.helix_plan.comm_type == "a2a":
             packed = bool(args) or kwargs.get("packed_seq_params") is not None
             tables = self._begin(tables, hidden_states, packed)
@@ -186,22 +183,15 @@ class HelixParallelSelfAttention(SelfAttention):
             )
         return False
 
-    # ---- RoPE tables ----
-    def _check_rope(self, tables: Tables) -> None:
-        expected = self.helix_plan.layout.shape.rotary_dim
-        for table in tables:
-            if table is not None and table.shape[-1] != expected:
-                raise HelixConfigError(
-                    f"RoPE rotates {table.shape[-1]} dimensions of each head, but Helix was configured for "
-                    f"{expected}; set HelixConfig.rotary_percent to the model's rotary_percent (0 without "
-                    "RoPE)"
-                )
-
     def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:
         """Settle who makes whole heads of slices in this pass, and where; the tables left to Megatron."""
         skipped = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
         q_table, k_table = tables if tables is not None and not skipped else (None, None)
-        q_table = self._table_of_positions(q_table, hidden_states)
+        if not self._whole_query_heads:
+            length = hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1)
+            q_table = rope_tables.of_positions(
+                q_table, length, self.helix_plan.layout, self.helix_groups.dim_rank
+            )
         core = self.core_attention
         if core.recomputes and core.recomputes_exchange and self.training and not packed:
             core.prepare = partial(self._whole_heads, tables=(q_table, k_table))
@@ -211,32 +201,13 @@ class HelixParallelSelfAttention(SelfAttention):
         self._prepare = partial(self._whole_heads, tables=(early, None))
         return (None if early is not None else q_table), k_table
 
-    def _table_of_positions(self, table: Tensor | None, hidden_states: Tensor) -> Tensor | None:
-        """The rows of a table for the query positions that this rank attends with."""
-        layout = self.helix_plan.layout
-        parts = 1 if self._whole_query_heads else layout.position_parts
-        if table is None or parts == 1:
-            return table
-        length = hidden_states.shape[0] * (self.world_size if self.config.sequence_parallel else 1)
-        rank = self.helix_groups.dim_rank
-
-        def cut() -> Tensor:
-            return select_positions(table[:length], rank % parts, parts)
-
-        rows = _kept_with(table, (layout, rank, length), cut)
-        return rows if len(rows) else None
-
     def _tables_of_slices(self, tables: Tables) -> Tables:
         """Columns of the tables that belong to this rank's slice."""
         q_table, k_table = tables
-        key = (self.helix_plan.layout, self.helix_groups.dim_rank)
-
-        def sliced(table: Tensor | None) -> Tensor | None:
-            if table is None:
-                return None
-            return _kept_with(table, key, lambda: table.index_select(-1, self._rotary_dims))
-
-        return q_table if self._whole_query_heads else sliced(q_table), sliced(k_table)
+        layout, rank = self.helix_plan.layout, self.helix_groups.dim_rank
+        if not self._whole_query_heads:
+            q_table = rope_tables.of_slice(q_table, layout, rank, self._rotary_dims)
+        return q_table, rope_tables.of_slice(k_table, layout, rank, self._rotary_dims)
 
     # ---- query, key and value ----
     def get_query_key_value_tensors(
@@ -337,16 +308,3 @@ def _normed(norm: torch.nn.Module | None, heads: Tensor) -> Tensor:
     if heads.shape[0]:
         return norm(heads)
     return norm(torch.cat([heads, heads.new_zeros(1, *heads.shape[1:])]))[:0]
-
-
-def _kept_with(table: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """What is cut from a RoPE table, made once and kept with the table.
-
-    Megatron hands the same table to every layer and step (several models may share one), and it is as long as
-    the longest sequence.
-    """
-    kept = table.__dict__.setdefault("helix_cuts", {})
-    key = (key, torch.is_inference_mode_enabled())
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]

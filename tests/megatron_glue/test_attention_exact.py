@@ -46,6 +46,7 @@ FEATURES = [
     dict(mask="arbitrary"),
     dict(mask="none"),
     dict(seq=1),
+    dict(seq=3, qk_norm="RMSNorm"),  # ranks without a query
     dict(seq=2),
     dict(seq=3),
     dict(seq=7, batch=1),
