@@ -5,7 +5,8 @@ import pytest
 from tests.megatron_glue.feature_table import FEATURES, HEAD, PAGE, Feature, _outcome, here, outcomes, render
 from tests.megatron_glue.te_environment import available
 
-pytestmark = pytest.mark.training
+# One fixture trains every row: minutes, and longer on a busy machine.
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
