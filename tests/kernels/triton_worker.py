@@ -46,10 +46,17 @@ def attention() -> int:
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
     as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
     check(as_backend, *drawn, Sight(0.5, None, KvInterleave(1, 4), 0))
+    wide_window()
     # one request in more parts than are merged at a time, beside one that one program does alone
     drawn = draw([4200, 10], [1, 1], 1, 16, 0, (2, 1), 4, "scattered")
     check(lambda *g: paged_attention(*g, True, 131), *drawn, Sight(0.5, None, KvInterleave(1, 16), 0))
     return number + 4
+
+
+def wide_window() -> None:
+    """A prompt's tile of which all tokens see some steps entirely, and others in part at both ends."""
+    drawn = draw([100, 90], [24, 1], 1, 16, 0, (2, 1), 4, "scattered")
+    check(lambda *g: paged_attention(*g, False, 2), *drawn, Sight(0.5, 60, KvInterleave(1, 16), 0))
 
 
 def deals_what_is_there() -> None:
@@ -65,6 +72,11 @@ def deals_what_is_there() -> None:
     steps = (launch.starts[1:] - launch.starts[:-1]).tolist()
     assert launch.tile.slots == 32 and max(steps) == sum(steps) == -(-1001 // 32), steps
     assert int(launch.owners[steps.index(32)]) == 5
+    lengths[:40], ends[:41] = 33, torch.arange(41)  # some tiles between those of requests are empty
+    ends[40:] = 40
+    requests.kept.clear()
+    _, (launch,), _ = kernels._plan(requests, sight, 64, tiles, 1)
+    assert int(launch.starts[-1]) == 40 * 2
 
 
 class Asked:
