@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.check.reference import Case
+from helix_megatron.host.mode import host_mode_enabled
 from helix_megatron.megatron import integrate
 from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
 from helix_megatron.partition.config import HelixConfig
@@ -106,7 +107,7 @@ def make_layer(
             spec.params["helix_groups"] = groups
         pgs = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         layer = build_module(spec, config=config, layer_number=1, pg_collection=pgs)
-        return layer.to(torch.cuda.current_device())
+        return layer if host_mode_enabled() else layer.to(torch.cuda.current_device())
     finally:
         if helix is not None:
             integrate.disable()

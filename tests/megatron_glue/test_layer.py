@@ -1,5 +1,7 @@
 """Contracts of the layer besides exactness: identities, collectives, precision, dropout, refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core import tensor_parallel
@@ -509,8 +511,11 @@ def _other_attention_classes() -> list[str]:
 
     messages = []
     integrate.enable(HelixConfig())
+    config = SimpleNamespace(
+        num_attention_heads=9, num_query_groups=3, kv_channels=64, tensor_model_parallel_size=2
+    )
     try:
-        CrossAttention(None, None, 1)
+        CrossAttention(config, None, 1)
     except HelixConfigError as error:
         messages.append(str(error))
     integrate.disable()

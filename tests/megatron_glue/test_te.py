@@ -196,8 +196,8 @@ def test_strict_loads(states, variant):
 def test_queries_that_nothing_rotates(results, name):
     """They come from linear_qkv as they are; the stand-in's attention takes contiguous tensors alone."""
     reference = results[name]["losses"]
-    assert len(reference) == 3 and reference[-1] != pytest.approx(results["other"]["losses"][2], abs=1e-4)
-    assert results[f"{name}, sliced"]["losses"] == pytest.approx(reference, abs=1e-4)
+    assert len(reference) == 3 and reference[-1] != pytest.approx(results["other"]["losses"][2], abs=5e-5)
+    assert results[f"{name}, sliced"]["losses"] == pytest.approx(reference, abs=2e-5)
     assert {"HelixCoreAttention", "DotProductAttention"} <= set(results[f"{name}, sliced"]["modules"])
 
 
