@@ -26,7 +26,7 @@ LOCAL = """--transformer-impl local --attention-backend unfused --no-masked-soft
 SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48
     --max-position-embeddings 48 --vocab-size 264""".split()
 LARGE = """--hidden-size 1152 --kv-channels 128 --ffn-hidden-size 3072 --seq-length 1024
-    --max-position-embeddings 1024 --vocab-size 2304""".split()  # which 2, 3 and 6 divide: no padding of the vocabulary
+    --max-position-embeddings 1024 --vocab-size 2304""".split()  # 2, 3 and 6 divide it: no padding
 PRECISIONS = {
     "fp32": [],
     "bf16": ["--bf16"],
