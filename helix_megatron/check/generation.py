@@ -42,7 +42,7 @@ def check(rows: Rows, place: Place) -> None:
     with tempfile.TemporaryDirectory(prefix="helix-check-") as folder:
         source = tiny_model.make(Path(folder, "llama"))
         expected, margins = greedy(source)
-        checkpoint = model.prepare_checkpoint(source, "float32", Path(folder))
+        checkpoint = model.prepare_checkpoint(source, dtype_of(place), Path(folder))
         tokens = [tiny_model.tokenize(source, prompt) for prompt in PROMPTS]
         for ranks, cache, quick in SIZES:
             if not quick and place.quick:
@@ -104,12 +104,17 @@ def judge(
     return "ok", f"{compared} tokens of {len(found)} prompts as transformers"
 
 
+def dtype_of(place: Place) -> str:
+    """In which the engine computes."""
+    return "float32" if place.on_host else "bfloat16"
+
+
 def make_job(checkpoint: Path, tokens: list[list[int]], ranks: int, cache: str, place: Place) -> Any:
     """What `helix generate` would be asked for."""
     from helix_megatron.generate import generate, model
 
     more = ("--helix-kv-cache", cache) if cache else ()
-    layout = model.Layout(ranks, "helix", "float32" if place.on_host else "bfloat16", place.on_host, more)
+    layout = model.Layout(ranks, "helix", dtype_of(place), place.on_host, more)
     return generate.Job("tiny", checkpoint, layout, list(PROMPTS), tokens, NEW, ignore_eos=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from helix_megatron.check.paged import draw, expected
-from helix_megatron.check.rows import Place, Rows
+from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.kernels import backend
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, Sight
@@ -173,6 +173,9 @@ def speed(rows: Rows, place: Place) -> None:
             found = timed(heads, ranks, batch, context // ranks, bandwidth)
         except torch.cuda.OutOfMemoryError:
             rows.add(f"{name}, batch {batch}, context {context}", "skipped", "not enough memory")
+            continue
+        except Exception as error:
+            rows.add(f"{name}, batch {batch}, context {context}", "failed", first_line(error))
             continue
         rows.add(f"{name}, batch {batch}, context {context}", "measured", **found)
 

@@ -26,7 +26,7 @@ LOCAL = """--transformer-impl local --attention-backend unfused --no-masked-soft
 SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48
     --max-position-embeddings 48 --vocab-size 264""".split()
 LARGE = """--hidden-size 1152 --kv-channels 128 --ffn-hidden-size 3072 --seq-length 1024
-    --max-position-embeddings 1024 --vocab-size 2048""".split()
+    --max-position-embeddings 1024 --vocab-size 2304""".split()  # 2, 3 and 6 divide it: no padding
 PRECISIONS = {
     "fp32": [],
     "bf16": ["--bf16"],
@@ -159,6 +159,8 @@ def train(run: Run, place: Place, precision: str, te: bool, folder: Path) -> dic
     """Step to loss, as the last rank printed them."""
     logs = folder / re.sub(r"\W+", "_", run.name)
     flags = [*LOOP, *(LARGE if not place.on_host else SMALL), *([] if te else LOCAL), *PRECISIONS[precision]]
+    if not place.on_host:  # weights drawn on the CPU stay there without it
+        flags.append("--use-distributed-optimizer")
     flags += run.flags.replace("SAVE", str(folder / "checkpoint")).split()
     flags += ["--train-iters", str(STEPS), "--data-cache-path", str(folder.parent / "index")]
     place.run(rank_train, run.ranks, flags, log_dir=logs)
