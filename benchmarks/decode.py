@@ -22,6 +22,7 @@ from pathlib import Path
 import bench
 import torch
 
+from helix_megatron.check.decode_step import new_context, put_into_step
 from helix_megatron.plan.trial import slowest_seconds
 
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
@@ -58,29 +59,15 @@ class Side:
     """
 
     def __init__(self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype):
-        from megatron.core.inference.config import InferenceConfig
-        from megatron.core.inference.contexts import DynamicInferenceContext
-
         from helix_megatron.partition.config import HelixConfig
 
         self.batch, self.length = batch, length
         helix = None if settings is None else HelixConfig(**settings)
         with bench.attention_layer((HEADS, groups, DIM, HIDDEN), TP, dtype, helix) as (layer, config):
             self.layer = layer.eval()
-            blocks = batch * -(-length // BLOCK) + 2
-            helix_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
-            self.context = DynamicInferenceContext(
-                config,
-                InferenceConfig(
-                    max_sequence_length=length,
-                    max_requests=-(-batch // TP) * TP,  # it must be a multiple
-                    block_size_tokens=BLOCK,
-                    buffer_size_gb=(blocks + 0.5) * helix_bytes / 2**30,
-                    unified_memory_level=0,
-                ),
-            )
-        self.context.initialize_all_tensors()
-        self.table = self.context.kv_block_allocator.allocate_memory_blocks(blocks - 2).view(batch, -1)
+            blocks = batch * -(-length // BLOCK)
+            block_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
+            self.context, self.table = new_context(config, blocks, block_bytes, length, batch, BLOCK)
         self.fill(groups, settings is not None, dtype)
 
     def fill(self, groups: int, helix: bool, dtype: torch.dtype) -> None:
@@ -109,32 +96,7 @@ class Side:
 
     def at(self, batch: int, length: int) -> None:
         """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""
-        from megatron.core.inference.inference_request import DynamicInferenceRequest
-        from megatron.core.inference.sampling_params import SamplingParams
-
-        context, blocks = self.context, -(-length // BLOCK)
-        context.total_request_count = context.active_token_count = context.num_prefill_requests = 0
-        context.add_dummy_requests_parallel(
-            [
-                DynamicInferenceRequest(
-                    request_id=number,
-                    prompt_tokens=torch.zeros(1, dtype=torch.long, device="cpu"),
-                    sampling_params=SamplingParams(num_tokens_to_generate=1, termination_id=-1),
-                )
-                for number in range(batch)
-            ],
-            count_as_prefill=False,
-        )
-        context.request_kv_length_offsets[:batch] = length - 1
-        context.request_kv_block_counts[:batch] = blocks
-        context.request_to_kv_block_ids[:batch, :blocks] = self.table[:batch, :blocks]
-        context.request_last_kv_block_id[:batch] = self.table[:batch, blocks - 1]
-        context.request_last_kv_block_offset[:batch] = (length - 1) % BLOCK
-        context.token_to_block_idx[:batch] = self.table[:batch, blocks - 1]
-        for positions in (context.token_to_pos_ids, context.token_to_position_in_request):
-            positions[:batch] = length - 1
-        context.token_to_local_position_within_kv_block[:batch] = (length - 1) % BLOCK
-        context.initialize_attention_state()
+        put_into_step(self.context, self.table, batch, length, BLOCK)
 
     def step(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """[tokens, 1, h] to the same, the requests' next token through the layer."""

@@ -7,7 +7,6 @@ shows as a megatron.core that does not.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ import warnings
 from typing import Any
 
 from helix_megatron import compat
+from helix_megatron.measure.machine import installed_version
 
 # What the report calls it → names of the distribution that brings it (a container's may differ).
 PACKAGES = {
@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
     """The whole report, of plain JSON types; `fit` is the verdict and `mode` says for what."""
     problems: list[str] = []
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions |= {name: _version(*distributions) for name, distributions in PACKAGES.items()}
+    versions |= {name: installed_version(*distributions) for name, distributions in PACKAGES.items()}
     versions["nccl"] = None
     cuda = gpus_usable = 0
     works = sys.version_info >= (3, 12)
@@ -77,15 +77,6 @@ def examine() -> dict[str, Any]:
         "features": _features(mode, versions, gpus_usable),
         "problems": problems,
     }
-
-
-def _version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import logging
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from helix_megatron.kernels.merge import formula
 from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.measure.machine import installed_version
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
 
@@ -90,16 +90,6 @@ FLASH = {
         ),
     )
 }
-
-
-def installed_version(*distributions: str) -> str | None:
-    """Of the first that is installed."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 @functools.cache

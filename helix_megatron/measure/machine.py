@@ -13,6 +13,16 @@ from typing import Any
 _PACKAGES = ("helix-megatron", "megatron-core", "torch", "numpy", "scipy", "transformer-engine")
 
 
+def installed_version(*distributions: str) -> str | None:
+    """The version of the first distribution that is installed; None without any."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def identity() -> dict[str, Any]:
     """What must be equal for two runs to be comparable, all of it shown in the report."""
     return {
@@ -26,13 +36,8 @@ def identity() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    found = {name: installed_version(name) or "not installed" for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def hardware() -> dict[str, Any]:
