@@ -93,7 +93,7 @@ def _model(groups, helix: HelixConfig | None = None, pp: int = 1, seed: int = 1)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from helix_megatron.exchange.groups import destroy_helix_parallel, initialize_helix_parallel
+    from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
     from helix_megatron.megatron.specs import with_helix_attention
 
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
