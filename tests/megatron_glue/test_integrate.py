@@ -12,6 +12,9 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid
 from helix_megatron.partition.tensor_sizes import indivisible, refuse_indivisible
 
+# Core 0.16 cannot build latent attention without Transformer Engine.
+LATENT = not compat.version().startswith("0.16")
+
 
 def touched():
     """Everything of Megatron's that integrate.py may replace."""
@@ -218,6 +221,8 @@ def rank_other_attention(helix):
         "another kind": (of_modules, TransformerConfig, {}),
         "cross-attention": (decoder_model_with_local_spec().submodules, TransformerConfig, {}),
     }
+    if not LATENT:
+        del specs["multi-latent attention"]
     found = {}
     for name, (submodules, kind, settings) in specs.items():
         cross = name == "cross-attention"
@@ -253,14 +258,15 @@ def attention_output(spec, kind, settings, cross):
 
 def test_attention_that_is_not_gpts_is_left_alone_where_nothing_is_sliced():
     for found in run_ranks(rank_other_attention, 2, HelixConfig(), timeout_s=120):
-        assert len(found) == 7 and all(value == (True, 0.0) for value in found.values()), found
+        assert len(found) == 6 + LATENT and all(value == (True, 0.0) for value in found.values()), found
 
 
 def test_attention_that_is_not_gpts_is_refused_by_what_it_is():
     for found in run_ranks(rank_other_attention, 2, HelixConfig(dim_parallel_size=2), timeout_s=120):
-        assert len(found) == 7
+        assert len(found) == 6 + LATENT
         for name, refusal in found.items():
-            assert name in refusal and "(m = 2)" in refusal and "with_helix_attention" in refusal
+            said = "another kind" if name == "vision" and not LATENT else name  # 0.16: its mask is as others'
+            assert said in refusal and "(m = 2)" in refusal and "with_helix_attention" in refusal
 
 
 def rank_rope_of_slices(rotary_percent):
