@@ -77,7 +77,7 @@ def _generate(options: argparse.Namespace) -> int:
     ranks.quiet()
     from helix_megatron.generate import generate, model
     from helix_megatron.generate.generate import Job, Sampling
-    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepared
+    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
     from helix_megatron.generate.prompts import read_prompts
 
     for name in ("max_new_tokens", "max_batch_size"):
@@ -86,7 +86,7 @@ def _generate(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     prompts = read_prompts(options.prompt, options.prompts_file)
     layout = _layout(options)
-    checkpoint = prepared(options.model, layout.dtype, options.cache_dir or default_cache())
+    checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     tokenizer = open_tokenizer(checkpoint, options.tokenizer)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     generate.refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
@@ -135,7 +135,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from helix_megatron.convert.hf import need
     from helix_megatron.generate import ranks, serve
-    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepared
+    from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
 
     ranks.quiet()
     need("zmq", "msgpack", "quart", "hypercorn")
@@ -143,7 +143,7 @@ def _serve(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
     layout = _layout(options)
-    checkpoint = prepared(options.model, layout.dtype, options.cache_dir or default_cache())
+    checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     open_tokenizer(checkpoint, options.tokenizer)
     limit = Checkpoint(checkpoint).args.max_position_embeddings
     if options.max_sequence_length > limit:

@@ -189,11 +189,12 @@ def _collect(ranks, timeout_s, stop=None) -> list:
             break
         spent = time.monotonic() - start
         if spent >= timeout_s or (stop is not None and stop.is_set()):
+            after = timeout_s if spent >= timeout_s else round(spent, 1)
             names = ", ".join(str(rank.rank) for rank in waiting)
             shown = [rank for rank in waiting[:2] if rank.log]
             tails = "".join(f"\n--- end of rank {rank.rank}'s output ---\n{rank.tail()}" for rank in shown)
             raise RankError(
-                f"after {spent:.3g} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
+                f"after {after} s, still running of {len(ranks)} ranks: {names}; all were killed{tails}",
                 waiting[0].rank,
                 exit_code=124,
             )

@@ -146,7 +146,8 @@ def check_work(workloads):
 def check_bytes(vanilla, helix):
     """Helix moves what the design says, and the rest of the model what it moved before.
 
-    Per layer, forward and backward of two micro-batches: K and V gather 2(m-1) s b hk d_s, and the queries'
+    Per layer, forward and backward of two micro-batches: K and V of the hk/m heads that a rank needs,
+    2(m-1) s b hk/m d_s, and the queries'
     and outputs' all-to-all, each (m-1)/m s b hq d_s, fp32 elements; backward the same again.
     """
     s, heads, slice_dim, m, passes = 16, 4, 4, 2, 2 * 2
@@ -154,7 +155,7 @@ def check_bytes(vanilla, helix):
     exchanged = sum(
         cost["bytes"] for kind, cost in per_layer.items() if not kind.startswith(("all_reduce", "broadcast"))
     )
-    gather = 2 * (m - 1) * s * heads * slice_dim
+    gather = 2 * (m - 1) * s * heads / m * slice_dim
     all_to_all = 2 * (m - 1) / m * s * heads * slice_dim
     assert exchanged == passes * 4 * (gather + all_to_all)
     for kind in ("all_reduce x2", "broadcast x2"):

@@ -170,20 +170,21 @@ def _packed_sequences() -> Iterator[None]:
 @contextlib.contextmanager
 def _slices_drawn_as_heads() -> Iterator[None]:
     """Per-slice softmax starts from the weights of the model whose heads are its slices, in its order."""
-    from helix_megatron.megatron import self_attention as attention
+    from helix_megatron.megatron import sliced_modules
 
-    original = attention._sliced
+    original = sliced_modules._sliced
 
-    def _sliced(builder, slices, rank, tp):
-        held = len(slices.own)
-        heads = dataclasses.replace(slices, own=np.arange(rank * held, (rank + 1) * held))
-        return original(builder, heads, rank, tp)
+    def _sliced(builder, slices, tp):
+        held, rank = len(slices.own), slices.rank
+        heads = dataclasses.replace(slices)
+        vars(heads)["own"] = np.arange(rank * held, (rank + 1) * held)  # in place of what it would compute
+        return original(builder, heads, tp)
 
-    attention._sliced = _sliced
+    sliced_modules._sliced = _sliced
     try:
         yield
     finally:
-        attention._sliced = original
+        sliced_modules._sliced = original
 
 
 def _count(counts: collections.Counter, name: str, place: str) -> None:

@@ -79,7 +79,8 @@ def make_layer(
     case: Case, helix: HelixConfig | None, tp: int, groups=None, te_core=False, te=False, **overrides
 ):
     """Helix's layer, or Megatron's own when helix is None; te: all of Transformer Engine's spec."""
-    cores = {False: None, True: TEDotProductAttention, "unfused": UnfusedTEDotProductAttention}
+    ignoring, reading = TEDotProductAttention, UnfusedTEDotProductAttention
+    cores = {False: None, True: ignoring, "flash": ignoring, "unfused": reading}
     return layers.make_layer(case, helix, tp, groups, cores[te_core], te, **overrides)
 
 
