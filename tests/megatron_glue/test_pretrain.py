@@ -224,7 +224,7 @@ def test_the_choice_of_a_grid_is_logged_with_its_reason():
         line(12, 2, "--helix-dim-parallel-size", "2"),
     )
     chosen, whole, given, half = (run_ranks(rank_log, 1, arguments)[0] for arguments in lines)
-    # 2x2: K and V of one KV head, a slice of 8 from one rank; 1x4: of the one it needs, slices of 4 from three
+    # 2x2: K and V of one KV head, a slice of 8 from one rank; 1x4: of the one needed, slices of 4 from three
     assert chosen[1] == (
         "> Helix chose grid 2x2: most head groups, so least to exchange: 16 elements a token and layer "
         "against 24 for 1x4"
