@@ -146,6 +146,7 @@ def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     flash.find.cache_clear(), backend.choose.cache_clear()
     module = types.SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="3.0.0")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
     installed = {"flash-attn-4": "4.0.0"}
     monkeypatch.setattr(flash, "installed_version", lambda *names: installed.get(names[0]))

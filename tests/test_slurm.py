@@ -18,6 +18,7 @@ import yaml
 
 from helix_megatron.check import tiny_model
 from tests.compare.compare_fakes import document
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -66,12 +67,6 @@ def wait_until(condition, seconds, what):
 
 def read(path):
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Cluster:

@@ -16,6 +16,7 @@ from helix_megatron.compare import comparisons, findings, launch, records, summa
 from helix_megatron.compare.harness import Options
 from helix_megatron.measure import machine
 from tests.compare.compare_fakes import compare, document, install, samples, variant
+from tests.ports import free_port
 
 AB = [variant("A", "0"), variant("B", "1")]
 
@@ -344,11 +345,7 @@ def test_kill_minus_nine_loses_only_the_run_under_way(tmp_path, monkeypatch):
 
 def test_machines_follow_the_first(tmp_path):
     """Two machines as threads: what one says the other does, in step, however slow either is."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     heard, finished = [], []
 
     def first():

@@ -26,6 +26,7 @@ from helix_megatron.generate import serve
 from helix_megatron.generate.messages import check_messages
 from helix_megatron.generate.requests import Limits, Refused, check_fields, check_room, parse, prompts_of
 from helix_megatron.generate.stops import Search, Stops
+from tests.ports import free_port
 
 for package in ("zmq", "msgpack", "quart", "hypercorn"):
     pytest.importorskip(package)
@@ -33,12 +34,6 @@ for package in ("zmq", "msgpack", "quart", "hypercorn"):
 PROMPTS = ["hello there", "a", "one more, a longer one that takes more than a single block of the cache, yes"]
 NEW = 12
 LENGTH, QUEUE = 160, 6
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def descendants(pid):

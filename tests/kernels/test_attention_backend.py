@@ -174,7 +174,8 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
         raise AssertionError("called")
 
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # what is imported below goes with it
+    monkeypatch.delitem(sys.modules, "flash_attn")
     choose = functools.partial(backend.choose, "cuda", torch.bfloat16, 256, False)
     if importlib.util.find_spec("flash_attn") is None:
         assert choose().reason.endswith("not flash-attn-2: flash-attn-2 is not installed")
