@@ -68,7 +68,7 @@ def predicted_bytes(case: str, n: int, m: int, placement: str, megatron: bool, e
     if m == 1:
         return 0
     layout = HelixLayout(AttentionShape(heads, groups, dim, dim), HelixGrid(n, m), placement)
-    return round(2 * seq * sum(layout.exchanged().values()) * element)
+    return round(2 * seq * sum(layout.exchanged_elements().values()) * element)
 
 
 def worker(case: str, turns: int, dtype_name: str) -> list[dict]:

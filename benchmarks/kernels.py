@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from helix_megatron.kernels import backend, flash
-from helix_megatron.kernels.merge import formula
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.merge import plain_attention
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
 DIM = 128
@@ -97,7 +97,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Requests, Sight]:
+def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Requests, VisibleSlots]:
     """Requests of equal length on scattered pages."""
     pages = shape.batch * shape.slots // shape.page
     keys = torch.randn(pages, shape.page, 1, DIM, device="cuda", dtype=DTYPE)
@@ -107,16 +107,16 @@ def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Requests, Sight]:
     table = torch.randperm(pages, device="cuda").to(torch.int32).view(shape.batch, -1)
     lengths = torch.full((shape.batch,), shape.slots * shape.ranks, **integers)
     requests = Requests(torch.arange(shape.batch + 1, **integers), lengths, table)
-    sight = Sight(DIM**-0.5, None, KvInterleave(shape.ranks, min(32, shape.page)), 0)
-    return query, keys, values, requests, sight
+    visible = VisibleSlots(DIM**-0.5, None, KvInterleave(shape.ranks, min(32, shape.page)), 0)
+    return query, keys, values, requests, visible
 
 
 def check(name: str, shape: Shape, out: Tensor, lse: Tensor, drawn: tuple) -> None:
     """The first and the last request against the formula."""
-    query, keys, values, requests, sight = drawn
+    query, keys, values, requests, visible = drawn
     for row in {0, shape.batch - 1}:
         key, value = (x[requests.table[row].long()].flatten(0, 1)[:, None] for x in (keys, values))
-        want, want_lse = formula(query[row][None, None], key, value, None, sight.softmax_scale)
+        want, want_lse = plain_attention(query[row][None, None], key, value, None, visible.softmax_scale)
         torch.testing.assert_close(out[row], want[0, 0], rtol=2e-2, atol=2e-2, msg=lambda m: f"{name}: {m}")
         torch.testing.assert_close(lse[row], want_lse[0, 0], rtol=1e-3, atol=1e-3)
 
@@ -126,10 +126,10 @@ def measure(shape: Shape, turns: int) -> dict[str, Any]:
     from helix_megatron.kernels.paged_attention_triton import paged_attention
 
     drawn = draw(shape)
-    query, keys, values, requests, sight = drawn
+    query, keys, values, requests, visible = drawn
 
     def layer() -> tuple[Tensor, Tensor]:
-        return paged_attention(query, keys, values, requests, sight, singles=True)
+        return paged_attention(query, keys, values, requests, visible, singles=True)
 
     def first_layer() -> tuple[Tensor, Tensor]:
         requests.kept.clear()
@@ -145,11 +145,11 @@ def measure(shape: Shape, turns: int) -> dict[str, Any]:
         fault = flash.find(name)[1] if flash.find(name)[0] is None else None
         if shape.page % kind.page:
             fault = f"wants pages of {kind.page}"
-        fault = fault or flash.distrust(name, "cuda", DTYPE, shape.page, DIM)
+        fault = fault or flash.known_case_error(name, "cuda", DTYPE, shape.page, DIM)
         if fault:
             print(f"  {name}: {fault}", file=sys.stderr)
             continue
-        run = lambda n=name: flash.attend(n, query, keys, values, requests, sight)  # noqa: E731
+        run = lambda n=name: flash.attend(n, query, keys, values, requests, visible)  # noqa: E731
         check(name, shape, *run(), drawn)
         row[name] = 1e6 * seconds(run if kind.waits else captured(run), turns)
     return row

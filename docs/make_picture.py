@@ -38,7 +38,7 @@ def stages(layout: HelixLayout, rank: int) -> Iterator[tuple[str, str, list[Row]
     own = range(rank * mine, (rank + 1) * mine)
     key = {int(d): j for j in range(m) for d in layout.key_dims(j)}
     value = {int(d): j for j in range(m) for d in layout.value_dims(j)}
-    moved = layout.exchanged()
+    moved = layout.exchanged_elements()
     keys, queries = moved["K and V"], moved["queries"]
 
     def of(rank_only: bool, owners: dict[int, int]) -> dict[int, int]:

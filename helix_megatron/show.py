@@ -59,7 +59,7 @@ def exchange_lines(plan: HelixPlan) -> list[str]:
         return [f"Ranks 0-{m - 1} sum their partial scores: s x s of each query head."]
     lines = [f"Ranks 0-{m - 1} (and every other head group alike), per token, layer and forward pass:"]
     mean = "" if layout.is_even else ", mean of the ranks"
-    moved = layout.exchanged()
+    moved = layout.exchanged_elements()
     lines += [f"  {name}: {count:g} elements received{mean}" for name, count in moved.items()]
     shape, tp = layout.shape, layout.grid.size
     total = sum(moved.values())

@@ -49,6 +49,6 @@ def test_elements_of_the_design():
     """H=64, G=8, d=128, T=16 as 8x2: 640 with `dims`, 128 with `heads`."""
     for placement, expected in (("dims", 640), ("heads", 128)):
         layout = HelixConfig(8, 2, query_placement=placement).resolve(64, 8, 128, 16).layout
-        assert sum(layout.exchanged().values()) == expected
+        assert sum(layout.exchanged_elements().values()) == expected
     plan = HelixConfig(8, 2).resolve(64, 8, 128, 16)
     assert "Megatron would gather the mixed QKV: 9600" in show.exchange_lines(plan)[-1]

@@ -21,7 +21,7 @@ from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.kernels import backend
 from helix_megatron.kernels.merge import merge_partials
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
 STEPS = {  # tokens of each request, how many of them are new
@@ -124,10 +124,10 @@ def error_of(name: str, device: str, case: dict[str, Any]) -> float:
             "scattered",
         )
         query, keys, values, requests, kept = draw(*given, case["seed"], dtype=case["dtype"], cycles=3)
-        sight = Sight(scale, case["left"], KvInterleave(case["ranks"], case["size"]), rank)
+        visible = VisibleSlots(scale, case["left"], KvInterleave(case["ranks"], case["size"]), rank)
         moved = Requests(*(x.to(device) for x in (requests.query_ends, requests.lengths, requests.table)))
         singles = all(new == 1 for new in case["new"])
-        out, lse = attend(name, *(x.to(device) for x in (query, keys, values)), moved, sight, singles)
+        out, lse = attend(name, *(x.to(device) for x in (query, keys, values)), moved, visible, singles)
         want, want_lse = expected(query, requests, kept, scale, case["left"])
         errors += [_apart(out, want), _apart(lse, want_lse)]
         outs.append(out), lses.append(lse), wants.append((want, want_lse))
@@ -138,14 +138,14 @@ def error_of(name: str, device: str, case: dict[str, Any]) -> float:
 
 def attend(
     name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
-    sight: Sight, singles: bool,
+    visible: VisibleSlots, singles: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """backend.attend by the backend `name`."""
     before = os.environ.pop(backend.OVERRIDE, None)
     if name:
         os.environ[backend.OVERRIDE] = name
     try:
-        return backend.attend(query, keys, values, requests, sight, singles)
+        return backend.attend(query, keys, values, requests, visible, singles)
     finally:
         os.environ.pop(backend.OVERRIDE, None)
         if before is not None:
@@ -196,8 +196,8 @@ def timed(heads: int, ranks: int, batch: int, slots: int, bandwidth: float) -> d
     table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
     lengths = torch.full((batch,), slots * ranks, device="cuda", dtype=torch.int32)
     requests = Requests(torch.arange(batch + 1, device="cuda", dtype=torch.int32), lengths, table)
-    sight = Sight(dim**-0.5, None, KvInterleave(ranks, min(32, page)), 0)
-    once = lambda: backend.attend(query, keys, values, requests, sight, True)  # noqa: E731
+    visible = VisibleSlots(dim**-0.5, None, KvInterleave(ranks, min(32, page)), 0)
+    once = lambda: backend.attend(query, keys, values, requests, visible, True)  # noqa: E731
     eager, graph = seconds_of(once), seconds_of(captured(once))
     moved = 2 * keys.nbytes
     found: dict[str, Any] = {

@@ -20,7 +20,7 @@ Scores and sums are in fp32. A query that sees no key gives output 0 and log-sum
 
 import torch
 
-from helix_megatron.kernels.paged_attention import Requests, Sight, paged_attention
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
 from helix_megatron.partition.kv_layout import KvInterleave
 
 __all__ = ["attend", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -55,7 +55,8 @@ def _pages(cache, table, length):
 def _paged(q, k, v, ends, lengths, table, scale, window_size):
     # q [Q, H, D] to output [Q, H, D] and log-sum-exp [Q, H]
     left = window_size[0] if window_size[0] >= 0 else None
-    return paged_attention(q, k, v, Requests(ends, lengths, table), Sight(scale, left, KvInterleave(1, 1), 0))
+    visible = VisibleSlots(scale, left, KvInterleave(1, 1), 0)
+    return paged_attention(q, k, v, Requests(ends, lengths, table), visible)
 
 
 def flash_attn_varlen_func(

@@ -34,7 +34,7 @@ from helix_megatron.exchange.slices import slice_shapes
 from helix_megatron.exchange.views import merge_slices
 from helix_megatron.kernels.backend import attend
 from helix_megatron.kernels.merge import merge_partials
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
 
@@ -157,9 +157,9 @@ class Attention:
     softmax_scale: float
     left: int | None = None
 
-    def over(self, interleave: KvInterleave, rank: int) -> Sight:
+    def over(self, interleave: KvInterleave, rank: int) -> VisibleSlots:
         """What a token sees of the positions that `rank` keeps."""
-        return Sight(self.softmax_scale, self.left, interleave, rank)
+        return VisibleSlots(self.softmax_scale, self.left, interleave, rank)
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,8 @@ class PagedStep:
 
     def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """As Step; the rows are tokens, query [tokens, 1, N, D]."""
-        cut = self.requests.one_each if self.singles else self.requests.rows
+        cut = self.requests.single_rows if self.singles else self.requests.rows
         requests = cut(start, stop)
-        sight = self.attention.over(self.interleave, self.rank)
-        out, lse = attend(query[:, 0], self.keys, self.values, requests, sight, self.singles)
+        visible = self.attention.over(self.interleave, self.rank)
+        out, lse = attend(query[:, 0], self.keys, self.values, requests, visible, self.singles)
         return out[:, None], lse[:, None]

@@ -119,7 +119,7 @@ def _batches(requests: Requests, left: int | None, heads: int) -> Iterator[list[
     limit = SCORE_BYTES // (4 * heads)
     batch: list[_Part] = []
     room = limit
-    ends, lengths = requests.on_host
+    ends, lengths = requests.host_ends_and_lengths
     for request, length in enumerate(lengths):
         row, end = ends[request : request + 2]
         while row < end:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
-from helix_megatron.kernels.paged_attention import Requests, Sight, paged_attention
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
 from helix_megatron.partition.grid import HelixConfigError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     requests: Requests,
-    sight: Sight,
+    visible: VisibleSlots,
     singles: bool,
     flash_version: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def attend(
         device.type,
         query.dtype,
         keys.shape[1],
-        sight.left is not None,
+        visible.left is not None,
         os.environ.get(OVERRIDE),
         dim=query.shape[-1],
         major=_major(device) if on_gpu else None,
@@ -77,7 +77,7 @@ def attend(
         graph=on_gpu and torch.cuda.is_current_stream_capturing(),
     )
     backend = _BACKENDS[choice.singles if singles else choice.others]
-    return backend(query, keys, values, requests, sight, singles)
+    return backend(query, keys, values, requests, visible, singles)
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def choose(
         for name in FLASH if device == "cuda" else ():
             obstacle = _obstacle(name, dtype, page, windowed, dim, major, flash_version, graph)
             if not obstacle and compare:
-                obstacle = flash.distrust(name, device, dtype, page, dim)
+                obstacle = flash.known_case_error(name, device, dtype, page, dim)
             if not obstacle:
                 taken = name
                 break
@@ -144,7 +144,7 @@ def _overridden(
         kernel, reason = flash.find(name)
         fault: str | None = reason
         if kernel is not None:
-            fault = flash.distrust(name, device, dtype, page, dim) if compare else None
+            fault = flash.known_case_error(name, device, dtype, page, dim) if compare else None
         if not fault:
             others = _without_flash(device)[0]
             why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts"
@@ -208,7 +208,7 @@ def warm_up(
     values: Tensor,
     heads: int,
     dtype: torch.dtype,
-    sight: Sight,
+    visible: VisibleSlots,
     flash_version: int | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
@@ -218,7 +218,7 @@ def warm_up(
         keys, values: [pages, page, K, D], one layer's cache; read, not written.
         heads: N, query heads of this rank.
         dtype: of the queries.
-        sight: of a layer with a window, or of one without: they are apart.
+        visible: of a layer with a window, or of one without: they are apart.
         flash_version: Megatron's --flash-attention-version.
     """
     on_gpu = keys.device.type == "cuda"
@@ -226,7 +226,7 @@ def warm_up(
         keys.device.type,
         dtype,
         keys.shape[1],
-        sight.left is not None,
+        visible.left is not None,
         os.environ.get(OVERRIDE),
         dim=keys.shape[-1],
         major=_major(keys.device) if on_gpu else None,
@@ -236,24 +236,34 @@ def warm_up(
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, sight)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible)
     return choice
 
 
 def triton_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, singles: bool = False
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    visible: VisibleSlots,
+    singles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The project's own kernel; Triton is imported when it is first needed."""
     from helix_megatron.kernels import paged_attention_triton
 
-    return paged_attention_triton.paged_attention(query, keys, values, requests, sight, singles)
+    return paged_attention_triton.paged_attention(query, keys, values, requests, visible, singles)
 
 
 def torch_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight, singles: bool = False
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    visible: VisibleSlots,
+    singles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """paged_attention in torch."""
-    return paged_attention(query, keys, values, requests, sight)
+    return paged_attention(query, keys, values, requests, visible)
 
 
 def flash_attention(
@@ -262,15 +272,15 @@ def flash_attention(
     keys: Tensor,
     values: Tensor,
     requests: Requests,
-    sight: Sight,
+    visible: VisibleSlots,
     singles: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention `name`."""
-    if not singles or sight.left is not None:  # by the override alone
+    if not singles or visible.left is not None:  # by the override alone
         raise HelixConfigError(
             f"{OVERRIDE}={name}: it has one window for all requests; leave the choice to Helix"
         )
-    return flash.attend(name, query, keys, values, requests, sight)
+    return flash.attend(name, query, keys, values, requests, visible)
 
 
 _BACKENDS = {"torch": torch_attention, "triton": triton_attention} | {

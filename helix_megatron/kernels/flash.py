@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helix_megatron.kernels.merge import formula
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.merge import plain_attention
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.measure.machine import installed_version
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -120,7 +120,7 @@ def find(name: str) -> tuple[Callable | None, str]:
 
 
 def attend(
-    name: str, query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
+    name: str, query: Tensor, keys: Tensor, values: Tensor, requests: Requests, visible: VisibleSlots
 ) -> tuple[Tensor, Tensor]:
     """paged_attention for single tokens: row r is request r's last, and sees all that the rank keeps of it.
 
@@ -129,7 +129,7 @@ def attend(
     kernel, reason = find(name)
     if kernel is None:
         raise HelixConfigError(reason)
-    kept, empty, table = _of_step(requests, sight)
+    kept, empty, table = _of_step(requests, visible)
     rows = min(len(kept), len(query))
     options = dict(pack_gqa=query.shape[1] != keys.shape[2]) if name == "flash-attn-3" else {}
     out, lse, *_ = kernel(
@@ -137,7 +137,7 @@ def attend(
         k_cache=keys,
         v_cache=values,
         cache_seqlens=kept[:rows],
-        softmax_scale=sight.softmax_scale,
+        softmax_scale=visible.softmax_scale,
         causal=False,
         return_softmax_lse=True,
         **{FLASH[name].table: table[:rows]},
@@ -152,12 +152,12 @@ def attend(
     return outs, lses
 
 
-def _of_step(requests: Requests, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+def _of_step(requests: Requests, visible: VisibleSlots) -> tuple[Tensor, Tensor, Tensor]:
     """[rows] slots kept, [rows, 1] whether there are none, and the table; int32, for all layers of a step."""
-    key = ("flash", sight.interleave, sight.rank)
+    key = ("flash", visible.interleave, visible.rank)
     if key not in requests.kept:
         given = requests.for_kernels()
-        kept = sight.last(given.lengths - 1).to(torch.int32)
+        kept = visible.last(given.lengths - 1).to(torch.int32)
         requests.kept[key] = kept, (kept == 0)[:, None], given.table
     return requests.kept[key]
 
@@ -179,7 +179,7 @@ def _known_case(dtype: torch.dtype, page: int, dim: int) -> tuple[tuple[Tensor, 
             for start in range(0, length, page):
                 piece = written[start : start + page]
                 cache[table[row][start // page], : len(piece)] = piece
-        out, lse = formula(
+        out, lse = plain_attention(
             query[row, None, None], key[:, None], value[:, None], None, softmax_scale=dim**-0.5
         )
         outs[row], lses[row] = out[0, 0].float(), lse[0, 0]
@@ -188,7 +188,7 @@ def _known_case(dtype: torch.dtype, page: int, dim: int) -> tuple[tuple[Tensor, 
 
 
 @functools.cache
-def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) -> str | None:
+def known_case_error(name: str, device: str, dtype: torch.dtype, page: int, dim: int) -> str | None:
     """What is wrong with a kernel, by a small case of a known answer; None when it is right. Asked once."""
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise HelixConfigError(
@@ -203,7 +203,7 @@ def distrust(name: str, device: str, dtype: torch.dtype, page: int, dim: int) ->
     requests = Requests(torch.arange(4, dtype=torch.int32, device=on), lengths, table)
     try:
         out, lse = attend(
-            name, query, keys, values, requests, Sight(dim**-0.5, None, KvInterleave(1, 1), 0)
+            name, query, keys, values, requests, VisibleSlots(dim**-0.5, None, KvInterleave(1, 1), 0)
         )
         out, lse = out.float().cpu(), lse.float().cpu()
     except Exception as error:  # whatever a foreign kernel fails with

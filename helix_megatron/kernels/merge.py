@@ -77,7 +77,7 @@ def partial_attention(
         visible = visible.expand(b, -1, -1)
     if query.device.type == "cpu":
         return _fused_on_cpu(query, key, value, visible, softmax_scale)
-    return formula(query, key, value, visible, softmax_scale)
+    return plain_attention(query, key, value, visible, softmax_scale)
 
 
 def _fused_on_cpu(
@@ -103,7 +103,7 @@ def _fused_on_cpu(
     return out, lse
 
 
-def formula(
+def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """partial_attention in plain torch and fp32, on any device; `visible` is [B, S, L] or None."""

@@ -33,7 +33,7 @@ _SMALL_BYTES = 2**18  # single tokens that see less than this are batched
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisibleSlots:
     """Which slots of this rank a token sees, and how scores are scaled.
 
     Args:
@@ -78,7 +78,7 @@ class Requests:
     kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
-    def on_host(self) -> tuple[list[int], list[int]]:
+    def host_ends_and_lengths(self) -> tuple[list[int], list[int]]:
         """query_ends and lengths; a device is waited for once, not for every layer."""
         return self.query_ends.tolist(), self.lengths.tolist()
 
@@ -93,7 +93,7 @@ class Requests:
         ends = self.query_ends.clamp(start, stop)
         return Requests(ends - start, self.lengths - (self.query_ends - ends)[1:], self.table)
 
-    def one_each(self, start: int, stop: int) -> Requests:
+    def single_rows(self, start: int, stop: int) -> Requests:
         """rows(start, stop) where row r is the only new token of request r."""
         if start == 0 and stop >= len(self.lengths):
             return self
@@ -102,7 +102,7 @@ class Requests:
 
 
 def paged_attention(
-    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, sight: Sight
+    query: Tensor, keys: Tensor, values: Tensor, requests: Requests, visible: VisibleSlots
 ) -> tuple[Tensor, Tensor]:
     """Attention of every new token over the slots it sees. Rows that belong to no request give 0 and -inf.
 
@@ -116,11 +116,11 @@ def paged_attention(
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
     slot_bytes = 2 * keys.shape[2] * keys.shape[3] * keys.element_size()
     small = []  # (slots, row, request, first, last)
-    ends, lengths = requests.on_host
+    ends, lengths = requests.host_ends_and_lengths
     for request, length in enumerate(lengths):
         begin, end = ends[request : request + 2]
         if end == begin + 1:
-            first, last = sight.first(length - 1), sight.last(length - 1)
+            first, last = visible.first(length - 1), visible.last(length - 1)
             if last <= first:
                 continue
             if (last - first) * slot_bytes <= _SMALL_BYTES:
@@ -130,21 +130,21 @@ def paged_attention(
             stop = min(row + _ROWS, end)
             position = length - (end - row)
             out[row:stop], lse[row:stop] = _one_request(
-                query[row:stop], keys, values, requests.table[request], position, sight
+                query[row:stop], keys, values, requests.table[request], position, visible
             )
     for batch in _batches(sorted(small), max(1, _COPY_BYTES // slot_bytes)):
         rows = [row for _, row, *_ in batch]
-        out[rows], lse[rows] = _small_requests(query[rows], keys, values, requests.table, batch, sight)
+        out[rows], lse[rows] = _small_requests(query[rows], keys, values, requests.table, batch, visible)
     return out, lse
 
 
 def _one_request(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, sight: Sight
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, visible: VisibleSlots
 ) -> tuple[Tensor, Tensor]:
     """Consecutive tokens of one request, the first at `position`: [S, N, D] to [S, N, D] and [S, N]."""
     final = position + query.shape[0] - 1
-    first, last = sight.first(position), sight.last(final)
-    inner_first, inner_last = sight.first(final), sight.last(position)  # what all of the tokens see
+    first, last = visible.first(position), visible.last(final)
+    inner_first, inner_last = visible.first(final), visible.last(position)  # what all of the tokens see
     if inner_last > inner_first:
         ranges = [(inner_first, inner_last, False), (first, inner_first, True), (inner_last, last, True)]
     else:
@@ -152,13 +152,13 @@ def _one_request(
     parts = []
     for start, stop, differ in ranges:
         for slot, key, value in _slots(keys, values, table, start, stop):
-            visible = None
+            mask = None
             if differ:
                 positions = torch.arange(position, final + 1, device=query.device)[:, None]
                 slots = torch.arange(slot, slot + len(key), device=query.device)
-                visible = (slots >= sight.first(positions)) & (slots < sight.last(positions))
+                mask = (slots >= visible.first(positions)) & (slots < visible.last(positions))
             parts.append(
-                partial_attention(query[:, None], key[:, None], value[:, None], visible, sight.softmax_scale)
+                partial_attention(query[:, None], key[:, None], value[:, None], mask, visible.softmax_scale)
             )
     if not parts:
         return torch.zeros_like(query), query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
@@ -215,7 +215,7 @@ def _batches(items: list[tuple], slots: int) -> Iterator[list[tuple]]:
 
 
 def _small_requests(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, batch: list[tuple], sight: Sight
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, batch: list[tuple], visible: VisibleSlots
 ) -> tuple[Tensor, Tensor]:
     """Single tokens of several requests at once: [R, N, D] to [R, N, D] and [R, N].
 
@@ -226,12 +226,12 @@ def _small_requests(
         torch.tensor(column, device=query.device)[:, None] for column in list(zip(*batch, strict=True))[2:]
     )
     slots = firsts + torch.arange(longest, device=query.device)  # [R, longest]
-    visible = slots < lasts
+    mask = slots < lasts
     slots = torch.minimum(slots, lasts - 1)
     pages = table[numbers, slots // page].long()
     key, value = (cache[pages, slots % page].transpose(0, 1) for cache in (keys, values))
     if batch[0][0] == longest:
-        out, lse = partial_attention(query[None], key, value, None, sight.softmax_scale)
+        out, lse = partial_attention(query[None], key, value, None, visible.softmax_scale)
     else:
-        out, lse = partial_attention(query[None], key, value, visible[:, None], sight.softmax_scale)
+        out, lse = partial_attention(query[None], key, value, mask[:, None], visible.softmax_scale)
     return out[0], lse[0]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_megatron.kernels import triton_merge
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel
 from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
 from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
@@ -195,7 +195,7 @@ def paged_attention(
     keys: Tensor,
     values: Tensor,
     requests: Requests,
-    sight: Sight,
+    visible: VisibleSlots,
     singles: bool = False,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -226,7 +226,7 @@ def paged_attention(
     size = max(query.element_size(), keys.element_size())
     tiles = _tiles(padded, dims, size, page, singles, _shared_bytes(query.device))
     _check_strides(keys, values, tiles[0].slots)
-    plan, launches, given = _plan(requests, sight, tokens, tiles, padded)
+    plan, launches, given = _plan(requests, visible, tokens, tiles, padded)
     programs = programs or _programs(query.device, kv_heads)
     rows = [2 * programs * kv_heads * launch.tile.rows for launch in launches]
     parts = torch.empty(sum(rows), dim, dtype=torch.float32, device=query.device)
@@ -235,11 +235,11 @@ def paged_attention(
         tile = launch.tile
         attention_kernel[(programs, kv_heads)](
             query, keys, values, out, lse, part, log, launch.starts, launch.owners, given.query_ends,
-            given.lengths, given.table, sight.softmax_scale * _LOG2_E, sight.rank, sight.left or 0,
+            given.lengths, given.table, visible.softmax_scale * _LOG2_E, visible.rank, visible.left or 0,
             launch.tiles,
             *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], given.table.stride(0),
-            N=heads, R=ratio, D=dim, PAGE=page, RANKS=sight.interleave.ranks, SIZE=sight.interleave.size,
-            WINDOW=sight.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
+            N=heads, R=ratio, D=dim, PAGE=page, RANKS=visible.interleave.ranks, SIZE=visible.interleave.size,
+            WINDOW=visible.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
             SLOTS=tile.slots, STAGES=tile.stages, LEAST=tile.least, PAGED=tile.paged,
             UPCAST=INTERPRETED,  # the interpreter cannot multiply bf16
             num_warps=tile.warps,
@@ -256,10 +256,10 @@ def paged_attention(
 
 
 def _plan(
-    requests: Requests, sight: Sight, tokens: int, tiles: tuple[Tile, ...], padded: int
+    requests: Requests, visible: VisibleSlots, tokens: int, tiles: tuple[Tile, ...], padded: int
 ) -> tuple[Tensor, list[_Launch], Requests]:
     """Who does what, worked out by a step's first layer: the plan, its launches, the requests in int32."""
-    key = ("plan", sight.interleave, sight.rank, sight.left, tokens, tiles, padded)
+    key = ("plan", visible.interleave, visible.rank, visible.left, tokens, tiles, padded)
     if key in requests.kept:
         return requests.kept[key]
     given, number = requests.for_kernels(), len(requests.lengths)
@@ -270,9 +270,9 @@ def _plan(
         starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
         at += 2 * n + 1
         plan_kernel[(1,)](
-            given.query_ends, given.lengths, starts, owners, sight.rank, sight.left or 0, number, n,
+            given.query_ends, given.lengths, starts, owners, visible.rank, visible.left or 0, number, n,
             number.bit_length(),
-            RANKS=sight.interleave.ranks, SIZE=sight.interleave.size, WINDOW=sight.left is not None,
+            RANKS=visible.interleave.ranks, SIZE=visible.interleave.size, WINDOW=visible.left is not None,
             TOKENS=tile.rows // padded, SLOTS=tile.slots, FEW=tiles[0].rows // padded, MANY=bool(launches),
             BLOCK=256,
         )  # fmt: skip
@@ -310,14 +310,14 @@ def _programs(device: torch.device, kv_heads: int) -> int:
     return max(1, 2 * torch.cuda.get_device_properties(device).multi_processor_count // kv_heads)
 
 
-def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, sight: Sight) -> None:
+def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, visible: VisibleSlots) -> None:
     """Compile what attention over this cache will need, so that no request waits for it.
 
     Args:
         keys, values: [pages, page, K, D], the cache itself, or one of its layers; read, not written.
         heads: N, query heads of this rank.
         dtype: of the queries.
-        sight: of one layer; those with a window and those without are apart.
+        visible: of one layer; those with a window and those without are apart.
     """
     device = keys.device
     rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
@@ -328,7 +328,7 @@ def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, sight:
         table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, dtype=torch.int32)
         query = torch.zeros(sum(new), heads, keys.shape[-1], dtype=dtype, device=device)
         requests = Requests(ends.to(device), lengths.to(device), table.to(device))
-        paged_attention(query, keys, values, requests, sight, singles)
+        paged_attention(query, keys, values, requests, visible, singles)
 
 
 def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:

@@ -153,7 +153,7 @@ def activate(args: Namespace) -> None:
             print(f"> Helix attention: {plan.describe()}", flush=True)
             chosen = helix.head_parallel_size is None and helix.dim_parallel_size is None
             if chosen and plan.comm_type == "a2a":
-                _, reason = choice.choose(plan.layout.shape, plan.grid.size)
+                _, reason = choice.choose_grid_with_reason(plan.layout.shape, plan.grid.size)
                 print(f"> Helix chose grid {plan.grid}: {reason}", flush=True)
     agree_with_other_ranks(args, plan)
 

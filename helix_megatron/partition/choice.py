@@ -15,7 +15,7 @@ from helix_megatron.partition.grid import AttentionShape, HelixGrid, choose_grid
 from helix_megatron.partition.layout import HelixLayout
 
 
-def choose(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
+def choose_grid_with_reason(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
     """The grid for `tp` ranks, and the reason in one line.
 
     Raises:
@@ -29,17 +29,18 @@ def choose(shape: AttentionShape, tp: int) -> tuple[HelixGrid, str]:
         )
     others = [other for other in legal_grids(shape, tp) if other != grid]
     reason = (
-        f"most head groups, so least to exchange: {exchanged(shape, grid):,.0f} elements a token and layer"
+        f"most head groups, so least to exchange: {exchanged_elements(shape, grid):,.0f} elements "
+        "a token and layer"
     )
     if others:
         reason += " against " + ", ".join(
-            f"{exchanged(shape, other):,.0f} for {other}" for other in others[:3]
+            f"{exchanged_elements(shape, other):,.0f} for {other}" for other in others[:3]
         )
     return grid, reason
 
 
-def exchanged(shape: AttentionShape, grid: HelixGrid) -> float:
+def exchanged_elements(shape: AttentionShape, grid: HelixGrid) -> float:
     """Elements that a rank receives inside attention for one token, forward, comm type a2a; mean of ranks."""
     n, m = grid.head_parallel_size, grid.dim_parallel_size
     whole = shape.num_attention_heads // n % m == 0  # whole query heads stay where they are
-    return sum(HelixLayout(shape, grid, "heads" if whole else "dims").exchanged().values())
+    return sum(HelixLayout(shape, grid, "heads" if whole else "dims").exchanged_elements().values())

@@ -232,7 +232,7 @@ class HelixLayout:
         blocks = [(t * x // m * size, (t * x // m + 1) * size) for t in range(m)]
         return x if self.kv_ranges == blocks else None
 
-    def exchanged(self) -> dict[str, float]:
+    def exchanged_elements(self) -> dict[str, float]:
         """Elements that a rank receives per token, layer and forward pass (a2a); the mean of the ranks."""
         m, d = self.grid.dim_parallel_size, self.shape.kv_channels
         if self.per_slice or m == 1:

@@ -69,14 +69,14 @@ def test_an_unfused_core_is_a_warning_where_fused_ones_exist():
 
 # ---- kernels ----
 def test_a_wrong_kernel_fails(rows, monkeypatch):
-    def right(query, keys, values, requests, sight, singles):
-        return paged_attention(query, keys, values, requests, sight)
+    def right(query, keys, values, requests, visible, singles):
+        return paged_attention(query, keys, values, requests, visible)
 
-    def forgets_the_scale(query, keys, values, requests, sight, singles):
-        return paged_attention(1.1 * query, keys, values, requests, sight)
+    def forgets_the_scale(query, keys, values, requests, visible, singles):
+        return paged_attention(1.1 * query, keys, values, requests, visible)
 
-    def forgets_what_is_empty(query, keys, values, requests, sight, singles):
-        out, lse = paged_attention(query, keys, values, requests, sight)
+    def forgets_what_is_empty(query, keys, values, requests, visible, singles):
+        out, lse = paged_attention(query, keys, values, requests, visible)
         return out, lse.nan_to_num(neginf=0.0)
 
     for number, wrong in enumerate((right, forgets_the_scale, forgets_what_is_empty)):

@@ -17,7 +17,7 @@ import torch
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.inference.position_cache import Attention, SequenceStep
 from helix_megatron.kernels import backend, flash
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
 from tests.kernels.test_paged_attention import check, draw
@@ -27,7 +27,7 @@ from tests.kernels.test_paged_attention import check, draw
 def fresh():
     """What is installed is found out again, before and after; call it to do so in between."""
 
-    known = flash.find, flash.distrust, backend.choose
+    known = flash.find, flash.known_case_error, backend.choose
 
     def forget():
         for function in known:
@@ -113,7 +113,7 @@ def test_flash_attention_3_comes_first(monkeypatch, fresh, module):
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
     drawn = draw([1, 8, 21, 3, 0], [1, 1, 1, 1, 0], 3, 2, 1, (4, 2), 4, "scattered")
     attend = functools.partial(backend.attend, singles=True)
-    check(attend, *drawn, Sight(0.5, None, KvInterleave(3, 2), 1))
+    check(attend, *drawn, VisibleSlots(0.5, None, KvInterleave(3, 2), 1))
 
 
 def without_last(**given):
@@ -189,25 +189,25 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
     with pytest.raises(HelixConfigError, match=r"=flash-attn: .*flash_attn is of another"):
-        backend.attend(*drawn[:4], Sight(0.5, None, KvInterleave(1, 4), 0), True)
+        backend.attend(*drawn[:4], VisibleSlots(0.5, None, KvInterleave(1, 4), 0), True)
 
 
 def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch, fresh):
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
-    sight, window = Sight(0.5, None, KvInterleave(1, 4), 0), Sight(0.5, 3, KvInterleave(1, 4), 0)
+    visible, window = (VisibleSlots(0.5, left, KvInterleave(1, 4), 0) for left in (None, 3))
     seen = []
     monkeypatch.setitem(backend._BACKENDS, "triton", lambda *given: seen.append(given))
     monkeypatch.setenv(backend.OVERRIDE, "triton")
-    backend.attend(*drawn[:4], sight, False)
+    backend.attend(*drawn[:4], visible, False)
     assert len(seen) == 1
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
-    check(functools.partial(backend.attend, singles=False), *drawn, sight)  # prompts: by the device's own
+    check(functools.partial(backend.attend, singles=False), *drawn, visible)  # prompts: by the device's own
     with pytest.raises(HelixConfigError, match="flash-attn-2: it has one window for all requests"):
         backend.attend(*drawn[:4], window, True)
     monkeypatch.setenv(backend.OVERRIDE, "fast")
     with pytest.raises(HelixConfigError, match="HELIX_PAGED_ATTENTION=fast: choose from torch, "):
-        backend.attend(*drawn[:4], sight, False)
+        backend.attend(*drawn[:4], visible, False)
 
 
 def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
@@ -218,12 +218,12 @@ def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
     )
     keys = torch.zeros(2, 8, 2, 16)
     monkeypatch.setattr(backend, "choose", lambda *given, **named: calls.append((given, named)) or CHOICE)
-    assert backend.warm_up(keys, keys, 4, HALF, Sight(0.5, 7, KvInterleave(1, 4), 0), 3) is CHOICE
+    assert backend.warm_up(keys, keys, 4, HALF, VisibleSlots(0.5, 7, KvInterleave(1, 4), 0), 3) is CHOICE
     assert calls == [(("cpu", HALF, 8, True, None), dict(dim=16, major=None, flash_version=3))]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(HelixConfigError, match=r"first time while a CUDA graph is captured.*warm_up"):
-        flash.distrust("flash-attn-3", "cuda", HALF, 64, 128)
+        flash.known_case_error("flash-attn-3", "cuda", HALF, 64, 128)
 
 
 CHOICE = backend.Choice("torch", "torch", "a test")
@@ -252,7 +252,7 @@ def test_flash_attention_is_given_what_it_needs(monkeypatch, fresh):
         wide = Requests(requests.query_ends.long(), requests.lengths.long(), requests.table.T.long().T)
         for given in (requests, wide):
             second = functools.partial(backend.flash_attention, "flash-attn-2")
-            check(second, query, keys, values, given, kept, Sight(0.5, None, KvInterleave(3, 2), rank))
+            check(second, query, keys, values, given, kept, VisibleSlots(0.5, None, KvInterleave(3, 2), rank))
 
 
 def test_a_static_cache_gives_kernels_what_they_need(monkeypatch, fresh):

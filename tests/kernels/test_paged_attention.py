@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.kernels import merge, paged_attention
-from helix_megatron.kernels.paged_attention import Sight
+from helix_megatron.kernels.paged_attention import VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
 HEADS = [(4, 4), (4, 2), (6, 1), (9, 3)]
 
 
-def check(attend, query, keys, values, requests, kept, sight, tolerance=2e-5):
-    out, lse = attend(query, keys, values, requests, sight)
+def check(attend, query, keys, values, requests, kept, visible, tolerance=2e-5):
+    out, lse = attend(query, keys, values, requests, visible)
     assert out.dtype is query.dtype and lse.dtype is torch.float32
-    want, want_lse = expected(query, requests, kept, sight.softmax_scale, sight.left)
+    want, want_lse = expected(query, requests, kept, visible.softmax_scale, visible.left)
     torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(lse.double(), want_lse, rtol=tolerance, atol=tolerance)
 
@@ -43,11 +43,11 @@ def cases(draw_from):
 def test_every_token_sees_its_slots(case, left, sizes):
     """With sizes as they are, and so small that blocks of tokens, copies and batches are many."""
     query, keys, values, requests, kept = draw(**case)
-    sight = Sight(0.4, left, KvInterleave(case["ranks"], case["size"]), case["rank"])
+    visible = VisibleSlots(0.4, left, KvInterleave(case["ranks"], case["size"]), case["rank"])
     with pytest.MonkeyPatch.context() as patch:
         for name, size in zip(("_ROWS", "_COPY_BYTES", "_SMALL_BYTES"), sizes, strict=True):
             patch.setattr(paged_attention, name, size)
-        check(paged_attention.paged_attention, query, keys, values, requests, kept, sight)
+        check(paged_attention.paged_attention, query, keys, values, requests, kept, visible)
 
 
 def test_a_cache_that_is_in_order_is_not_copied(monkeypatch):
@@ -60,7 +60,7 @@ def test_a_cache_that_is_in_order_is_not_copied(monkeypatch):
     for order, copies in (("in order", 0), ("scattered", 1)):
         drawn = draw([60, 33], [1, 1], 2, 4, 1, (4, 2), 4, order)
         read.clear()
-        check(paged_attention.paged_attention, *drawn, Sight(0.5, None, KvInterleave(2, 4), 1))
+        check(paged_attention.paged_attention, *drawn, VisibleSlots(0.5, None, KvInterleave(2, 4), 1))
         begin, end = drawn[1].data_ptr(), drawn[1].data_ptr() + drawn[1].nbytes
         assert [not begin <= key.data_ptr() < end for key in read] == [bool(copies)] * 2
 
@@ -68,4 +68,4 @@ def test_a_cache_that_is_in_order_is_not_copied(monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision(dtype, tolerance):
     drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
-    check(paged_attention.paged_attention, *drawn, Sight(0.25, None, KvInterleave(2, 4), 0), tolerance)
+    check(paged_attention.paged_attention, *drawn, VisibleSlots(0.25, None, KvInterleave(2, 4), 0), tolerance)

@@ -9,7 +9,7 @@ from helix_megatron.kernels import backend as attention_backend
 from helix_megatron.kernels import paged_attention_triton as kernels
 from helix_megatron.kernels import triton_merge
 from helix_megatron.kernels.merge import merge_partials
-from helix_megatron.kernels.paged_attention import Requests, Sight
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from tests.kernels.test_paged_attention import check, draw
 
@@ -28,35 +28,35 @@ def attention() -> int:
     kinds = itertools.product(STEPS.items(), ((4, 2), (5, 1), (3, 3)), (None, 6))
     for (name, (lengths, new)), heads, left in kinds:
         ranks, size, cycles = DEALS[number % len(DEALS)]
-        sight = Sight(0.4, left, KvInterleave(ranks, size), number % ranks)
-        drawn = draw(lengths, new, ranks, size, sight.rank, heads, 12, "scattered", number, cycles=cycles)
+        visible = VisibleSlots(0.4, left, KvInterleave(ranks, size), number % ranks)
+        drawn = draw(lengths, new, ranks, size, visible.rank, heads, 12, "scattered", number, cycles=cycles)
         programs = (1, 3, 8, 64)[number % 4]
         try:
-            check(lambda *g, n=name, p=programs: paged_attention(*g, n == "decode", p), *drawn, sight)
+            check(lambda *g, n=name, p=programs: paged_attention(*g, n == "decode", p), *drawn, visible)
         except AssertionError as error:
-            raise AssertionError(f"{name} {heads} {sight} programs {programs}") from error
+            raise AssertionError(f"{name} {heads} {visible} programs {programs}") from error
         number += 1
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
-        check(paged_attention, *drawn, Sight(0.25, None, KvInterleave(2, 4), 0), tolerance)
+        check(paged_attention, *drawn, VisibleSlots(0.25, None, KvInterleave(2, 4), 0), tolerance)
     for new in ([20, 12], [1, 1]):  # tiles that wide heads leave
         drawn = draw([80, 12], new, 2, 4, 1, (4, 2), 256, "scattered", cycles=4)
-        check(paged_attention, *drawn, Sight(0.06, None, KvInterleave(2, 4), 1))
+        check(paged_attention, *drawn, VisibleSlots(0.06, None, KvInterleave(2, 4), 1))
         number += 1
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
     as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
-    check(as_backend, *drawn, Sight(0.5, None, KvInterleave(1, 4), 0))
+    check(as_backend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 4), 0))
     wide_window()
     # one request in more parts than are merged at a time, beside one that one program does alone
     drawn = draw([4200, 10], [1, 1], 1, 16, 0, (2, 1), 4, "scattered")
-    check(lambda *g: paged_attention(*g, True, 131), *drawn, Sight(0.5, None, KvInterleave(1, 16), 0))
+    check(lambda *g: paged_attention(*g, True, 131), *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
     return number + 4
 
 
 def wide_window() -> None:
     """A prompt's tile of which all tokens see some steps entirely, and others in part at both ends."""
     drawn = draw([100, 90], [24, 1], 1, 16, 0, (2, 1), 4, "scattered")
-    check(lambda *g: paged_attention(*g, False, 2), *drawn, Sight(0.5, 60, KvInterleave(1, 16), 0))
+    check(lambda *g: paged_attention(*g, False, 2), *drawn, VisibleSlots(0.5, 60, KvInterleave(1, 16), 0))
 
 
 def deals_what_is_there() -> None:
@@ -66,16 +66,16 @@ def deals_what_is_there() -> None:
     ends = torch.zeros(65, dtype=torch.int32)
     ends[6:] = 1
     requests = Requests(ends, lengths, torch.zeros(64, 32, dtype=torch.int32))
-    sight = Sight(1.0, None, KvInterleave(1, 32), 0)
+    visible = VisibleSlots(1.0, None, KvInterleave(1, 32), 0)
     tiles = kernels._tiles(1, 16, 2, 32, True, 99 * 1024)
-    _, (launch,), _ = kernels._plan(requests, sight, 64, tiles, 1)
+    _, (launch,), _ = kernels._plan(requests, visible, 64, tiles, 1)
     steps = (launch.starts[1:] - launch.starts[:-1]).tolist()
     assert launch.tile.slots == 32 and max(steps) == sum(steps) == -(-1001 // 32), steps
     assert int(launch.owners[steps.index(32)]) == 5
     lengths[:40], ends[:41] = 33, torch.arange(41)  # some tiles between those of requests are empty
     ends[40:] = 40
     requests.kept.clear()
-    _, (launch,), _ = kernels._plan(requests, sight, 64, tiles, 1)
+    _, (launch,), _ = kernels._plan(requests, visible, 64, tiles, 1)
     assert int(launch.starts[-1]) == 40 * 2
 
 
@@ -114,7 +114,7 @@ def launches() -> None:
         with Asked() as asked:
             attend = functools.partial(paged_attention, singles=max(new) == 1)
             for _ in range(3):  # layers
-                check(attend, *drawn, Sight(0.5, None, KvInterleave(1, 16), 0))
+                check(attend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
         names = [kind[0] for kind in asked.kinds]
         assert [names.count(name) for name in Asked.NAMES] == expected, names
 
@@ -131,7 +131,7 @@ def far_apart() -> None:
         spread.append(far)
     assert requests.table[0, :2].tolist() == [1, 2]
     check(lambda *g: paged_attention(*g, True), query, *spread, requests, kept,
-          Sight(0.5, None, KvInterleave(1, 16), 0))  # fmt: skip
+          VisibleSlots(0.5, None, KvInterleave(1, 16), 0))  # fmt: skip
 
 
 def merges() -> int:
@@ -162,15 +162,15 @@ def merges() -> int:
 
 def warms_up() -> None:
     """On the cache that will be served: every kernel that a later step asks for has been asked for."""
-    keys, sight = torch.zeros(3, 32, 1, 16), Sight(0.25, None, KvInterleave(2, 16), 0)
+    keys, visible = torch.zeros(3, 32, 1, 16), VisibleSlots(0.25, None, KvInterleave(2, 16), 0)
     triton_merge.MANY_ROWS = 64  # of tokens times heads
     with Asked() as asked:
-        kernels.warm_up(keys, keys, 2, torch.float32, sight)
+        kernels.warm_up(keys, keys, 2, torch.float32, visible)
         compiled = set(asked.kinds)
         for new in ([1, 1], [1] * 33, [1, 12], [40, 3]):
             lengths = [70, 50] if len(new) == 2 else [9] * 33
             drawn = draw(lengths, new, 2, 16, 0, (2, 1), 16, "scattered", cycles=2)
-            check(functools.partial(paged_attention, singles=max(new) == 1), *drawn, sight)
+            check(functools.partial(paged_attention, singles=max(new) == 1), *drawn, visible)
         assert set(asked.kinds) == compiled
 
 

@@ -181,12 +181,12 @@ def test_collectives_between_nodes_wait_for_the_adapters():
     big = 1e9
     inside = H100.collective_seconds("all_reduce", 8, 1, big, 8)
     across = H100.collective_seconds("all_reduce", 16, 1, big, 16)
-    one_each = H100.collective_seconds("all_reduce", 2, 8, big, 16)
+    single_rows = H100.collective_seconds("all_reduce", 2, 8, big, 16)
     assert inside == pytest.approx(8.4e-6 + 14 * 3.4e-6 + big / 360e9)
     assert across == pytest.approx(
         8.4e-6 + 28 * 3.4e-6 + 2 * 14e-6 + big / 320e9
     )  # eight adapters of 40 GB/s
-    assert one_each == pytest.approx(8.4e-6 + 2 * 14e-6 + big / 40e9)
+    assert single_rows == pytest.approx(8.4e-6 + 2 * 14e-6 + big / 40e9)
     small = H100.collective_seconds("all_gather", 8, 1, 1000, 8)
     assert small == pytest.approx(6.6e-6 + 7 * 0.6e-6 + 4 * 1000 / 360e9)
     assert H100.collective_seconds("all_to_all", 16, 1, big, 16) == pytest.approx(
@@ -319,9 +319,9 @@ def test_the_rule_is_the_fastest_grid_of_its_size(name, cache, work):
         grids = legal_grids(shape.attention, tp, even=True)
         if not grids:
             continue
-        grid, reason = choice.choose(shape.attention, tp)
-        least = min(choice.exchanged(shape.attention, other) for other in grids)
-        assert choice.exchanged(shape.attention, grid) == least
+        grid, reason = choice.choose_grid_with_reason(shape.attention, tp)
+        least = min(choice.exchanged_elements(shape.attention, other) for other in grids)
+        assert choice.exchanged_elements(shape.attention, grid) == least
         if grid.dim_parallel_size == 1:
             assert "nothing is exchanged" in reason
             continue
