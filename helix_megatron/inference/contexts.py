@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
 from helix_megatron import compat
@@ -28,7 +27,9 @@ from helix_megatron.exchange.slices import query_slices, whole_outputs
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
+    Prepare,
     SequenceStep,
+    Step,
     attend_with_shards,
     local_slots,
 )
@@ -61,7 +62,7 @@ def forward_with_shards(
         hidden_states: [s, b, h]; with the dynamic engine, packed tokens [s, 1, h].
         attention_mask: a causal one, or None.
         context: Megatron's static or dynamic inference context.
-        rope: RoPE tables of queries and keys, cut to this rank's dimensions; or None.
+        rope: RoPE tables of queries and keys, those of a "dim" cache cut to this rank's dimensions; or None.
         (others): None. Megatron's attention has them, this cache does not serve them.
     Returns:
         what Megatron's attention returns: output [s, b, h] and the bias of linear_proj.
@@ -96,22 +97,46 @@ def forward_with_shards(
     attention = _attention_of(core, plan)
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
-    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    if plan.kv_cache == "dim":
+        out = _over_slices(layer, context, attention, hidden_states, rope)
+        return layer.linear_proj(out.flatten(-2))
+    query, key, value = layer.project(hidden_states)
     if context.is_static_batching():
         _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
-        query, key = _rotated(layer, query, key, rope, context)
-        step = _static_step(layer, context, attention, key)
+        step: Step = _static_step(layer, context, attention, key)
     else:
-        if rope is not None:
-            cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
-            query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
-            key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
-        if plan.kv_cache == "dim":
-            out = _over_slices(layer, context, attention, query, key, value)
-            return layer.linear_proj(out.flatten(-2))
         step = _dynamic_step(layer, context, attention, plan, groups)
-    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
+    out = attend_with_shards(
+        query,
+        key,
+        value,
+        plan.layout,
+        groups.dim_group,
+        _prepare(layer, _rows_of(rope, context, query.shape[0])),
+        step,
+        plan.overlap_chunks,
+    )
     return layer.linear_proj(out.flatten(-2))
+
+
+def _rows_of(rope: Any, context: Any, new: int) -> Any:
+    """The rows of RoPE's tables that belong to the step's tokens; of one table one selection."""
+    if rope is None:
+        return None, None
+    if context.is_static_batching():
+        start = context.sequence_len_offset
+        rows = [table[start : start + new] for table in rope]
+    else:
+        positions = context.gpu_view.token_to_position_in_request[:new]
+        rows = [table.index_select(0, positions) for table in rope[: 1 if rope[0] is rope[1] else 2]]
+    return rows[0], rows[0] if rope[0] is rope[1] else rows[1]
+
+
+def _prepare(layer: Any, rows: Any) -> Prepare:
+    plain = layer.q_layernorm is None and layer.k_layernorm is None
+    return Prepare(
+        functools.partial(layer.prepare_new_tokens, tables=rows), together=plain and rows[0] is rows[1]
+    )
 
 
 def _attention_of(core: Any, plan: HelixPlan) -> Attention:
@@ -144,24 +169,6 @@ def _check_mask(core: Any, mask: Tensor | None, start: int, new: int) -> None:
         )
 
 
-def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) -> tuple[Tensor, Tensor]:
-    if rope is None:
-        return query, key
-    start = context.sequence_len_offset
-    rotated = []
-    for tensor, table in ((query, rope[0]), (key, rope[1])):
-        rotated.append(
-            apply_rotary_pos_emb(
-                tensor,
-                table[start : start + tensor.shape[0]],
-                config=layer.config,
-                mscale=compat.yarn_scale(layer.config),
-                cp_group=layer.pg_collection.cp,
-            )
-        )
-    return rotated[0], rotated[1]
-
-
 def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) -> SequenceStep:
     layout, rank = layer.helix_plan.layout, layer.helix_groups.dim_rank
     length, start = context.max_sequence_length, context.sequence_len_offset
@@ -180,7 +187,10 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
         shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
         caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
     keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
-    return SequenceStep(keys, values, interleave, rank, attention, start)
+    step = (start, first, *key.shape[:2])
+    if getattr(context, "helix_step", (None,))[0] != step:
+        context.helix_step = step, {}  # what the step's first layer makes
+    return SequenceStep(keys, values, interleave, rank, attention, start, context.helix_step[1])
 
 
 # ---- dynamic engine ----
@@ -309,9 +319,14 @@ def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
 
 
 def _over_slices(
-    layer: Any, context: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor
+    layer: Any, context: Any, attention: Attention, hidden_states: Tensor, rope: Any
 ) -> Tensor:
-    """KV cache "dim": Megatron's pages hold slices as they are."""
+    """KV cache "dim": Megatron's pages hold slices as they are; slices are normed and rotated as such."""
+    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    if rope is not None:
+        cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
+        query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
+        key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
     layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
     keys, values = _memory(layer, context)
     if context.helix_tokens is None:

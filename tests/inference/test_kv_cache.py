@@ -106,6 +106,11 @@ def test_slices_that_are_heads_of_their_own_are_cached_as_such():
 
 
 # ---- collectives ----
+def _piece(tokens: int, heads: int, dim: int) -> int:
+    """Bytes of partial outputs in fp32 and of their log-sum-exps, each padded to 16."""
+    return sum(-(-size // 16) * 16 for size in (4 * tokens * heads * dim, 4 * tokens * heads))
+
+
 @pytest.mark.parametrize("placement", ["dims", "heads"])
 def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placement):
     n, m, hq, hk, d, batch, prompt = 2, 2, 4, 1, 16, 3, 5
@@ -115,14 +120,14 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
     assert len(steps) == 1 + 25
     for step, tokens in zip(steps, [prompt, *[1] * 25], strict=True):
         t, d_s = tokens * batch, d // m
-        share = hq * (d_s + 1) if placement == "dims" else hq // m * (d + 1)
+        share = _piece(t, hq, d_s) if placement == "dims" else _piece(t, hq // m, d)
         inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
         assert {name: entry["calls"] for name, entry in inside.items()} == {
             "all_gather x2": 1,
             "all_to_all x2": 1,
         }
         assert inside["all_gather x2"]["bytes"] == (m - 1) * t * (hq + 2 * hk) * d_s * 4
-        assert inside["all_to_all x2"]["bytes"] == (m - 1) * t * share * 4
+        assert inside["all_to_all x2"]["bytes"] == (m - 1) * share
         assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
             "all_reduce x4": 1  # of linear_proj, as Megatron
         }
@@ -139,11 +144,12 @@ def test_a_step_with_uneven_slices_receives_what_a_rank_lacks(placement):
         for step, tokens in zip(steps, [prompt, *[1] * 4], strict=True):
             t = tokens * batch
             if placement == "dims":
-                gathered, share = (hq + 2 * hk) * (d - d_s), hq * (d_s + 1)
+                gathered, share = (hq + 2 * hk) * (d - d_s), _piece(t, hq, d_s)
             else:
-                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), hq // m * (d + 1)
+                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), _piece(t, hq // m, d)
+            received = 4 * t * gathered + (m - 1) * share
             assert {name: entry for name, entry in step.items() if name.endswith("x2")} == {
-                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": 4 * t * (gathered + share)}
+                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": received}
             }
 
 
