@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from helix_megatron import compat
-from helix_megatron.exchange.groups import HelixGroups
 from helix_megatron.exchange.slices import query_slices, whole_outputs
 from helix_megatron.inference.position_cache import (
     Attention,
@@ -31,14 +31,13 @@ from helix_megatron.inference.position_cache import (
     SequenceStep,
     Step,
     attend_with_shards,
-    local_slots,
 )
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
-from helix_megatron.kernels.paged_attention import Requests
+from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import derived_config, plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
-from helix_megatron.partition.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.partition.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
 
 
 def forward_with_shards(
@@ -85,8 +84,8 @@ def forward_with_shards(
         others["an output gate (--attention-output-gate)"] = True
     if layer.core_attention.has_sinks:
         others["attention sinks (--softmax-type)"] = True
-    if layer.config.cuda_graph_impl == "local":
-        others["CUDA graphs (--cuda-graph-impl local)"] = True
+    if layer.config.cuda_graph_impl == "local" and context.is_static_batching():
+        others["CUDA graphs (--cuda-graph-impl local) of the static context"] = True
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise NotImplementedError(
@@ -94,7 +93,7 @@ def forward_with_shards(
             f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
     plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
-    attention = _attention_of(core, plan)
+    attention = _attention_of(core, plan, getattr(layer.config, "flash_attention_version", None))
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
     if plan.kv_cache == "dim":
@@ -105,7 +104,7 @@ def forward_with_shards(
         _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
         step: Step = _static_step(layer, context, attention, key)
     else:
-        step = _dynamic_step(layer, context, attention, plan, groups)
+        step = _dynamic_step(layer, context, attention)
     out = attend_with_shards(
         query,
         key,
@@ -139,7 +138,7 @@ def _prepare(layer: Any, rows: Any) -> Prepare:
     )
 
 
-def _attention_of(core: Any, plan: HelixPlan) -> Attention:
+def _attention_of(core: Any, plan: HelixPlan, flash_version: int | None) -> Attention:
     if not core.is_causal:
         raise NotImplementedError(
             f"Helix grid {plan.grid}: KV cache '{plan.kv_cache}' holds for causal attention, and this "
@@ -151,7 +150,7 @@ def _attention_of(core: Any, plan: HelixPlan) -> Attention:
             f"Helix grid {plan.grid}: sliding window {core.window_size} looks {right} positions ahead; an "
             "inference cache holds for windows that end at the query, (left, 0)"
         )
-    return Attention(core.softmax_scale, left if left >= 0 else None)
+    return Attention(core.softmax_scale, left if left >= 0 else None, flash_version)
 
 
 # ---- static context ----
@@ -211,32 +210,47 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
         original(self, model_config, inference_config)
-        if sliced:
-            self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
+        if sliced and plan.kv_cache != "none":
+            self.helix_step = _step_tokens(plan, model_config, inference_config)
+            self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
 
 
-def _next_step(context: Any, original: Callable) -> Callable:
-    """initialize_attention_state, after which what was computed for the last step's tokens is gone."""
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
+    m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
+    if plan.kv_cache == "dim":
+        return StepTokens(interleave, 0, graphs=False)
+    interleave = interleave_of_block(m, plan.kv_interleave_size, inference_config.block_size_tokens)
+    groups = inference_config.pg_collection
+    tp_rank = groups.tp.rank() if groups is not None else parallel_state.get_tensor_model_parallel_rank()
+    return StepTokens(interleave, tp_rank % m, graphs=model_config.cuda_graph_impl == "local")
+
+
+def _then_begin(context: Any, original: Callable) -> Callable:
+    """transfer_bookkeeping_to_gpu, the last before layers run or are replayed; then StepTokens.begin."""
 
     @functools.wraps(original)
-    def initialize_attention_state(*args: Any, **kwargs: Any) -> Any:
-        context.helix_tokens = None
-        return original(*args, **kwargs)
+    def transfer_bookkeeping_to_gpu(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        context.helix_step.begin(context)
+        return done
 
-    context.helix_tokens = None
-    return initialize_attention_state
+    return transfer_bookkeeping_to_gpu
 
 
 def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) -> None:
     """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
     exact = not plan.layout.per_slice
+    graphs = model_config.cuda_graph_impl == "local"
     speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
     sinks = getattr(model_config, "softmax_type", "vanilla")
     reasons = {
-        "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
+        "CUDA graphs (--cuda-graph-impl local) with --helix-kv-cache dim, which asks the device for lengths "
+        "(sequence has graphs)": graphs and plan.kv_cache == "dim",
+        "CUDA graphs without a step before the capture (--cuda-graph-warmup-steps 0), in which kernels are "
+        "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
             inference_config.use_flashinfer_fused_rope
@@ -282,7 +296,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
     expected = (plan.layout.kv_heads, plan.paged_dim)
     found = tuple(context.memory_buffer.shape[-2:])
-    if found != expected or not hasattr(context, "helix_tokens"):
+    if found != expected or not hasattr(context, "helix_step"):
         raise HelixConfigError(
             f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
             f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
@@ -290,26 +304,25 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
 
 
-def _dynamic_step(
-    layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
-) -> PagedStep:
+def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
+    plan, step = layer.helix_plan, context.helix_step
     keys, values = _memory(layer, context)
-    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
-    interleave = interleave_of_block(m, plan.kv_interleave_size, block)
-    if context.helix_tokens is None:  # the same for every layer of a step
-        blocks, places, requests = _new_tokens(context)
-        spare_block = context.kv_block_allocator.dummy_block_idx
-        kept = local_slots(interleave, groups.dim_rank, blocks, places, spare_block)
-        context.helix_tokens = (*kept, requests)
-    page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    page = (
+        context.block_size_tokens // plan.grid.dim_parallel_size,
+        plan.layout.kv_heads,
+        plan.layout.shape.kv_channels,
+    )
     return PagedStep(
         _pages(keys, page),
         _pages(values, page),
-        interleave,
-        groups.dim_rank,
+        step.interleave,
+        step.rank,
         attention,
-        *context.helix_tokens,
-        singles=context.is_decode_only(),
+        step.blocks,
+        step.slots,
+        step.requests,
+        step.singles,
+        step.in_graph,
     )
 
 
@@ -329,26 +342,14 @@ def _over_slices(
         key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
     layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
     keys, values = _memory(layer, context)
-    if context.helix_tokens is None:
-        blocks, places, requests = _new_tokens(context)
-        context.helix_tokens = (blocks.long(), places.long(), requests)
-    own = layout.slice_dims(layer.helix_groups.dim_rank)
-    pages = SlicedPages(keys[..., :own], values[..., :own], attention, *context.helix_tokens)
+    own, step = layout.slice_dims(layer.helix_groups.dim_rank), context.helix_step
+    pages = SlicedPages(
+        keys[..., :own], values[..., :own], attention, step.blocks, step.slots, step.requests
+    )
     if layout.query_placement == "dims":
         return attend_over_slices(query, key, value, pages, group)
     out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
     return whole_outputs(out, layout, group)
-
-
-def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
-    """Block and place of each new token of a step, padding included, and whose they are."""
-    tokens, view = context.padded_active_token_count, context.gpu_view
-    metadata = context.active_attn_metadata["mha_metadata"].state_data
-    return (
-        view.token_to_block_idx[:tokens],
-        view.token_to_local_position_within_kv_block[:tokens],
-        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
-    )
 
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:

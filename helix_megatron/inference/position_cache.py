@@ -178,10 +178,12 @@ class Attention:
     Args:
         softmax_scale: of the scores.
         left: how many positions before its own a query sees; None for all.
+        flash_version: the FlashAttention to take; None for the newest.
     """
 
     softmax_scale: float
     left: int | None = None
+    flash_version: int | None = None
 
     def over(self, interleave: KvInterleave, rank: int) -> VisibleSlots:
         """What a token sees of the positions that `rank` keeps."""
@@ -234,6 +236,7 @@ class SequenceStep:
             self._requests(new, start, stop, query.device),
             self.attention.over(self.interleave, self.rank),
             singles=new == 1,
+            flash_version=self.attention.flash_version,
         )
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
@@ -250,21 +253,6 @@ class SequenceStep:
         return self.requests[start, stop]
 
 
-def local_slots(
-    interleave: KvInterleave, rank: int, blocks: Tensor, places: Tensor, spare_block: int
-) -> tuple[Tensor, Tensor]:
-    """Where `rank` keeps new tokens, without asking the device how many of them are its own.
-
-    Args:
-        blocks, places: [tokens] logical block of each and its place in there, 0 ... B-1.
-        spare_block: a block that belongs to no sequence; it takes the tokens of other ranks.
-    Returns:
-        [tokens] block and slot in there.
-    """
-    own = interleave.owner(places) == rank
-    return torch.where(own, blocks, spare_block).long(), torch.where(own, interleave.slot(places), 0).long()
-
-
 @dataclass(frozen=True)
 class PagedStep:
     """New tokens of packed requests, and this rank's part of a paged cache.
@@ -276,9 +264,10 @@ class PagedStep:
         interleave: how positions are dealt; whole cycles fill a block.
         rank: this rank in its dim group.
         attention: of the layer.
-        blocks, slots: [tokens] where each new token is kept, as local_slots says.
+        blocks, slots: [tokens] where each new token is kept, int64: what is another rank's, in a spare block.
         requests: whose tokens they are; tokens past the last request are padding.
         singles: row r is the only new token of request r.
+        graph: the step is captured in a CUDA graph, or may be.
     """
 
     keys: Tensor
@@ -290,6 +279,7 @@ class PagedStep:
     slots: Tensor
     requests: Requests
     singles: bool
+    graph: bool = False
     dim = 0
 
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
@@ -303,5 +293,8 @@ class PagedStep:
         cut = self.requests.single_rows if self.singles else self.requests.rows
         requests = cut(start, stop)
         visible = self.attention.over(self.interleave, self.rank)
-        out, lse = attend(query[:, 0], self.keys, self.values, requests, visible, self.singles)
+        out, lse = attend(
+            query[:, 0], self.keys, self.values, requests, visible, self.singles,
+            self.attention.flash_version, self.graph,
+        )  # fmt: skip
         return out[:, None], lse[:, None]

@@ -48,7 +48,7 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
-from helix_megatron.megatron.refusals import refuse_unsupported, setting
+from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported, setting
 from helix_megatron.megatron.rope_tables import Tables
 from helix_megatron.megatron.sliced_modules import slice_submodules
 from helix_megatron.partition.config import HelixConfig
@@ -148,6 +148,8 @@ class HelixParallelSelfAttention(SelfAttention):
         inference_context = deprecate_inference_params(
             inference_context, kwargs.pop("inference_params", None)
         )
+        if inference_context is None and self.training:
+            refuse_graphs_of_training(self.config, self.helix_plan)
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2

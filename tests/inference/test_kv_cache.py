@@ -5,6 +5,7 @@ Layers are compared with the float64 reference, Megatron's dynamic engine with i
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from helix_megatron.check.reference import Case
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import slice_cache as kv_slices
-from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, local_slots
+from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep
+from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
@@ -177,6 +179,18 @@ def test_overlap_cuts_the_second_collective_and_sends_no_more():
 SPARE = 0  # block
 
 
+def _context(blocks: torch.Tensor, places: torch.Tensor, requests: Requests) -> SimpleNamespace:
+    """What StepTokens reads of Megatron's context."""
+    names = "cu_query_seq_lengths", "kv_seq_lengths", "block_table"
+    view = dict(token_to_block_idx=blocks, token_to_local_position_within_kv_block=places)
+    metadata = SimpleNamespace(state_data=dict(zip(names, requests.tensors, strict=True)))
+    return SimpleNamespace(
+        gpu_view=SimpleNamespace(**view), padded_active_token_count=len(blocks),
+        kv_block_allocator=SimpleNamespace(dummy_block_idx=SPARE),
+        active_attn_metadata={"mha_metadata": metadata}, is_decode_only=lambda: False,
+    )  # fmt: skip
+
+
 def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 0):
     """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN.
 
@@ -198,13 +212,15 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
         places.append(positions % block)
     tokens = torch.cat(blocks), torch.cat(places)
     requests = Requests(ends, torch.tensor(lengths), table)
-    steps = [
-        PagedStep(
-            *memory[rank], interleave, rank, Attention(0.5), *local_slots(interleave, rank, *tokens, SPARE),
-            requests, False,
+    steps = []
+    for rank in range(ranks):
+        step = StepTokens(interleave, rank, graphs=False)
+        step.begin(_context(*tokens, requests))
+        steps.append(
+            PagedStep(
+                *memory[rank], interleave, rank, Attention(0.5), step.blocks, step.slots, step.requests, False
+            )
         )
-        for rank in range(ranks)
-    ]  # fmt: skip
     for step in steps:
         step.write_new_tokens(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
     return steps, keys, table
