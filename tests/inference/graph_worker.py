@@ -10,7 +10,7 @@ import torch
 
 from helix_megatron.check.reference import Case
 from helix_megatron.partition.config import HelixConfig
-from tests.inference.host_graph import HostGraph
+from tests.inference.host_graph import HostGraph, in_place_of_cuda_graphs
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_config, make_layer, start
 
 BLOCK, LENGTH, BATCH = 8, 48, 6
@@ -121,3 +121,25 @@ def replays(tp: int, jobs: list[tuple[Case, HelixConfig, str, int]]) -> list[tup
             worst = max(replayed.apart(step) for step in range(steps))
         found.append((worst, len(replayed.graphs)))
     return found
+
+
+def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dict) -> dict:
+    """kv_cache_worker.generate by an engine that captures graphs, with their number and their replays.
+
+    Attention is one launch that reads requests when it is replayed, as a kernel does.
+    """
+    from helix_megatron.inference import position_cache
+    from helix_megatron.kernels.paged_attention import Requests, paged_attention
+    from tests.inference import kv_cache_worker
+
+    def attend(query, keys, values, requests, visible, *how, **more):
+        return paged_attention(query, keys, values, Requests(*requests.tensors), visible)
+
+    replayed, replay = [], HostGraph.replay
+    with (
+        mock.patch.object(position_cache, "attend", attend),
+        mock.patch.object(HostGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))),
+        in_place_of_cuda_graphs(((position_cache, "attend"),)) as captured,
+    ):
+        found = kv_cache_worker.generate(tp, helix, {"cuda_graph_impl": "local", **model}, settings)
+    return {**found, "graphs": len(captured), "replays": len(replayed)}

@@ -5,7 +5,8 @@ import pytest
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.config import HelixConfig
-from tests.inference.graph_worker import TRITON, count_launches, replays
+from tests.inference.graph_worker import TRITON, count_launches, generate_with_graphs, replays
+from tests.inference.kv_cache_worker import generate
 
 pytestmark = pytest.mark.dynamic_engine
 
@@ -36,3 +37,15 @@ def test_a_replay_gives_what_the_eager_step_gives_and_faults_are_seen():
         apart, graphs = zip(*found, strict=True)
         assert max(apart[:2]) < 1e-5 and min(apart[2:]) > 1e-2, apart
         assert min(graphs[:2]) > 1  # their sizes are Megatron's
+
+
+@pytest.mark.parametrize("scope", ["layer", "block"])
+def test_the_dynamic_engine_with_graphs_chooses_the_same_tokens(scope):
+    """Megatron's own capture, sizes and warm-up; prefill, decode and both at once."""
+    vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
+    model = dict(inference_cuda_graph_scope=scope)
+    helix, settings = HelixConfig(1, 2, overlap_chunks=2), dict(num_cuda_graphs=2)
+    for found in run_ranks(generate_with_graphs, 2, 2, helix, model, settings, timeout_s=200):
+        assert found["tokens"] == vanilla["tokens"]
+        assert found["kinds of steps"] == vanilla["kinds of steps"]
+        assert found["graphs"] > 1 and found["replays"] > 2 * found["graphs"], found
