@@ -210,14 +210,18 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
         original(self, model_config, inference_config)
-        if sliced and plan.kv_cache != "none":
+        if sliced:
             self.helix_step = _step_tokens(plan, model_config, inference_config)
+        if sliced and self.helix_step is not None:
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
 
 
-def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
+    """None where the cache is Megatron's own, of slices that are heads of the derived model."""
+    if plan.kv_cache == "none":
+        return None
     m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
     if plan.kv_cache == "dim":
         return StepTokens(interleave, 0, graphs=False)
