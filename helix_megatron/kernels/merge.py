@@ -37,6 +37,23 @@ def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, top + torch.log(total)  # -inf + -inf when all are empty
 
 
+def write_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor) -> None:
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
+
+    Args:
+        out: [T, N, D].
+        lse: [T, N] fp32.
+        outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
+            heads (D' = D/m), with the log-sum-exps of all.
+    """
+    if outs.shape[2] < out.shape[1]:
+        outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
+        lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))
+    else:
+        outs.copy_(out.unflatten(2, (len(outs), -1)).movedim(2, 0))
+        lses.copy_(lse.expand_as(lses))
+
+
 def combine_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> Tensor:
     """merge_partials' output in the layer's dtype: what the ranks of a dim group sent. One kernel on a GPU.
 

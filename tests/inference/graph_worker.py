@@ -131,11 +131,13 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
     from megatron.core.transformer import attention
 
     from helix_megatron.inference import position_cache
+    from helix_megatron.kernels.merge import write_partials
     from helix_megatron.kernels.paged_attention import Requests, paged_attention
     from tests.inference import kv_cache_worker
 
-    def attend(query, keys, values, requests, visible, *how, **more):
-        return paged_attention(query, keys, values, Requests(*requests.tensors), visible)
+    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into):
+        found = paged_attention(query, keys, values, Requests(*requests.tensors), visible)
+        write_partials(*found, *into)
 
     kernels = (
         (position_cache, "attend"),
