@@ -24,7 +24,7 @@ from torch import Tensor
 
 from helix_megatron import compat
 from helix_megatron.exchange.groups import HelixGroups
-from helix_megatron.exchange.slices import query_slices, whole_outputs
+from helix_megatron.exchange.slices import query_slices, share_of_sinks, whole_outputs
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
@@ -80,10 +80,6 @@ def forward_with_shards(
     }
     if layer.config.context_parallel_size > 1:
         others["context parallelism"] = True
-    if getattr(layer.config, "attention_output_gate", False):
-        others["an output gate (--attention-output-gate)"] = True
-    if layer.core_attention.has_sinks:
-        others["attention sinks (--softmax-type)"] = True
     if layer.config.cuda_graph_impl == "local":
         others["CUDA graphs (--cuda-graph-impl local)"] = True
     given = [name for name, value in others.items() if value is not None]
@@ -96,7 +92,8 @@ def forward_with_shards(
     attention = _attention_of(core, plan)
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
-    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    gated = getattr(layer.config, "attention_output_gate", False)
+    query, key, value, *gate = layer.get_query_key_value_tensors(hidden_states, output_gate=gated)
     if context.is_static_batching():
         _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
         query, key = _rotated(layer, query, key, rope, context)
@@ -108,10 +105,17 @@ def forward_with_shards(
             key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
         if plan.kv_cache == "dim":
             out = _over_slices(layer, context, attention, query, key, value)
-            return layer.linear_proj(out.flatten(-2))
+            return _projected(layer, out, gate)
         step = _dynamic_step(layer, context, attention, plan, groups)
-    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
-    return layer.linear_proj(out.flatten(-2))
+    chunks, sinks = plan.overlap_chunks, core.sinks
+    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, chunks, sinks)
+    return _projected(layer, out, gate)
+
+
+def _projected(layer: Any, out: Tensor, gate: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """linear_proj of the output, gated where there is a gate of its shape."""
+    out = out.flatten(-2)
+    return layer.linear_proj(layer._apply_output_gate(out, gate[0]) if gate else out)
 
 
 def _attention_of(core: Any, plan: HelixPlan) -> Attention:
@@ -239,7 +243,6 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     exact = not plan.layout.per_slice
     speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
-    sinks = getattr(model_config, "softmax_type", "vanilla")
     reasons = {
         "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
         "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
@@ -247,9 +250,6 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
             inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
-        "attention output gates (--attention-output-gate)": exact
-        and getattr(model_config, "attention_output_gate", False),
-        f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
         "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
         "the states of Mamba layers, which were never tried beside it": (
             inference_config.mamba_inference_state_config is not None
@@ -329,14 +329,17 @@ def _over_slices(
     """KV cache "dim": Megatron's pages hold slices as they are."""
     layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
     keys, values = _memory(layer, context)
+    sinks = layer.core_attention.sinks
+    if sinks is not None:
+        sinks = share_of_sinks(sinks, layout, group.rank())
     if context.helix_tokens is None:
         blocks, places, requests = _new_tokens(context)
         context.helix_tokens = (blocks.long(), places.long(), requests)
     own = layout.slice_dims(layer.helix_groups.dim_rank)
     pages = SlicedPages(keys[..., :own], values[..., :own], attention, *context.helix_tokens)
     if layout.query_placement == "dims":
-        return attend_over_slices(query, key, value, pages, group)
-    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
+        return attend_over_slices(query, key, value, pages, group, sinks)
+    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group, sinks)
     return whole_outputs(out, layout, group)
 
 

@@ -63,6 +63,7 @@ def attend_with_shards(
     group: dist.ProcessGroup,
     step: Step,
     chunks: int = 1,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens over a cache whose positions are spread over the dim group.
 
@@ -74,10 +75,11 @@ def attend_with_shards(
         key, value: [S, B, K, d_s], the key rotated.
         step: keeps, and attends over what this rank keeps.
         chunks: into how many parts the rows are cut, at most one a row.
+        sinks: of the query heads that this rank attends with in training, as HelixCoreAttention.sinks.
     Returns:
         [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement.
     """
-    query, key, value = gather_new_tokens(query, key, value, layout, group)
+    query, key, value, sinks = gather_new_tokens(query, key, value, layout, group, sinks)
     step.write_new_tokens(key, value)
     rows = query.shape[step.dim]
     chunks = max(1, min(chunks, rows))
@@ -86,31 +88,49 @@ def attend_with_shards(
     for start, stop in pairwise(bounds):
         partial = step.attend(query.narrow(step.dim, start, stop - start), start, stop)
         on_their_way.append(send_partials(*partial, layout, group))
-    outs = [receive_partials(*sent, query.dtype) for sent in on_their_way]
+    outs = [receive_partials(*sent, query.dtype, sinks) for sent in on_their_way]
     return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
 
 
 def gather_new_tokens(
-    query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: HelixLayout,
+    group: dist.ProcessGroup,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One collective over `group`: attend_with_shards' shapes to [S, B, N, D], [S, B, K, D], [S, B, K, D].
 
-    Received: (m-1) S B (N + 2K) d_s elements, for either placement.
+    Received: (m-1) S B (N + 2K) d_s elements, for either placement, and the others' sinks with "dims".
+
+    Returns:
+        those three, and the sinks of the heads whose output this rank receives: N with "dims", its own N/m
+        with "heads". The bits of fp32 sinks travel as elements of the query's dtype.
     """
     whole_heads = layout.query_placement == "heads"
+    tensors = [query, key, value]
+    if sinks is not None and not whole_heads:
+        tensors.append(sinks.detach().float().view(query.dtype))
     if layout.is_even:
-        queries, keys, values = gather_tokens([query, key, value], group)  # [m, *shape]
+        queries, keys, values, *of_ranks = gather_tokens(tensors, group)  # [m, *shape]
     else:
-        q_shapes = [tuple(query.shape)] * group.size() if whole_heads else slice_shapes(query, layout)
+        same = [[tuple(x.shape)] * group.size() for x in tensors]
+        q_shapes = same[0] if whole_heads else slice_shapes(query, layout)
         kv_shapes = slice_shapes(key, layout)
-        queries, keys, values = gather_uneven([query, key, value], [q_shapes, kv_shapes, kv_shapes], group)
+        queries, keys, values, *of_ranks = gather_uneven(
+            tensors, [q_shapes, kv_shapes, kv_shapes, *same[3:]], group
+        )
+    if of_ranks:  # c neighbours have the same heads
+        own = torch.cat(list(of_ranks[0])[:: layout.position_parts])
+        sinks = own.view(torch.float32)
     if whole_heads and layout.is_even:
         query = queries.movedim(0, 2).flatten(2, 3)  # rank j's heads come j-th
     elif whole_heads:
         query = torch.cat(queries, dim=2)
     else:
         query = merge_slices(queries, layout, of_keys=True)
-    return query, merge_slices(keys, layout, True), merge_slices(values, layout, False)
+    return query, merge_slices(keys, layout, True), merge_slices(values, layout, False), sinks
 
 
 def send_partials(
@@ -137,12 +157,15 @@ def send_partials(
     return AsyncAllToAll(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
 
 
-def receive_partials(pieces: AsyncAllToAll, lse_elements: int, dtype: torch.dtype) -> Tensor:
-    """Wait for what send_partials started, merge it in fp32: [S, B, N, d_s] or [S, B, N/m, D] in `dtype`."""
+def receive_partials(
+    pieces: AsyncAllToAll, lse_elements: int, dtype: torch.dtype, sinks: Tensor | None = None
+) -> Tensor:
+    """Wait for what send_partials started, merge it, and the sinks of these heads, in fp32: [S, B, N, d_s] or
+    [S, B, N/m, D] in `dtype`."""
     received = pieces.wait()  # [m, S, B, ...]
     outs, bits = received.split([received.shape[-1] - lse_elements, lse_elements], dim=-1)
     lses = bits.contiguous().view(torch.float32).squeeze(-1)
-    return merge_partials(outs, lses)[0].to(dtype)
+    return merge_partials(outs, lses, sinks)[0].to(dtype)
 
 
 @dataclass(frozen=True)

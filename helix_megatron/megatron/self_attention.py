@@ -47,7 +47,7 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
-from helix_megatron.megatron.refusals import refuse_unsupported, setting
+from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.megatron.rope_tables import Tables
 from helix_megatron.megatron.sliced_modules import slice_submodules
 from helix_megatron.partition.config import HelixConfig
@@ -174,14 +174,7 @@ class HelixParallelSelfAttention(SelfAttention):
         dynamic = context.is_dynamic_batching()
         if dynamic:
             contexts.check_dynamic(context, plan)
-        if plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic):
-            return True
-        if plan.kv_cache == "dim" and setting(self.config, "attention_output_gate"):
-            raise NotImplementedError(
-                f"Helix grid {plan.grid}: inference with an output gate (--attention-output-gate) was never "
-                "checked with sliced heads; use a grid with m = 1"
-            )
-        return False
+        return plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic)
 
     def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:
         """Settle who makes whole heads of slices in this pass, and where; the tables left to Megatron."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from helix_megatron.check.reference import Case, reference
@@ -10,13 +12,19 @@ from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer
 
 
 def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
-    """A Helix layer with the case's weights, and its layout."""
+    """A Helix layer with the case's weights, and its layout.
+
+    Sinks are learned, and off by one (they stay 0) where ranks share a query head.
+    """
     case.draw()
     plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
-    layout = plan.layout
-    layer = make_layer(case, helix, tp, groups.of(layout.grid)).eval()
+    layout, loaded, kind = plan.layout, case, {}
+    if case.sinks and layout.query_heads % layout.grid.dim_parallel_size:
+        case.tensors["sinks"].zero_()
+        loaded, kind = replace(case, sinks=False), dict(softmax_type="off-by-one")
+    layer = make_layer(case, helix, tp, groups.of(layout.grid), **kind).eval()
     rank = torch.distributed.get_rank() % tp
-    load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+    load(layer, loaded, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
     return layer, layout
 
 

@@ -49,6 +49,8 @@ def _jobs(n: int, m: int) -> list[tuple[Case, HelixConfig, list[int]]]:
                 (dict(seq=13, batch=3), 2, [2], 2),  # a prompt of one block
                 (dict(seq=14, qk_norm="RMSNorm", window=(3, 0)), 1, [5], 1),
                 (dict(seq=17, rotary_percent=0.5, interleaved=True), 3, [3, 7], 5),  # a prompt in chunks
+                (dict(seq=6, batch=1, sinks=True, window=(3, 0)), 4, [1], 2),
+                (dict(seq=11, gate=True, sinks=True, rotary_percent=0.5, qk_norm="RMSNorm"), 2, [4], 1),
             ]
             for features, interleave, prompt, chunks in options:
                 helix = HelixConfig(
