@@ -182,7 +182,7 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
     if layer.layer_number not in caches:
         slots = interleave.count(rank, length)
         shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
-        caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
+        caches[layer.layer_number] = tuple(key.new_zeros(shape) for _ in range(2))
     keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
     return SequenceStep(keys, values, interleave, rank, attention, start)
 
@@ -204,11 +204,26 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
+            self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
         if sliced:
             self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
 
     return __init__
+
+
+def _zeroed_memory(context: Any, original: Callable) -> Callable:
+    """_allocate_memory_buffer, after which the cache holds zeros.
+
+    A kernel may read what nobody wrote of a page in use, with a weight of 0 (flash.py); 0 times NaN is NaN.
+    """
+
+    @functools.wraps(original)
+    def _allocate_memory_buffer() -> None:
+        original()
+        context.memory_buffer.zero_()
+
+    return _allocate_memory_buffer
 
 
 def _next_step(context: Any, original: Callable) -> Callable:

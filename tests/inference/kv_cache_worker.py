@@ -174,9 +174,27 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     DynamicInferenceContext.TOKEN_ROUNDER = settings.pop("token_rounder", 64)
     inference_config = InferenceConfig(unified_memory_level=0, **{**sizes, **settings})
     context = DynamicInferenceContext(config, inference_config)
+    if helix is not None and grid.dim_parallel_size > 1:
+        refuse_unwritten_memory(context)
     wrapped = wrappers.GPTInferenceWrapper(model.cuda().eval(), context)
     controller = text_generation_controller.TextGenerationController(wrapped, Letters())
     return DynamicInferenceEngine(controller, context)
+
+
+def refuse_unwritten_memory(context):
+    """Memory that is allocated holds NaN, and the cache's does not: kernels may multiply it by 0."""
+    allocated = torch.empty
+
+    def of_nan(*shape, **options):
+        memory = allocated(*shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    torch.empty = of_nan
+    try:
+        context._allocate_memory_buffer()
+    finally:
+        torch.empty = allocated
+    assert context.memory_buffer.isfinite().all(), "the cache is made of what memory held before"
 
 
 def hybrid_model(config, layer, **sizes):
