@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -165,6 +166,10 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     tables |= dict(vocab_size=96, max_sequence_length=64)
     if pattern is None:
+        if config.mtp_num_layers:
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+            tables["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
         model = GPTModel(config, spec, **tables)
     else:
         model = hybrid_model(config, spec, hybrid_layer_pattern=pattern, **tables)
@@ -223,8 +228,38 @@ def hybrid_model(config, layer, **sizes):
     return HybridModel(config, stack, **sizes)
 
 
-def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None):
+def propose(model, tokens: dict[int, list[int]]) -> None:
+    """Have the model's multi-token prediction propose what `tokens` (of requests, prompts included) go on
+    with, but wrong at every fourth position; it computes its own proposals too."""
+    following = {
+        (position, token): after
+        for whole in tokens.values()
+        for position, (token, after) in enumerate(pairwise(whole))
+    }
+    own = model.compute_mtp_single_step
+
+    def compute_mtp_single_step(hidden_states, next_token_ids, position_ids, **kwargs):
+        hidden, logits = own(
+            hidden_states=hidden_states, next_token_ids=next_token_ids, position_ids=position_ids, **kwargs
+        )
+        assert torch.isfinite(logits).all()
+        logits = torch.zeros_like(logits)
+        places = zip(position_ids[0].tolist(), next_token_ids[0].tolist(), strict=True)
+        for row, (position, token) in enumerate(places):
+            right = following.get((position, token), 0)
+            logits[row, 0, right if position % 4 else (right + 1) % 96] = 1.0
+        return hidden, logits
+
+    model.compute_mtp_single_step = compute_mtp_single_step
+
+
+def generate(
+    tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None,
+    proposals: dict[int, list[int]] | None = None,
+):  # fmt: skip
     """Greedy tokens of requests that come and go, and what the context says of its memory.
+
+    With `proposals` (the requests' tokens, prompts included) multi-token prediction proposes them.
 
     Prompts of 1, 5, 8 (one block), 17 and 30 tokens start together with different numbers of tokens to
     generate; two more join while those decode, one with a prompt that is there already.
@@ -239,6 +274,8 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
     with torch.inference_mode():
         running = engine(tp, helix, model or {}, settings or {})
         context = running.context
+        if proposals is not None:
+            propose(running.controller.inference_wrapped_model.model, proposals)
 
         def add(number: int, text: str, new: int) -> None:
             running.add_request(
@@ -270,6 +307,9 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
             assert step < 100, "requests never end"
     return {
         "tokens": done,
+        "steps": step,
+        "prompts": {number: Letters().tokenize(text) for number, text in enumerate(texts)}
+        | {10 + when: Letters().tokenize(text) for when, (text, _) in late.items()},
         "kinds of steps": sorted(seen),
         "collectives of decode steps": sorted(decode_steps),
         "paused": paused,

@@ -451,6 +451,24 @@ def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_by
 
 
 @pytest.mark.dynamic_engine
+def test_the_dynamic_engine_with_speculative_tokens():
+    """Several new tokens of a request in a step, some of them rejected: the tokens without speculation."""
+    mtp, ahead = dict(mtp_num_layers=2), dict(num_speculative_tokens=2)
+    plain = run_ranks(generate, 1, 1, None, mtp, timeout_s=100)[0]
+    proposals = {r: plain["prompts"][r] + tokens for r, tokens in plain["tokens"].items()}
+    vanilla = run_ranks(generate, 1, 1, None, mtp, ahead, proposals, timeout_s=100)[0]
+    assert vanilla["tokens"] == plain["tokens"] and vanilla["steps"] < plain["steps"]
+    windowed = mtp | dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0))
+    short = run_ranks(generate, 1, 1, None, windowed, timeout_s=100)[0]
+    for kept in (dict(kv_interleave_size=2, overlap_chunks=3), dict(kv_cache="dim")):
+        helix = HelixConfig(1, 2, **kept)
+        for found in run_ranks(generate, 2, 2, helix, mtp, ahead, proposals, timeout_s=100):
+            assert found["tokens"] == plain["tokens"] and found["steps"] == vanilla["steps"]
+    for found in run_ranks(generate, 2, 2, HelixConfig(1, 2), windowed, ahead, proposals, timeout_s=100):
+        assert found["tokens"] == short["tokens"]
+
+
+@pytest.mark.dynamic_engine
 def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
     vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
     assert vanilla["paused"] == 0
@@ -501,7 +519,7 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
     ways = [
         (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
         ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
-        ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
+        ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not
         ({}, {}, dict(use_flashinfer_fused_rope=None, flashinfer=True), "use_flashinfer_fused_rope"),
