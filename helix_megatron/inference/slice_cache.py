@@ -17,6 +17,7 @@ d_s = D/m, B positions of a block, L positions of a request.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,12 +88,7 @@ def attend_over_slices(
     pages.values[pages.blocks, pages.places] = value[:tokens, 0]
     out = torch.zeros_like(query)
     how = (pages.attention.left, query.shape[2], pages.keys.shape[1], SCORE_BYTES)
-    if how not in requests.kept:  # the same for every layer of a step
-        requests.kept[how] = [
-            [_attention_work(alike, requests, how[2]) for alike in _group_by_length(parts)]
-            for parts in _batches(requests, *how[:2])
-        ]
-    for batch in requests.kept[how]:
+    for batch in requests.keep(how, list, functools.partial(_deal, requests, how)):
         partial = [work.scores(query[work.rows, 0], pages) for work in batch]
         flat = [scores.flatten() for scores in partial]
         if sinks is not None:
@@ -105,6 +101,14 @@ def attend_over_slices(
         for work, like, scores in zip(batch, partial, pieces, strict=True):
             out[work.rows, 0] = work.output(scores.view_as(like), pages, of_heads).to(out.dtype)
     return out
+
+
+def _deal(requests: Requests, how: tuple, batches: list[list[_Singles | _Prompt]]) -> None:
+    """The step's work in parts; the same for every layer, and asked of the device."""
+    batches[:] = (
+        [_attention_work(alike, requests, how[2]) for alike in _group_by_length(parts)]
+        for parts in _batches(requests, *how[:2])
+    )
 
 
 def _is_single_token(part: _Part) -> bool:

@@ -43,7 +43,9 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         ),
         f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
         "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
-        f"CUDA graphs (--cuda-graph-impl {graphs})": graphs != "none",
+        f"CUDA graphs (--cuda-graph-impl {graphs}; local has them in inference)": (
+            graphs not in ("none", "local")
+        ),
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
@@ -76,6 +78,16 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
             f"(of core_attn) with --helix-comm-type a2a, which is {plan.comm_type} here; leave it out"
         )
     _refuse_fp8_shapes(value, plan)
+
+
+def refuse_graphs_of_training(config: Any, plan: HelixPlan) -> None:
+    """Refuse a training step whose layers Megatron captures; inference steps it captures are served."""
+    if setting(config, "cuda_graph_impl", "none") != "none":
+        raise HelixConfigError(
+            f"Helix grid {plan.grid} does not support CUDA graphs of training steps (--cuda-graph-impl "
+            f"{config.cuda_graph_impl}), which were never run with sliced heads (m > 1); train with "
+            "--cuda-graph-impl none, or a grid with m = 1"
+        )
 
 
 def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:

@@ -5,6 +5,7 @@ Layers are compared with the float64 reference, Megatron's dynamic engine with i
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from helix_megatron.check.reference import Case
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import slice_cache as kv_slices
-from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, local_slots
+from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep
+from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
@@ -108,6 +110,11 @@ def test_slices_that_are_heads_of_their_own_are_cached_as_such():
 
 
 # ---- collectives ----
+def _piece(tokens: int, heads: int, dim: int) -> int:
+    """Bytes of partial outputs in fp32 and of their log-sum-exps, each padded to 16."""
+    return sum(-(-size // 16) * 16 for size in (4 * tokens * heads * dim, 4 * tokens * heads))
+
+
 @pytest.mark.parametrize("placement", ["dims", "heads"])
 def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placement):
     n, m, hq, hk, d, batch, prompt = 2, 2, 4, 1, 16, 3, 5
@@ -117,14 +124,14 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
     assert len(steps) == 1 + 25
     for step, tokens in zip(steps, [prompt, *[1] * 25], strict=True):
         t, d_s = tokens * batch, d // m
-        share = hq * (d_s + 1) if placement == "dims" else hq // m * (d + 1)
+        share = _piece(t, hq, d_s) if placement == "dims" else _piece(t, hq // m, d)
         inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
         assert {name: entry["calls"] for name, entry in inside.items()} == {
             "all_gather x2": 1,
             "all_to_all x2": 1,
         }
         assert inside["all_gather x2"]["bytes"] == (m - 1) * t * (hq + 2 * hk) * d_s * 4
-        assert inside["all_to_all x2"]["bytes"] == (m - 1) * t * share * 4
+        assert inside["all_to_all x2"]["bytes"] == (m - 1) * share
         assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
             "all_reduce x4": 1  # of linear_proj, as Megatron
         }
@@ -141,11 +148,12 @@ def test_a_step_with_uneven_slices_receives_what_a_rank_lacks(placement):
         for step, tokens in zip(steps, [prompt, *[1] * 4], strict=True):
             t = tokens * batch
             if placement == "dims":
-                gathered, share = (hq + 2 * hk) * (d - d_s), hq * (d_s + 1)
+                gathered, share = (hq + 2 * hk) * (d - d_s), _piece(t, hq, d_s)
             else:
-                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), hq // m * (d + 1)
+                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), _piece(t, hq // m, d)
+            received = 4 * t * gathered + (m - 1) * share
             assert {name: entry for name, entry in step.items() if name.endswith("x2")} == {
-                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": 4 * t * (gathered + share)}
+                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": received}
             }
 
 
@@ -173,6 +181,18 @@ def test_overlap_cuts_the_second_collective_and_sends_no_more():
 SPARE = 0  # block
 
 
+def _context(blocks: torch.Tensor, places: torch.Tensor, requests: Requests) -> SimpleNamespace:
+    """What StepTokens reads of Megatron's context."""
+    names = "cu_query_seq_lengths", "kv_seq_lengths", "block_table"
+    view = dict(token_to_block_idx=blocks, token_to_local_position_within_kv_block=places)
+    metadata = SimpleNamespace(state_data=dict(zip(names, requests.tensors, strict=True)))
+    return SimpleNamespace(
+        gpu_view=SimpleNamespace(**view), padded_active_token_count=len(blocks),
+        kv_block_allocator=SimpleNamespace(dummy_block_idx=SPARE),
+        active_attn_metadata={"mha_metadata": metadata}, is_decode_only=lambda: False,
+    )  # fmt: skip
+
+
 def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 0):
     """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN.
 
@@ -194,13 +214,15 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
         places.append(positions % block)
     tokens = torch.cat(blocks), torch.cat(places)
     requests = Requests(ends, torch.tensor(lengths), table)
-    steps = [
-        PagedStep(
-            *memory[rank], interleave, rank, Attention(0.5), *local_slots(interleave, rank, *tokens, SPARE),
-            requests, False,
+    steps = []
+    for rank in range(ranks):
+        step = StepTokens(interleave, rank, graphs=False)
+        step.begin(_context(*tokens, requests))
+        steps.append(
+            PagedStep(
+                *memory[rank], interleave, rank, Attention(0.5), step.blocks, step.slots, step.requests, False
+            )
         )
-        for rank in range(ranks)
-    ]  # fmt: skip
     for step in steps:
         step.write_new_tokens(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
     return steps, keys, table

@@ -74,7 +74,7 @@ def deals_what_is_there() -> None:
     assert int(launch.owners[steps.index(32)]) == 5
     lengths[:40], ends[:41] = 33, torch.arange(41)  # some tiles between those of requests are empty
     ends[40:] = 40
-    requests.kept.clear()
+    requests.refill()
     _, (launch,), _ = kernels._plan(requests, visible, 64, tiles, 1)
     assert int(launch.starts[-1]) == 40 * 2
 
