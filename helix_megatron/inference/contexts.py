@@ -261,14 +261,12 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
     exact = not plan.layout.per_slice
     graphs = model_config.cuda_graph_impl == "local"
-    speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
     reasons = {
         "CUDA graphs (--cuda-graph-impl local) with --helix-kv-cache dim, which asks the device for lengths "
         "(sequence has graphs)": graphs and plan.kv_cache == "dim",
         "CUDA graphs without a step before the capture (--cuda-graph-warmup-steps 0), in which kernels are "
         "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
-        "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
             inference_config.use_flashinfer_fused_rope
         ),

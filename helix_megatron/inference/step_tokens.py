@@ -54,7 +54,7 @@ class StepTokens:
         requests = Requests(
             metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]
         )
-        self.singles = context.is_decode_only()
+        self.singles = context.is_decode_only() and context.num_speculative_tokens == 0
         self.in_graph = self._graphs and context.using_cuda_graph_this_step()
         if self.in_graph:
             requests = self._that_stay(context.padded_batch_dimensions, requests)

@@ -102,8 +102,9 @@ class HelixCoreAttention(torch.nn.Module):
         self.cp_group = core_kwargs["pg_collection"].cp if config.context_parallel_size > 1 else None
         self.shares_positions = position_parts > 1 or self.cp_group is not None
         self.softmax_type = getattr(config, "softmax_type", "vanilla")
+        self.parts = parts
         if self.softmax_type == "off-by-one":
-            zeros = torch.zeros(self.layout.query_heads // parts, device=torch.cuda.current_device())
+            zeros = torch.zeros(self.layout.query_heads, device=torch.cuda.current_device())
             self.register_buffer("_zero_sinks", zeros, persistent=False)
         if self.shares_positions and self.window_size is not None and self.window_size[1] != 0:
             raise HelixConfigError(
@@ -157,9 +158,9 @@ class HelixCoreAttention(torch.nn.Module):
 
         "off-by-one" is a logit of 0, and Transformer Engine has no tensor for it.
         """
-        if self.softmax_type == "vanilla":
-            return None
-        return self._zero_sinks if self.softmax_type == "off-by-one" else self.core.softmax_offset
+        if self.softmax_type == "off-by-one":
+            return self._zero_sinks[: self.layout.query_heads // self.parts]
+        return None if self.softmax_type == "vanilla" else self.core.softmax_offset
 
     @property
     def is_causal(self) -> bool:
