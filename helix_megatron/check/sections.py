@@ -34,6 +34,7 @@ SECTIONS = (
     Section("training", "losses are vanilla's, also saved and loaded at other grids", 240, 1800),
     Section("generation", "greedy tokens are those of transformers", 180, 900),
     Section("kernels", "attention over a paged cache equals the formula; GB/s on a GPU", 180, 900),
+    Section("graphs", "replays of CUDA graphs of decode steps equal eager steps", 180, 600),
     Section("layers", "what one rank of a large group computes: kernels, launches, memory", 180, 1200),
     Section("collectives", "latency and bandwidth of the grid's collectives, rates", 180, 1200, True),
 )

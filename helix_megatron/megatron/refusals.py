@@ -43,9 +43,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         ),
         f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
         "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
-        f"CUDA graphs (--cuda-graph-impl {graphs}; local has them in inference)": (
-            graphs not in ("none", "local")
-        ),
+        f"CUDA graphs (--cuda-graph-impl {graphs}; local serves inference)": graphs not in ("none", "local"),
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),

@@ -154,7 +154,7 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tp)
     torch.manual_seed(3)
-    model_parallel_cuda_manual_seed(3)
+    model_parallel_cuda_manual_seed(3, inference_rng_tracker=shape.get("cuda_graph_impl") == "local")
     config = TransformerConfig(
         num_layers=len(pattern or "**"), hidden_size=48, tensor_model_parallel_size=tp,
         use_cpu_initialization=True, pipeline_dtype=torch.float32, masked_softmax_fusion=False,
