@@ -37,6 +37,7 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     Raises:
         HelixConfigError: the settings cannot work; the message names them and the way out.
     """
+    from helix_megatron.host.mode import host_mode_enabled
     from helix_megatron.megatron.masks import te_is_unfused
     from helix_megatron.megatron.refusals import refuse_unsupported
 
@@ -77,6 +78,9 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
         ),
         "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (
             by_level and args.tp_comm_overlap
+        ),
+        f"--cuda-graph-impl {args.cuda_graph_impl} in host mode, which has no GPU to record on": (
+            host_mode_enabled() and args.cuda_graph_impl != "none"
         ),
         f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
             saves and args.ckpt_format != "torch_dist"
