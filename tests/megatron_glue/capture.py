@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import tree_map_only
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 _COLLECTIVES = (
     "allreduce", "_allgather_base", "all_gather_single", "_reduce_scatter_base", "reduce_scatter_single",

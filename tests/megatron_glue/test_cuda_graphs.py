@@ -59,7 +59,7 @@ ODD = Case(12, 3, 16, seq=12)  # of four ranks two need two KV heads, unevenly o
 HEADS, DIMS = HelixConfig(2, 2, query_placement="heads"), HelixConfig(2, 2, query_placement="dims")
 SEQUENCE = dict(sequence_parallel=True)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-JOBS = {  # and the collectives that a pass takes: two of Megatron's (with sequence parallelism five), and Helix's
+JOBS = {  # and the collectives of a pass: two of Megatron's (with sequence parallelism five), and Helix's
     "heads": (EVEN, HEADS, {}, 4),
     "dims": (EVEN, DIMS, {}, 6),
     "heads, QK norm, gate, sequence parallel": (NORMED, HEADS, SEQUENCE, 7),
@@ -124,7 +124,7 @@ def test_what_is_recorded_and_what_stands_in_the_way(impl):
 
 
 def test_graphs_of_more_than_layers_are_refused():
-    with pytest.raises(HelixConfigError, match=r"full_iteration\) of more than layers; local and transformer"):
+    with pytest.raises(HelixConfigError, match=r"full_iteration\) of more than layers; local and"):
         refuse_unsupported(SimpleNamespace(cuda_graph_impl="full_iteration"), PLANS[0])
 
 
