@@ -149,7 +149,8 @@ class HelixParallelSelfAttention(SelfAttention):
             inference_context, kwargs.pop("inference_params", None)
         )
         if inference_context is None and self.training:
-            refuse_graphs_of_training(self.config, self.helix_plan)
+            packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
