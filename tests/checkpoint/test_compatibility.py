@@ -133,7 +133,7 @@ OTHER_VALUES = dict(
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_any_other_value_is_refused_by_its_flag_in_both_directions(name):
-    turned_on = (both for both in CONTEXTS if name in compatibility.effective(arguments(**both)))
+    turned_on = (both for both in CONTEXTS if name in compatibility.effective_arguments(arguments(**both)))
     both = CONTEXT_OF.get(name) or next(turned_on)
     one = arguments(**both)
     value = getattr(one, name, None)
