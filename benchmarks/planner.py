@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from helix_megatron.compare import paper as paper_numbers
-from helix_megatron.models.presets import ModelShape, find
+from helix_megatron.models.presets import find
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, memory, probe, report
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason

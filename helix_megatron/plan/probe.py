@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import clusters, machine, probe_collectives, probe_rates, timing, trial
 from helix_megatron.plan.hardware import Cluster, Line, Rate, joined_devices, overhead_key
