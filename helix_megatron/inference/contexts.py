@@ -193,8 +193,7 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
 
     @functools.wraps(original)
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
-        groups = inference_config.pg_collection
-        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        tp = compat.tensor_parallel_size(inference_config.pg_collection, model_config)
         sliced = slices_for(helix, model_config, tp) > 1
         if sliced:
             plan = plan_for(helix, model_config, tp)
@@ -205,6 +204,27 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
 
     return __init__
+
+
+def no_handoff(original: Callable) -> Callable:
+    """Wrap the engine's setup_kv_transfer: pages of sliced heads are not those that it describes to others.
+
+    Raises:
+        HelixConfigError: the engine's context has sliced heads.
+    """
+
+    @functools.wraps(original)
+    def setup_kv_transfer(self: Any, role: str, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self.context, "helix_tokens"):
+            raise HelixConfigError(
+                f"an engine that hands KV caches over (prefill and decode apart; this one's role: {role}) is "
+                "not supported with sliced heads (m > 1): a rank's pages hold positions or slices of heads, "
+                "where the other engine takes them for whole heads. Let one engine do both, or choose a grid "
+                "with m = 1"
+            )
+        original(self, role, *args, **kwargs)
+
+    return setup_kv_transfer
 
 
 def _next_step(context: Any, original: Callable) -> Callable:

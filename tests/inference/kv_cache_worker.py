@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from helix_megatron import compat
 from helix_megatron.check.reference import Case, reference
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
@@ -208,6 +209,7 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
     with torch.inference_mode():
         running = engine(tp, helix, model or {}, settings or {})
         context = running.context
+        assert compat.cache_blocks(context.kv_block_allocator) == context.memory_buffer.shape[2]
 
         def add(number: int, text: str, new: int) -> None:
             running.add_request(
@@ -244,7 +246,7 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
         "paused": paused,
         "cached prompt tokens": cached,
         "bytes of a token": context.memory_buffer.nbytes
-        / context.kv_block_allocator.total_count
+        / compat.cache_blocks(context.kv_block_allocator)
         / context.block_size_tokens,
         "block bytes": context.block_size_bytes,
     }
