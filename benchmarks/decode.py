@@ -22,6 +22,7 @@ from pathlib import Path
 import bench
 import torch
 
+from helix_megatron import compat
 from helix_megatron.check.decode_step import new_context, set_decode_step
 from helix_megatron.plan.trial import slowest_seconds
 
@@ -159,7 +160,7 @@ def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
     context = side.context
     tokens = context.padded_active_token_count
     calls, received = inside_attention(tally, tokens, dtype.itemsize)
-    block_bytes = context.memory_buffer.nbytes / context.kv_block_allocator.total_count
+    block_bytes = context.memory_buffer.nbytes / compat.cache_blocks(context.kv_block_allocator)
     return {
         "case": case,
         "context": length,

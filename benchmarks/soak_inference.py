@@ -137,11 +137,10 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
                 state.update(context.request_ids[running].numpy().tobytes())
                 state.update(context.request_to_kv_block_ids[running].numpy().tobytes())
             step += 1
-    allocator = context.kv_block_allocator
     return {
         "answers": answers, "margins": margins if tp == 1 else {}, "cancelled": sorted(cancelled),
         "steps": step, "paused": paused, "evicted": engine.evicted_request_count,
-        "leaked_blocks": allocator.total_count - 1 - allocator.total_avail, "state": state.hexdigest(),
+        "leaked_blocks": context.kv_block_allocator.get_total_used(), "state": state.hexdigest(),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -89,6 +89,7 @@ def names_default_layers(spec: Iterable[str] | None) -> bool:
 # name → what a value of it means, given the other arguments.
 _MEANING: dict[str, Callable[[Any, Namespace], Any]] = {
     "num_experts": lambda value, args: value or None,
+    "experimental_attention_variant": lambda value, args: "gdn" if value == "gated_delta_net" else value,
     "mtp_num_layers": lambda value, args: value or None,
     "spec": lambda value, args: (  # "local" as --transformer-impl
         None if value in ("local", ("local",)) or names_default_layers(value) else value

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO
 
+from helix_megatron import compat
 from helix_megatron.generate import model as models
 from helix_megatron.generate.kv_bytes import readable
 from helix_megatron.generate.prompts import TextStream
@@ -308,7 +309,7 @@ def kv_report(engine: Any, peak_blocks: int) -> dict[str, Any]:
     from helix_megatron.generate.engine import kv_bytes
 
     context, config = engine.context, engine.controller.inference_wrapped_model.model.config
-    blocks = context.kv_block_allocator.total_count
+    blocks = compat.cache_blocks(context.kv_block_allocator)
     one = context.memory_buffer.nbytes // blocks
     kv, block = kv_bytes(config), context.block_size_tokens
     replicated = kv.replicated_bytes(config.tensor_model_parallel_size, block)

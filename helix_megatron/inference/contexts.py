@@ -205,8 +205,7 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
 
     @functools.wraps(original)
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
-        groups = inference_config.pg_collection
-        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        tp = compat.tensor_parallel_size(inference_config.pg_collection, model_config)
         sliced = slices_for(helix, model_config, tp) > 1
         if sliced:
             plan = plan_for(helix, model_config, tp)
@@ -214,11 +213,34 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             model_config = derived_config(model_config, plan, plan.paged_dim)
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
+        if sliced:
+            self.helix_step = None  # that its heads are sliced
         if sliced and plan.kv_cache != "none":
             self.helix_step = _step_tokens(plan, model_config, inference_config)
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
+
+
+def no_handoff(original: Callable) -> Callable:
+    """Wrap the engine's setup_kv_transfer: pages of sliced heads are not those that it describes to others.
+
+    Raises:
+        HelixConfigError: the engine's context has sliced heads.
+    """
+
+    @functools.wraps(original)
+    def setup_kv_transfer(self: Any, role: str, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self.context, "helix_step"):
+            raise HelixConfigError(
+                f"an engine that hands KV caches over (prefill and decode apart; this one's role: {role}) is "
+                "not supported with sliced heads (m > 1): a rank's pages hold positions or slices of heads, "
+                "where the other engine takes them for whole heads. Let one engine do both, or choose a grid "
+                "with m = 1"
+            )
+        original(self, role, *args, **kwargs)
+
+    return setup_kv_transfer
 
 
 def _zeroed_memory(context: Any, original: Callable) -> Callable:

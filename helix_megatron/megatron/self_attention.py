@@ -87,7 +87,7 @@ class HelixParallelSelfAttention(SelfAttention):
     ):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        plan = plan_for(helix, config, pg_collection.tp.size())
+        plan = plan_for(helix, config, compat.tensor_parallel_group(pg_collection).size())
         layer = {
             "layer_number": layer_number,
             "attn_mask_type": attn_mask_type,

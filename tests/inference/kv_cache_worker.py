@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from helix_megatron import compat
 from helix_megatron.check.reference import Case, reference
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
@@ -276,6 +277,7 @@ def generate(
         context = running.context
         if proposals is not None:
             propose(running.controller.inference_wrapped_model.model, proposals)
+        assert compat.cache_blocks(context.kv_block_allocator) == context.memory_buffer.shape[2]
 
         def add(number: int, text: str, new: int) -> None:
             running.add_request(
@@ -315,7 +317,7 @@ def generate(
         "paused": paused,
         "cached prompt tokens": cached,
         "bytes of a token": context.memory_buffer.nbytes
-        / context.kv_block_allocator.total_count
+        / compat.cache_blocks(context.kv_block_allocator)
         / context.block_size_tokens,
         "block bytes": context.block_size_bytes,
     }
