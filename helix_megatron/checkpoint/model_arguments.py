@@ -1,4 +1,4 @@
-"""The arguments of Megatron 0.19 that change what a model's weights compute.
+"""The arguments of Megatron 0.19 and 0.20 that change what a model's weights compute.
 
 Group by group, each with the value that Megatron takes when it is not given. All its other arguments are in
 tests/checkpoint/other_arguments.py, with the reason why weights mean the same whatever they are; a test says
@@ -46,11 +46,10 @@ def _mla_yarn(args: Namespace) -> Any:
     return args.multi_latent_attention and args.rope_type == "yarn"
 
 
-def _has_layers(letter: str, variant: str | None = None) -> Callable[[Namespace], Any]:
-    """Whether a hybrid model has layers of a letter, or every layer is an attention variant."""
+def _has_layers(letter: str, *variants: str) -> Callable[[Namespace], Any]:
+    """Whether a hybrid model has layers of a letter, or every layer is one of these attention variants."""
     return lambda args: (
-        letter in (args.hybrid_layer_pattern or "")
-        or (variant is not None and args.experimental_attention_variant == variant)
+        letter in (args.hybrid_layer_pattern or "") or args.experimental_attention_variant in variants
     )
 
 
@@ -204,13 +203,18 @@ FUNCTION = (
             linear_attention_freq=None, linear_conv_kernel_dim=4, linear_key_head_dim=128,
             linear_value_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32,
         ),
-        _has_layers("G", "gated_delta_net"),
+        _has_layers("G", "gated_delta_net", "gdn", "gdn2"),
     ),
     Group(
         "Mamba",
         dict(mamba_state_dim=128, mamba_head_dim=64, mamba_num_groups=8, mamba_num_heads=None),
         _has_layers("M"),
     ),
+    Group("Gated Delta Product, which a --spec puts where Mamba is", dict(gdp_num_householder=3),
+          lambda args: _has_layers("M")(args) and args.spec),
+    Group("residual streams beside each other", dict(enable_mhc_connections=False)),
+    Group("how residual streams are mixed", dict(mhc_num_residual_streams=4, mhc_sinkhorn_iterations=20),
+          lambda args: args.enable_mhc_connections),
     Group("tokens that have a row of the embedding; padding may differ", dict(padded_vocab_size=None)),
 )  # fmt: skip
 

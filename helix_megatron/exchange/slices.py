@@ -62,11 +62,17 @@ def share_of_sinks(sinks: Tensor, layout: HelixLayout, rank: int) -> Tensor:
     Returns:
         [N] fp32.
     """
-    ranks = 1 if layout.query_placement == "heads" else layout.position_parts  # that have the same heads
     share = sinks.new_zeros(layout.query_heads, dtype=torch.float32)
-    if rank % ranks == 0:
-        share.narrow(0, rank // ranks * len(sinks), len(sinks)).copy_(sinks)
+    first = first_head_of_sinks(len(sinks), layout, rank)
+    if first is not None:
+        share.narrow(0, first, len(sinks)).copy_(sinks)
     return share
+
+
+def first_head_of_sinks(number: int, layout: HelixLayout, rank: int) -> int | None:
+    """The first of the `number` heads whose sinks this rank of a dim group counts; None: another does."""
+    ranks = 1 if layout.query_placement == "heads" else layout.position_parts  # that have the same heads
+    return rank // ranks * number if rank % ranks == 0 else None
 
 
 def query_slices(query: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:

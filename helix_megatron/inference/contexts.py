@@ -99,8 +99,8 @@ def forward_with_shards(
         rope = None
     gated = getattr(layer.config, "attention_output_gate", False)
     if plan.kv_cache == "dim":
-        out, gate = _over_slices(layer, context, attention, hidden_states, rope, gated)
-        return _projected(layer, out.flatten(-2), gate)
+        out, *gate = _over_slices(layer, context, attention, hidden_states, rope, gated)
+        return _projected(layer, out.flatten(-2), *gate)
     query, key, value, *gate = layer.project(hidden_states, gated)
     heads, rows = (query, key, value), _rows_of(rope, context, query.shape[0])
     if context.is_static_batching():
@@ -113,7 +113,7 @@ def forward_with_shards(
             out = _with_shards(layer, heads, rows, step)
     else:
         out = _dynamic_attention(layer, context, attention, heads, rows)
-    return _projected(layer, out, gate)
+    return _projected(layer, out, *gate)
 
 
 def _dynamic_attention(layer: Any, context: Any, attention: Attention, heads: Heads, rows: Any) -> Tensor:
@@ -145,14 +145,14 @@ def _dynamic_attention(layer: Any, context: Any, attention: Attention, heads: He
 
 def _with_shards(layer: Any, heads: Heads, rows: Any, step: Step) -> Tensor:
     """Attention of new tokens over what all ranks keep: [S, B, N * d_s]."""
-    plan, groups, sinks = layer.helix_plan, layer.helix_groups, layer.core_attention.sinks_of_outputs()
+    plan, groups, sinks = layer.helix_plan, layer.helix_groups, layer.core_attention.sinks
     prepare, chunks = _prepare(layer, rows), plan.overlap_chunks
     return attend_with_shards(*heads, plan.layout, groups.dim_group, prepare, step, chunks, sinks).flatten(-2)
 
 
-def _projected(layer: Any, out: Tensor, gate: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """linear_proj of the output, gated where there is a gate of its shape."""
-    return layer.linear_proj(layer._apply_output_gate(out, gate[0]) if gate else out)
+def _projected(layer: Any, out: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """linear_proj of the output, gated where there is a gate of its elements."""
+    return layer.linear_proj(out if gate is None else layer._apply_output_gate(out, gate))
 
 
 def _rows_of(rope: Any, context: Any, new: int) -> Any:
@@ -239,8 +239,7 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
 
     @functools.wraps(original)
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
-        groups = inference_config.pg_collection
-        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        tp = compat.tensor_parallel_size(inference_config.pg_collection, model_config)
         sliced = slices_for(helix, model_config, tp) > 1
         if sliced:
             plan = plan_for(helix, model_config, tp)
@@ -248,6 +247,8 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             model_config = derived_config(model_config, plan, plan.paged_dim)
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
+        if sliced:
+            self.helix_step = None  # that its heads are sliced
         if sliced and plan.kv_cache != "none":
             self.helix_step = _step_tokens(plan, model_config, inference_config)
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
@@ -255,14 +256,25 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
     return __init__
 
 
-def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
-    m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
-    if plan.kv_cache == "dim":
-        return StepTokens(interleave, 0, graphs=False)
-    interleave = interleave_of_block(m, plan.kv_interleave_size, inference_config.block_size_tokens)
-    groups = inference_config.pg_collection
-    tp_rank = groups.tp.rank() if groups is not None else parallel_state.get_tensor_model_parallel_rank()
-    return StepTokens(interleave, tp_rank % m, graphs=model_config.cuda_graph_impl == "local")
+def no_handoff(original: Callable) -> Callable:
+    """Wrap the engine's setup_kv_transfer: pages of sliced heads are not those that it describes to others.
+
+    Raises:
+        HelixConfigError: the engine's context has sliced heads.
+    """
+
+    @functools.wraps(original)
+    def setup_kv_transfer(self: Any, role: str, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self.context, "helix_step"):
+            raise HelixConfigError(
+                f"an engine that hands KV caches over (prefill and decode apart; this one's role: {role}) is "
+                "not supported with sliced heads (m > 1): a rank's pages hold positions or slices of heads, "
+                "where the other engine takes them for whole heads. Let one engine do both, or choose a grid "
+                "with m = 1"
+            )
+        original(self, role, *args, **kwargs)
+
+    return setup_kv_transfer
 
 
 def _zeroed_memory(context: Any, original: Callable) -> Callable:
@@ -277,6 +289,16 @@ def _zeroed_memory(context: Any, original: Callable) -> Callable:
         context.memory_buffer.zero_()
 
     return _allocate_memory_buffer
+
+
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
+    m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
+    if plan.kv_cache == "dim":
+        return StepTokens(interleave, 0, graphs=False)
+    interleave = interleave_of_block(m, plan.kv_interleave_size, inference_config.block_size_tokens)
+    groups = inference_config.pg_collection
+    tp_rank = groups.tp.rank() if groups is not None else parallel_state.get_tensor_model_parallel_rank()
+    return StepTokens(interleave, tp_rank % m, graphs=model_config.cuda_graph_impl == "local")
 
 
 def _then_begin(context: Any, original: Callable) -> Callable:
@@ -379,10 +401,11 @@ def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
 
 def _over_slices(
     layer: Any, context: Any, attention: Attention, hidden_states: Tensor, rope: Any, gated: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> list[Tensor]:
     """KV cache "dim": Megatron's pages hold slices as they are; slices are normed and rotated as such.
 
-    Returns: output and, where it is gated, the gate; both as linear_proj takes them, in heads.
+    Returns:
+        the output, and the gate where the layer is `gated`.
     """
     query, key, value, *gate = layer.get_query_key_value_tensors(hidden_states, output_gate=gated)
     if rope is not None:
@@ -399,9 +422,9 @@ def _over_slices(
         keys[..., :own], values[..., :own], attention, step.blocks, step.slots, step.requests
     )
     if layout.query_placement == "dims":
-        return attend_over_slices(query, key, value, pages, group, sinks), gate
+        return [attend_over_slices(query, key, value, pages, group, sinks), *gate]
     out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group, sinks)
-    return whole_outputs(out, layout, group), gate
+    return [whole_outputs(out, layout, group), *gate]
 
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:

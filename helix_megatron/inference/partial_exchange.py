@@ -91,8 +91,7 @@ class PartialExchange:
         return [(piece, lse) for piece in out.split(self._layout.all_slice_dims, dim=-1)]
 
     def merged(self, sinks: Tensor | None = None) -> Tensor:
-        """Wait for what arrives and merge it, and the sinks [N'] of these heads: [*rows, N', D'] in the
-        model's dtype, contiguous."""
+        """Wait for what arrives and merge it, with sinks [N']: [*rows, N', D'] contiguous."""
         assert self._work is not None
         outs, lses = piece_views(self._work.wait(), (prod(self._rows),), *self._own)
         return combine_partials(outs, lses, self._dtype, sinks).unflatten(0, self._rows)

@@ -162,18 +162,6 @@ class HelixCoreAttention(torch.nn.Module):
             return self._zero_sinks[: self.layout.query_heads // self.parts]
         return None if self.softmax_type == "vanilla" else self.core.softmax_offset
 
-    def sinks_of_outputs(self) -> Tensor | None:
-        """Sinks of the heads whose output a cache of positions sends here: [N/m] with "heads" placement.
-
-        Else [N], for which learned ones are gathered over the dim group: one collective, (m-1) N/m elements.
-        """
-        if self.softmax_type == "off-by-one" and not self.whole_query_heads:
-            return self._zero_sinks
-        own = self.sinks
-        if own is None or self.whole_query_heads:
-            return own
-        return gather_slices([own.detach()], self.group)[0].flatten()
-
     def serves_prompts(self, packed: bool) -> bool:
         """Whether it attends over prompts without history, as in training, beside a cache of positions.
 

@@ -87,7 +87,7 @@ class HelixParallelSelfAttention(SelfAttention):
     ):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        plan = plan_for(helix, config, pg_collection.tp.size())
+        plan = plan_for(helix, config, compat.tensor_parallel_group(pg_collection).size())
         layer = {
             "layer_number": layer_number,
             "attn_mask_type": attn_mask_type,
@@ -149,7 +149,8 @@ class HelixParallelSelfAttention(SelfAttention):
             inference_context, kwargs.pop("inference_params", None)
         )
         if inference_context is None and self.training:
-            refuse_graphs_of_training(self.config, self.helix_plan)
+            packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2

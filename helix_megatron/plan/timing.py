@@ -28,7 +28,7 @@ from helix_megatron.plan.terms import Term
 from helix_megatron.plan.traffic import STEP, Collective
 
 SHARE = "ranks sharing a device"
-PARTS = ("compute", "exchange", "all-reduce", "pipeline", "gradients", "optimizer")
+PARTS = ("compute", "exchange", "experts", "all-reduce", "pipeline", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ class _Stage:
     def _call(self, item: Collective, busy: int) -> Line:
         """One call of a collective."""
         tp, dp, last = self.problem.layout.tp, self.problem.layout.dp, self.problem.layout.pp - 1
-        stride = {"dp": tp, "pp": tp * dp, "embd": tp * dp * last}.get(item.group, 1)
+        ep, etp = self.problem.layout.ep, self.problem.layout.etp
+        strides = {"dp": tp, "pp": tp * dp, "embd": tp * dp * last, "ep": etp, "edp": etp * ep}
+        stride = strides.get(item.group, 1)
         message = item.group == "pp" and not self.cluster.lines  # it passes between two ranks
         size = 2 if message else item.size
         algorithm = self.cluster.algorithm(item.kind, size, stride, item.bytes, busy)

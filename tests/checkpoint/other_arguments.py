@@ -1,4 +1,4 @@
-"""Every argument of Megatron 0.19 that leaves the function of a model's weights alone, and why.
+"""Every argument of Megatron 0.19 and 0.20 that leaves the function of a model's weights alone, and why.
 
 With those of helix_megatron/checkpoint/model_arguments.py they are the arguments of Megatron's parser and the
 fields of its TransformerConfig and MLATransformerConfig. An argument of a newer Megatron has to be sorted in
@@ -12,7 +12,7 @@ OTHER = {
         group_query_attention use_rotary_position_embeddings add_position_embedding
         make_vocab_size_divisible_by vocab_size pad_vocab_size heterogeneous_layers_config_path
         hybrid_override_pattern yaml_cfg""",
-    "read by nothing in Megatron 0.19, or refused by it":
+    "read by nothing in Megatron, or refused by it":
         """fp8_interval onnx_safe batch_size checkpoint_activations deprecated_use_mcore_models warmup
         model_parallel_size moe_token_dropping""",
     "floating point: the same function, rounded otherwise":
@@ -26,7 +26,9 @@ OTHER = {
         fp4_param_gather fp8_param_gather te_precision_config_file params_dtype enable_autocast
         autocast_dtype pipeline_dtype activation_func_fp8_input_store fp8_param fp8_dot_product_attention
         fp8_multi_head_attention tp_only_amax_red use_kitchen fp4_param disable_parameter_transpose_cache
-        quant_recipe""",
+        quant_recipe
+        logit_dtype moe_dispatch_fwd_dtype moe_combine_bwd_dtype
+        gtp_remat_reduce_scatter_with_fp32_accumulation""",
     "GELU fused with its bias is its tanh form: within 5e-4, a kernel to Megatron":
         """bias_gelu_fusion""",
     "kernels, fusions and graphs: the same function computed otherwise":
@@ -48,7 +50,8 @@ OTHER = {
         inference_dynamic_batching_cuda_graph_sizing_distribution enable_experimental
         bias_activation_fusion persist_layer_norm memory_efficient_layer_norm fused_single_qkv_rope
         cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_scope
-        use_inference_optimized_layers""",
+        use_inference_optimized_layers
+        batch_invariant_backend gdp_cutedsl_kernel moe_use_grouped_tensor muon_use_syrk""",
     "memory: what is kept, recomputed or moved":
         """ep_overlap_early_attn_memory_release cpu_offloading_num_layers
         cpu_offloading_retain_pinned_cpu_buffers recompute_granularity recompute_method
@@ -60,7 +63,8 @@ OTHER = {
         empty_unused_memory_level recompute_activations optimizer_cpu_offload
         num_microbatches_with_partial_activation_checkpoints deallocate_pipeline_outputs cpu_offloading
         _cpu_offloading_context cpu_offloading_activations cpu_offloading_weights
-        cpu_offloading_double_buffering""",
+        cpu_offloading_double_buffering
+        mhc_recompute_layer_num gdp_num_chunk_states_to_recompute""",
     "where and how the work is spread over ranks: parallel sizes, collectives, overlap":
         """tensor_model_parallel_size tensor_parallel_num_weight_shards pipeline_model_parallel_comm_backend
         pipeline_model_parallel_size sequence_parallel context_parallel_size
@@ -100,10 +104,12 @@ OTHER = {
         expert_gtp_weight_remat_size timers no_sync_func grad_sync_func param_sync_func tp_comm_atomic_ag
         tp_comm_atomic_rs tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1 variable_seq_lengths
         batch_p2p_comm batch_p2p_sync num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-        hetereogenous_dist_checkpoint""",
+        hetereogenous_dist_checkpoint
+        gtp_expert_remat_nccl_ub gtp_remat_nccl_ub gtp_remat_opt_in_modules megatron_fsdp_version""",
     "regularisation of training: noise, dropout, dropped tokens":
         """hidden_dropout attention_dropout moe_input_jitter_eps moe_expert_capacity_factor
-        moe_pad_expert_input_to_capacity moe_token_drop_policy moe_expert_rank_capacity_factor""",
+        moe_pad_expert_input_to_capacity moe_token_drop_policy moe_expert_rank_capacity_factor
+        mtp_hsm""",
     "losses, and how gradients are scaled":
         """mtp_loss_scaling_factor mtp_detach_heads calculate_per_token_loss dsa_indexer_loss_coeff
         dsa_indexer_use_sparse_loss moe_z_loss_coeff grad_reduce_in_bf16 loss_scale initial_loss_scale
@@ -131,7 +137,8 @@ OTHER = {
         megatron_fsdp_main_params_dtype megatron_fsdp_main_grads_dtype megatron_fsdp_grad_comm_dtype
         megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer
         fsdp_db_use_persist_buf_on_alloc_fail use_te_rng_tracker init_method output_layer_init_method
-        embedding_init_method""",
+        embedding_init_method
+        mhc_init_gating_factor""",
     "the training loop and its data: how much, in what order, how documents are cut and masked":
         """micro_batch_size global_batch_size rampup_batch_size step_batch_size_schedule
         decrease_batch_size_if_needed train_sync_interval train_iters train_samples exit_interval
@@ -156,13 +163,16 @@ OTHER = {
         create_attention_mask_in_dataloader num_dataset_builder_threads object_storage_cache_path
         mid_level_dataset_surplus allow_ambiguous_pad_tokens fim_data fim_rate fim_spm_rate
         fim_split_sample fim_fragment_rate fim_no_prefix fim_prefix_token fim_middle_token
-        fim_suffix_token fim_pad_token fim_eod_token sft sft_tokenizer_prompt_format""",
+        fim_suffix_token fim_pad_token fim_eod_token sft sft_tokenizer_prompt_format
+        rl_durable_rollout_bank rl_max_inflight_requests rl_rollout_bank_dir
+        rl_rollout_bank_max_bytes""",
     "which token ids a text becomes; weights are a function of ids":
         """vocab_file merge_file vocab_extra_ids tokenizer_type tokenizer_model metadata_path special_tokens
         tiktoken_pattern tiktoken_num_special_tokens tokenizer_sentencepiece_legacy
         tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast
         tokenizer_hf_no_include_special_tokens trust_remote_code null_tokenizer_eod_id
-        null_tokenizer_pad_id chat_template""",
+        null_tokenizer_pad_id chat_template
+        use_gigatoken""",
     "checkpoints: where, when and in which format":
         """save save_interval save_params_interval save_activations_interval save_tokens_per_expert_interval
         save_wgrads_interval save_dgrads_interval save_retain_interval load load_main_params_from_ckpt
@@ -180,7 +190,9 @@ OTHER = {
         distrib_optim_fully_reshardable_mem_efficient replication replication_jump replication_factor
         verify_integrity stream_ckpt_dequant no_save_optim no_save_rng no_load_optim no_load_rng
         override_ckpt_iteration use_dist_ckpt_deprecated dist_ckpt_format_deprecated dist_ckpt_workers
-        ckpt_fully_parallel_save_deprecated""",
+        ckpt_fully_parallel_save_deprecated
+        ckpt_drop_redundant_extra_state ckpt_fully_parallel_load_per_rank_objects
+        ckpt_pg_tensors_cache_create ckpt_pg_tensors_cache_path save_tokenizer_assets""",
     "inference: batching, caches, kernels, the server":
         """flash_decode nccl_all_reduce_for_prefill inference_fuse_tp_communication
         inference_disable_triton_nvls_kernels inference_grouped_gemm_backend
@@ -240,5 +252,21 @@ OTHER = {
         check_for_spiky_loss enable_msc disable_msc_deprecated fault_injector_ranks
         fault_injector_num_ranks fault_injector_fault_types fault_injector_fault_probabilities
         fault_injector_fault_delay fault_injector_delay_start_iteration fault_injector_mtti_seconds
-        fault_injector_offset_seconds fault_injector_seed""",
+        fault_injector_offset_seconds fault_injector_seed
+        otel_enabled otel_service_name otel_span_groups""",
 }  # fmt: skip
+
+# Megatron → the arguments that it and newer ones have, or have no longer; all others are in every one.
+NEW_IN = {
+    "0.20": """gdp_num_householder enable_mhc_connections mhc_num_residual_streams mhc_sinkhorn_iterations
+        logit_dtype moe_dispatch_fwd_dtype moe_combine_bwd_dtype
+        gtp_remat_reduce_scatter_with_fp32_accumulation
+        batch_invariant_backend gdp_cutedsl_kernel moe_use_grouped_tensor muon_use_syrk
+        mhc_recompute_layer_num gdp_num_chunk_states_to_recompute gtp_expert_remat_nccl_ub gtp_remat_nccl_ub
+        gtp_remat_opt_in_modules megatron_fsdp_version mtp_hsm ckpt_drop_redundant_extra_state
+        ckpt_fully_parallel_load_per_rank_objects ckpt_pg_tensors_cache_create ckpt_pg_tensors_cache_path
+        save_tokenizer_assets mhc_init_gating_factor otel_enabled otel_service_name otel_span_groups
+        rl_durable_rollout_bank rl_max_inflight_requests rl_rollout_bank_dir rl_rollout_bank_max_bytes
+        use_gigatoken""",
+}
+GONE_IN = {"0.20": "moe_ncclep_static_shape stream_ckpt_dequant"}

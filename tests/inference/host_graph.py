@@ -177,3 +177,30 @@ def _refuse(name: str) -> Callable:
         raise WaitsForDeviceError(name)
 
     return call
+
+
+@contextlib.contextmanager
+def in_place_of_cuda_graphs(opaque: tuple[tuple[Any, str], ...]) -> Iterator[list[HostGraph]]:
+    """Megatron captures and replays HostGraphs where it would CUDA graphs; those captured are listed."""
+    from megatron.core.transformer import cuda_graphs
+
+    captured: list[HostGraph] = []
+
+    class Graph(HostGraph):
+        def __init__(self) -> None:
+            super().__init__(opaque)
+            captured.append(self)
+
+        def register_generator_state(self, generator: torch.Generator) -> None:
+            """Nothing draws."""
+
+    def graph(of: HostGraph, **how: Any) -> Any:
+        return of.recording()
+
+    with contextlib.ExitStack() as patches:
+        given = dict(CUDAGraph=Graph, graph=graph, graph_pool_handle=lambda: (0, 1))
+        for name, value in given.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, value))
+        safe = mock.patch.object(cuda_graphs, "_ensure_generator_state_is_cudagraph_safe", lambda one: one)
+        patches.enter_context(safe)
+        yield captured

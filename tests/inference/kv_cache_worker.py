@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from helix_megatron import compat
 from helix_megatron.check.reference import Case, reference
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
@@ -173,7 +174,7 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tp)
     torch.manual_seed(3)
-    model_parallel_cuda_manual_seed(3)
+    model_parallel_cuda_manual_seed(3, inference_rng_tracker=shape.get("cuda_graph_impl") == "local")
     config = TransformerConfig(
         num_layers=len(pattern or "**"), hidden_size=48, tensor_model_parallel_size=tp,
         use_cpu_initialization=True, pipeline_dtype=torch.float32, masked_softmax_fusion=False,
@@ -296,6 +297,7 @@ def generate(
         context = running.context
         if proposals is not None:
             propose(running.controller.inference_wrapped_model.model, proposals)
+        assert compat.cache_blocks(context.kv_block_allocator) == context.memory_buffer.shape[2]
 
         def add(number: int, text: str, new: int) -> None:
             running.add_request(
@@ -344,7 +346,7 @@ def generate(
         "paused": paused,
         "cached prompt tokens": cached,
         "bytes of a token": context.memory_buffer.nbytes
-        / context.kv_block_allocator.total_count
+        / compat.cache_blocks(context.kv_block_allocator)
         / context.block_size_tokens,
         "block bytes": context.block_size_bytes,
     }
