@@ -248,9 +248,8 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
         if sliced:
-            self.helix_step = None  # that its heads are sliced
-        if sliced and plan.kv_cache != "none":
             self.helix_step = _step_tokens(plan, model_config, inference_config)
+        if sliced and self.helix_step is not None:
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
@@ -291,7 +290,10 @@ def _zeroed_memory(context: Any, original: Callable) -> Callable:
     return _allocate_memory_buffer
 
 
-def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
+    """None where the cache is Megatron's own, of slices that are heads of the derived model."""
+    if plan.kv_cache == "none":
+        return None
     m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
     if plan.kv_cache == "dim":
         return StepTokens(interleave, 0, graphs=False)

@@ -526,7 +526,7 @@ def test_what_the_cache_does_not_serve_is_refused():
         "not causal": "no_mask",
         "too long": "do not fit an inference context of 2 sequences of 4 positions",
         "bias": "attention_bias",
-        "graphs": "--cuda-graph-impl local",
+        "graphs": "CUDA graphs (--cuda-graph-impl local) of the static context",
         "context parallelism": "context parallelism",
     }
     for messages in run_ranks(refused, 2, 2, list(ways)):
@@ -538,7 +538,9 @@ def test_what_the_cache_does_not_serve_is_refused():
 def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
     ways = [
         (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
-        ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
+        ({}, dict(cuda_graph_impl="local"), {}, "built"),
+        (dict(kv_cache="dim"), dict(cuda_graph_impl="local"), {}, "(sequence has graphs)"),
+        ({}, dict(cuda_graph_impl="local", cuda_graph_warmup_steps=0), {}, "--cuda-graph-warmup-steps 0"),
         ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not
