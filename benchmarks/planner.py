@@ -87,11 +87,11 @@ def _sliced(grid: HelixGrid, placement: str, size: int) -> Layout:
 
 def measure(jobs: list[list[Problem]], folder: str, names: list[str]) -> None:
     """A rank: medians of all layouts of each problem; rank 0 writes one file a problem."""
-    from helix_megatron.measure.machine import pin
+    from helix_megatron.measure.machine import pin_to_core
     from helix_megatron.plan import trial
 
     rank = int(os.environ["RANK"])
-    pin(rank)
+    pin_to_core(rank)
     torch.distributed.init_process_group("nccl")
     for name, job in zip(names, jobs, strict=True):
         samples: list[list[float]] = [[] for _ in job]

@@ -74,7 +74,7 @@ def add_generate(subparsers: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from helix_megatron.generate import ranks
 
-    ranks.quiet()
+    ranks.silence_warnings()
     from helix_megatron.generate import generate, model
     from helix_megatron.generate.generate import Job, Sampling
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
@@ -133,12 +133,12 @@ def add_serve(subparsers: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     import tempfile
 
-    from helix_megatron.convert.hf import need
+    from helix_megatron.convert.hf import require_packages
     from helix_megatron.generate import ranks, serve
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
 
-    ranks.quiet()
-    need("zmq", "msgpack", "quart", "hypercorn")
+    ranks.silence_warnings()
+    require_packages("zmq", "msgpack", "quart", "hypercorn")
     for name in ("max_sequence_length", "max_batch_size", "max_queue"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
@@ -167,5 +167,5 @@ def _serve(options: argparse.Namespace) -> int:
             block_tokens=options.kv_block_size,
         )
         if not ranks.under_torchrun():
-            serve.stop_gently(server.pid_file)
+            serve.stop_on_signals(server.pid_file)
         return ranks.run(serve.rank_serve, layout.tensor_parallel, layout.on_host, server)

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TextIO
 
+from helix_megatron import compat
 from helix_megatron.generate import model as models
 from helix_megatron.generate.kv_bytes import readable
 from helix_megatron.generate.prompts import TextStream
@@ -149,10 +150,10 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
     stop = models.stop_tokens(job.checkpoint, tokenizer, job.tokenizer)
     with torch.inference_mode():
         engine = engines.build(model, tokenizer, size)
-        engines.stop_at(engine, stop)
-        show = None if terminal is None else _Shower(terminal, tokenizer, len(job.prompts), stop)
+        engines.end_at_tokens(engine, stop)
+        show = None if terminal is None else _AnswerPrinter(terminal, tokenizer, len(job.prompts), stop)
         answers, seconds, peak = serve_all(engine, job, show)
-    agree(answers)
+    refuse_disagreement(answers)
     return {
         "model": job.model,
         "tensor_parallel_size": job.layout.tensor_parallel,
@@ -198,7 +199,7 @@ def serve_all(engine: Any, job: Job, show: Any = None) -> tuple[list[Answer], fl
     """Answers to all prompts, the seconds it took, and the largest number of cache blocks in use."""
     import torch
 
-    from helix_megatron.generate.engine import tokens_of
+    from helix_megatron.generate.engine import generated_tokens
 
     answers = [Answer(text, len(tokens)) for text, tokens in zip(job.prompts, job.tokens, strict=True)]
     allocator = engine.context.kv_block_allocator
@@ -212,10 +213,11 @@ def serve_all(engine: Any, job: Job, show: Any = None) -> tuple[list[Answer], fl
         now = time.perf_counter() - start
         ended = {record.request_id: record for record in result["finished_request_records"]}
         running = {number: engine.requests[number].record for number in result["active_request_ids"]}
-        held = sum(-(-_held(record) // engine.context.block_size_tokens) for record in ended.values())
+        block = engine.context.block_size_tokens
+        held = sum(-(-_cached_tokens(record) // block) for record in ended.values())
         peak = max(peak, allocator.get_total_used() + held)
         for number, record in {**running, **ended}.items():
-            new = tokens_of(record)[len(answers[number].tokens) :]
+            new = generated_tokens(record)[len(answers[number].tokens) :]
             answers[number].tokens += new
             answers[number].times += [now] * len(new)
             if show is not None:
@@ -223,13 +225,13 @@ def serve_all(engine: Any, job: Job, show: Any = None) -> tuple[list[Answer], fl
     return answers, time.perf_counter() - start, peak
 
 
-def _held(record: Any) -> int:
+def _cached_tokens(record: Any) -> int:
     """Tokens that a request held when it ended: the last one was never put into the cache."""
     request = record.requests[-1]
     return len(request.prompt_tokens) + len(request.generated_tokens) - 1
 
 
-class _Shower:
+class _AnswerPrinter:
     """Prints answers in the order of their prompts, each as it comes."""
 
     def __init__(self, terminal: TextIO, tokenizer: Any, count: int, stop: tuple[int, ...]):
@@ -263,7 +265,7 @@ class _Shower:
             self._terminal.write(f"--- {self._current}\n")
 
 
-def agree(answers: list[Answer]) -> None:
+def refuse_disagreement(answers: list[Answer]) -> None:
     """RuntimeError when the ranks have not chosen the same tokens. One gather of a hash each."""
     import torch.distributed as dist
 
@@ -307,7 +309,7 @@ def kv_report(engine: Any, peak_blocks: int) -> dict[str, Any]:
     from helix_megatron.generate.engine import kv_bytes
 
     context, config = engine.context, engine.controller.inference_wrapped_model.model.config
-    blocks = context.kv_block_allocator.total_count
+    blocks = compat.cache_blocks(context.kv_block_allocator)
     one = context.memory_buffer.nbytes // blocks
     kv, block = kv_bytes(config), context.block_size_tokens
     replicated = kv.replicated_bytes(config.tensor_model_parallel_size, block)

@@ -52,6 +52,7 @@ def attend(
     visible: VisibleSlots,
     singles: bool,
     flash_version: int | None = None,
+    graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """paged_attention by the chosen backend.
 
@@ -60,6 +61,7 @@ def attend(
         keys, values: [pages, page, K, D].
         singles: row r is the only new token of request r; rows past the last request are padding.
         flash_version: Megatron's --flash-attention-version.
+        graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
     """
@@ -74,7 +76,7 @@ def attend(
         dim=query.shape[-1],
         major=_major(device) if on_gpu else None,
         flash_version=flash_version,
-        graph=on_gpu and torch.cuda.is_current_stream_capturing(),
+        graph=graph or (on_gpu and torch.cuda.is_current_stream_capturing()),
     )
     backend = _BACKENDS[choice.singles if singles else choice.others]
     return backend(query, keys, values, requests, visible, singles)
@@ -210,6 +212,7 @@ def warm_up(
     dtype: torch.dtype,
     visible: VisibleSlots,
     flash_version: int | None = None,
+    graph: bool = False,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -220,6 +223,7 @@ def warm_up(
         dtype: of the queries.
         visible: of a layer with a window, or of one without: they are apart.
         flash_version: Megatron's --flash-attention-version.
+        graph: for steps that CUDA graphs are captured of.
     """
     on_gpu = keys.device.type == "cuda"
     choice = choose(
@@ -231,6 +235,7 @@ def warm_up(
         dim=keys.shape[-1],
         major=_major(keys.device) if on_gpu else None,
         flash_version=flash_version,
+        graph=graph,
     )
     waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
     if waits or "triton" in (choice.singles, choice.others):

@@ -201,8 +201,8 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every new token over the slots it sees. Rows that belong to no request give 0 and -inf.
 
-    No value is asked of the device. The plan is kept in `requests`, for the other layers of the step: tensors
-    that are filled anew for the next step want new Requests.
+    No value is asked of the device. The plan is kept in `requests`, for the other layers of the step: when
+    their tensors are filled anew for the next step, Requests.refill makes it anew, where it is.
 
     Args:
         query: [T, N, D].
@@ -259,26 +259,30 @@ def _plan(
     requests: Requests, visible: VisibleSlots, tokens: int, tiles: tuple[Tile, ...], padded: int
 ) -> tuple[Tensor, list[_Launch], Requests]:
     """Who does what, worked out by a step's first layer: the plan, its launches, the requests in int32."""
-    key = ("plan", visible.interleave, visible.rank, visible.left, tokens, tiles, padded)
-    if key in requests.kept:
-        return requests.kept[key]
     given, number = requests.for_kernels(), len(requests.lengths)
-    numbers = [tokens // (tile.rows // padded) + number for tile in tiles]
-    plan = torch.empty(sum(2 * n + 1 for n in numbers), dtype=torch.int32, device=requests.lengths.device)
-    launches, at = [], 0
-    for tile, n in zip(tiles, numbers, strict=True):
-        starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
-        at += 2 * n + 1
-        plan_kernel[(1,)](
-            given.query_ends, given.lengths, starts, owners, visible.rank, visible.left or 0, number, n,
-            number.bit_length(),
-            RANKS=visible.interleave.ranks, SIZE=visible.interleave.size, WINDOW=visible.left is not None,
-            TOKENS=tile.rows // padded, SLOTS=tile.slots, FEW=tiles[0].rows // padded, MANY=bool(launches),
-            BLOCK=256,
-        )  # fmt: skip
-        launches.append(_Launch(tile, n, starts, owners))
-    requests.kept[key] = plan, launches, given
-    return requests.kept[key]
+
+    def make() -> tuple[Tensor, list[_Launch]]:
+        numbers = [tokens // (tile.rows // padded) + number for tile in tiles]
+        plan = torch.empty(sum(2 * n + 1 for n in numbers), dtype=torch.int32, device=given.lengths.device)
+        launches, at = [], 0
+        for tile, n in zip(tiles, numbers, strict=True):
+            starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
+            launches.append(_Launch(tile, n, starts, owners))
+            at += 2 * n + 1
+        return plan, launches
+
+    def fill(made: tuple[Tensor, list[_Launch]]) -> None:
+        for launch in made[1]:
+            plan_kernel[(1,)](
+                given.query_ends, given.lengths, launch.starts, launch.owners, visible.rank,
+                visible.left or 0, number, launch.tiles, number.bit_length(),
+                RANKS=visible.interleave.ranks, SIZE=visible.interleave.size,
+                WINDOW=visible.left is not None, TOKENS=launch.tile.rows // padded, SLOTS=launch.tile.slots,
+                FEW=tiles[0].rows // padded, MANY=launch is not made[1][0], BLOCK=256,
+            )  # fmt: skip
+
+    key = ("plan", visible.interleave, visible.rank, visible.left, tokens, tiles, padded)
+    return *requests.keep(key, make, fill), given
 
 
 @functools.cache

@@ -98,9 +98,9 @@ def measure_host(base: Cluster, ranks: int | None = None) -> Cluster:
 
 def in_host_rank(measure: Callable[..., Any], *args: Any) -> Any:
     """What `measure` gives in a rank of a host that has its core to itself."""
-    from helix_megatron.measure.machine import pin
+    from helix_megatron.measure.machine import pin_to_core
 
-    pin(int(os.environ["RANK"]))
+    pin_to_core(int(os.environ["RANK"]))
     dist.init_process_group("nccl")
     return measure(*args)
 

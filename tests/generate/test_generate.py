@@ -324,7 +324,7 @@ def test_the_ends_of_a_text_are_not_streamed(tiny):
     tokenizer = model.open_tokenizer(tiny[1], None)
     ends = tokenizer.tokenize("x")
     shown = io.StringIO()
-    shower = generate._Shower(shown, tokenizer, 1, tuple(ends))
+    shower = generate._AnswerPrinter(shown, tokenizer, 1, tuple(ends))
     shower.step(0, tokenizer.tokenize("ab"), False)
     shower.step(0, ends, True)
     assert shown.getvalue() == "ab\n"

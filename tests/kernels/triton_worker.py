@@ -74,7 +74,7 @@ def deals_what_is_there() -> None:
     assert int(launch.owners[steps.index(32)]) == 5
     lengths[:40], ends[:41] = 33, torch.arange(41)  # some tiles between those of requests are empty
     ends[40:] = 40
-    requests.kept.clear()
+    requests.refill()
     _, (launch,), _ = kernels._plan(requests, visible, 64, tiles, 1)
     assert int(launch.starts[-1]) == 40 * 2
 
@@ -154,6 +154,12 @@ def merges() -> int:
         tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         assert out.dtype is dtype and out.is_contiguous()
         assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == -torch.inf
+        torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        sinks = torch.randn(heads, generator=torch.Generator().manual_seed(3)).to(dtype) * 20
+        out, lse = triton_merge.combine_partials(outs, lses, dtype, with_lse=True, sinks=sinks)
+        want, want_lse = merge_partials(outs.double(), lses.double(), sinks.double())
+        assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == sinks[-1]
         torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
         number += 1
