@@ -20,8 +20,8 @@ from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS
 
 GB = 1e9
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
-_ASSUMED = ("assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a launch; "
-            "measured on an H200: launches of a decode step (decode_launches.py)")  # fmt: skip
+_ASSUMED = ("assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a "
+            "launch; measured on an H200: launches of a decode step (decode_launches.py)")  # fmt: skip
 
 
 def gpu_preset(

@@ -40,7 +40,8 @@ def find_crossover(plan: Plan) -> Crossover | None:
         replace(best.problem, layout=_of_megatron(best.layout))
     except HelixConfigError as error:
         return Crossover(best.layout, {}, str(error).split(": ", 1)[-1])
-    return Crossover(best.layout, {length: _first_batch(best.problem, length, plan.cluster) for length in CONTEXTS})
+    batches = {length: _first_batch(best.problem, length, plan.cluster) for length in CONTEXTS}
+    return Crossover(best.layout, batches)
 
 
 def _of_megatron(layout: Layout) -> Layout:
@@ -71,7 +72,6 @@ def describe(crossover: Crossover) -> str:
     where = f"Sharded cache on tp = {crossover.layout.tp} ({crossover.layout.grid})"
     if crossover.refusal:
         return f"{where}: Megatron has no layout to compare with: {crossover.refusal}."
-    said = [
-        f"{'no batch' if batch is None else batch} at {length // 1024}k" for length, batch in crossover.batches.items()
-    ]
+    batches = crossover.batches.items()
+    said = [f"{'none' if batch is None else batch} at {length // 1024}k" for length, batch in batches]
     return f"{where} is predicted to pay, or alone to fit, from a replica's batch of {', '.join(said)}."

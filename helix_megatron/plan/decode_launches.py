@@ -1,18 +1,16 @@
 """Launches of a decode step on GPUs: small kernels, and the host that starts them.
 
 Note [What a decode step takes besides reading its cache]
-    Measured on one H200, an attention layer of 16 heads of 128 at TP = 8, hidden 1024, batch 1 and 8
-    (benchmarks/results/h200/decode_step_h200.json, at revision 1d654cf):
+    measured   one H200, an attention layer of 16 heads of 128 at TP = 8, hidden 1024, batch 1 and 8, at
+               revision 1d654cf (benchmarks/results/h200/decode_step_h200.json): `sequence` had 81 launches,
+               1.85 ms of wall time eager, 23 us a launch; with short contexts 120 us of GPU time, 1.5 us a
+               kernel. `dim`: 46 launches. FlashAttention 3 in a CUDA graph (kernel_h200.json): 16 us beside
+               its bytes
+    counted    on the host, collectives apart: a `sequence` layer has 22 launches at most today
+               (tests/inference/test_graphs.py)
+    assumed    launches of Megatron's own attention and of the rest of a layer; the same constants elsewhere
 
-        cache      launches   wall time, eager     GPU time, short contexts
-        sequence   81         1.85 ms              120 us: 1.5 us a kernel
-        dim        46         1.2 ms               75 us
-
-    so a launch takes 23 us of the host where no CUDA graph is replayed. FlashAttention 3 in a CUDA graph takes
-    16 us beside its bytes (kernel_h200.json). Megatron's own attention and the rest of a layer were not
-    counted on a GPU: their numbers are assumed, as is that other GPUs have the same constants.
-
-    graph    kernels follow one another: the exchange's own small kernels are added to what a layer computes
+    graph    kernels follow one another: what an exchange has besides Megatron's is added to a layer
     eager    the longer of the device's time and the host's
     A cache of slices (dim) is not captured: it is eager always.
 """
@@ -27,8 +25,8 @@ KERNEL = 1.5e-6
 """Seconds of a small kernel; measured."""
 FLASH_START = 16e-6
 """Seconds of a flash attention kernel over a cache besides its bytes; measured."""
-ATTENTION = {"none": 20, "sequence": 81, "dim": 46}
-"""Launches of an attention layer by its cache; Megatron's own ("none") is assumed, the others measured."""
+ATTENTION = {"none": 11, "sequence": 22, "dim": 46}
+"""Launches of an attention layer by its cache: Megatron's own ("none") assumed, counted, measured."""
 REST = 10
 """Launches of a layer besides attention, and of a gated delta net in its place; assumed."""
 

@@ -9,9 +9,9 @@ Note [A step]
     work            M (c share(all ranks) + x with all ranks busy)        differs only where ranks share cores
     step            the longer of the two, + gradient reduction, optimizer, once
 
-    In decode M = 1, and a step waits for its launches (decode_launches.py): a token passes the stages one after another. Nothing is assumed to overlap with
-    computing: Megatron's overlap flags can only make it faster. A step's parts are sums of the lines that
-    explain them.
+    In decode M = 1, launches count (decode_launches.py), and a token passes the stages one after another.
+    Nothing is assumed to overlap with computing: Megatron's overlap flags can only make it faster. A step's
+    parts are sums of the lines that explain them.
 """
 
 from __future__ import annotations
@@ -154,14 +154,15 @@ class _Stage:
         return [*lines, *self._host(_seconds(lines))]
 
     def _host(self, device: float) -> list[Line]:
-        """How much longer the host takes to launch a decode step than the device to do it, where it is eager."""
+        """How much longer the host takes for an eager decode step than the device."""
         if not decode_launches.has_launches(self.problem) or decode_launches.is_replayed(self.problem):
             return []
         launches = decode_launches.all_launches(self.problem)
         waited = launches * decode_launches.HOST - device
         if waited <= 0:
             return []
-        formula = f"({waited * 1e6:.6g} us); {launches} launches of {decode_launches.HOST * 1e6:g} us, but the lines above"
+        each = decode_launches.HOST * 1e6
+        formula = f"({waited * 1e6:.6g} us); {launches} launches of {each:g} us, but for the lines above"
         return [Line("compute", "waiting for the host", waited, formula)]
 
     def prediction(self) -> Prediction:
