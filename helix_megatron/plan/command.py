@@ -46,6 +46,7 @@ def add_plan(subparsers: Any) -> None:
     add("--seq-length", "--context", dest="length", type=int, metavar="POSITIONS",
         help="of a sequence (default: 4096)")  # fmt: skip
     add("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
+    add("--eager", action="store_true", help="decode without CUDA graphs")
     add("--no-distributed-optimizer", action="store_true")
     add("--memory", type=float, metavar="GB", help="of a device")
     add("--domain", type=int, help="devices that the fast link joins")
@@ -198,6 +199,7 @@ def chosen_work(
         distributed_optimizer=(cluster.fused or distributed) and not options.no_distributed_optimizer,
         fused=cluster.fused,
         micro_batch=micro,
+        cuda_graph=not options.eager,
     )
     return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 

@@ -51,6 +51,8 @@ class Workload:
     """Transformer Engine's layers and flash attention. False: Megatron's unfused local layers (host)."""
     micro_batch: int | None = None
     """Sequences of a micro-batch in training, where it is given and not chosen."""
+    cuda_graph: bool = True
+    """Decode steps are replayed from CUDA graphs (--cuda-graph-impl local); False: eager."""
 
     @property
     def element(self) -> int:
@@ -148,6 +150,8 @@ class Layout:
         if workload.kind == "train":
             flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch,
                       "--seq-length": workload.length}  # fmt: skip
+        if workload.kind == "decode" and workload.cuda_graph and workload.fused and self.kv_cache != "dim":
+            flags["--cuda-graph-impl"] = "local"
         switches = {
             "--sequence-parallel": self.sequence_parallel,
             "--use-distributed-optimizer": workload.kind == "train" and workload.distributed_optimizer,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from helix_megatron.plan import compute, suggestions, traffic
+from helix_megatron.plan import compute, crossover, suggestions, traffic
 from helix_megatron.plan.clusters import to_dict
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Workload
@@ -129,6 +129,8 @@ def verdict(plan: Plan) -> list[str]:
         said.append(f"{uneven}.")
     if len(plan.best) > 1:
         said.append(compare(best, plan.best[1]))
+    if (crossed := crossover.find_crossover(plan)) is not None:
+        said.append(crossover.describe(crossed))
     batch = suggestions.suggest_batch(plan)
     if plan.shape.linear_attention_freq and work.kind != "train":
         said.append("Megatron core 0.19 runs gated delta nets in training alone; this supposes that it can.")
@@ -184,8 +186,12 @@ def explain(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
 # ---- JSON ----
 def as_json(plan: Plan, top: int) -> dict[str, Any]:
     """The whole plan in plain types; every figure is predicted."""
+    crossed = crossover.find_crossover(plan)
     return {
         "kind": "predicted",
+        "sharded_cache_pays_from_batch": crossed and {
+            "tp": crossed.layout.tp, "grid": str(crossed.layout.grid), **asdict(crossed)["batches"]
+        },
         "model": asdict(plan.shape) | {"num_parameters": plan.shape.num_parameters},
         "cluster": to_dict(plan.cluster),
         "workload": asdict(plan.workload),
