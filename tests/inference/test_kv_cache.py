@@ -492,7 +492,7 @@ def test_the_dynamic_engine_with_speculative_tokens():
 def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
     vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
     assert vanilla["paused"] == 0
-    few = {name: (blocks + 0.5) * 1024 / 2**30 for name, blocks in [("buffer_size_gb", 14), ("paused", 4)]}
+    few = {name: (blocks + 0.5) * 1024 / 2**30 for name, blocks in [("buffer_size_gb", 12), ("paused", 4)]}
     few["paused_buffer_size_gb"] = few.pop("paused")
     for found in run_ranks(generate, 2, 2, HelixConfig(1, 2), {}, few, timeout_s=100):
         assert found["paused"] > 0 and found["tokens"] == vanilla["tokens"]
