@@ -22,7 +22,8 @@ from pathlib import Path
 import bench
 import torch
 
-from helix_megatron.check.decode_step import new_context, put_into_step
+from helix_megatron import compat
+from helix_megatron.check.decode_step import new_context, set_decode_step
 from helix_megatron.plan.trial import slowest_seconds
 
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
@@ -96,7 +97,7 @@ class Side:
 
     def at(self, batch: int, length: int) -> None:
         """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""
-        put_into_step(self.context, self.table, batch, length, BLOCK)
+        set_decode_step(self.context, self.table, batch, length, BLOCK)
 
     def step(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """[tokens, 1, h] to the same, the requests' next token through the layer."""
@@ -159,7 +160,7 @@ def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
     context = side.context
     tokens = context.padded_active_token_count
     calls, received = inside_attention(tally, tokens, dtype.itemsize)
-    block_bytes = context.memory_buffer.nbytes / context.kv_block_allocator.total_count
+    block_bytes = context.memory_buffer.nbytes / compat.cache_blocks(context.kv_block_allocator)
     return {
         "case": case,
         "context": length,

@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from helix_megatron.compare import paper as paper_numbers
-from helix_megatron.models.presets import ModelShape, find
+from helix_megatron.models.presets import find
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, memory, probe, report
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
@@ -86,11 +87,11 @@ def _sliced(grid: HelixGrid, placement: str, size: int) -> Layout:
 
 def measure(jobs: list[list[Problem]], folder: str, names: list[str]) -> None:
     """A rank: medians of all layouts of each problem; rank 0 writes one file a problem."""
-    from helix_megatron.measure.machine import pin
+    from helix_megatron.measure.machine import pin_to_core
     from helix_megatron.plan import trial
 
     rank = int(os.environ["RANK"])
-    pin(rank)
+    pin_to_core(rank)
     torch.distributed.init_process_group("nccl")
     for name, job in zip(names, jobs, strict=True):
         samples: list[list[float]] = [[] for _ in job]

@@ -94,7 +94,7 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
     import torch
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from helix_megatron.generate.engine import CacheSize, block_bytes, build, cancel, tokens_of
+    from helix_megatron.generate.engine import CacheSize, block_bytes, build, cancel, generated_tokens
 
     wanted = requests(count, seed, longest)
     margins: dict[int, list[float]] = {}
@@ -125,23 +125,22 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
                 following += 1
             for number in due.pop(step, []):
                 if number in engine.requests:
-                    answers[number] = tokens_of(engine.requests[number].record)
+                    answers[number] = generated_tokens(engine.requests[number].record)
                     cancelled.append(number)
                     cancel(engine, number)
             if engine.has_unfinished_requests():
                 result = engine.step_modern()
                 for record in result["finished_request_records"]:
-                    answers[record.request_id] = tokens_of(record)
+                    answers[record.request_id] = generated_tokens(record)
                 paused = max(paused, context.paused_request_count)
                 running = slice(0, context.total_request_count)
                 state.update(context.request_ids[running].numpy().tobytes())
                 state.update(context.request_to_kv_block_ids[running].numpy().tobytes())
             step += 1
-    allocator = context.kv_block_allocator
     return {
         "answers": answers, "margins": margins if tp == 1 else {}, "cancelled": sorted(cancelled),
         "steps": step, "paused": paused, "evicted": engine.evicted_request_count,
-        "leaked_blocks": allocator.total_count - 1 - allocator.total_avail, "state": state.hexdigest(),
+        "leaked_blocks": context.kv_block_allocator.get_total_used(), "state": state.hexdigest(),
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
 

@@ -7,9 +7,11 @@ What depends on the version is a column of `KNOWN`; other modules ask `megatron(
     0.17   3.12+    refused             refused                            by hand: 0.17.1
     0.18   3.12+    refused             refused                            by hand: 0.18.2
     0.19   3.12+    served              served                             in every test run
+    0.20   3.12+    served              served                             by hand: its development tree
 
 The training loops of 0.17 and 0.18 are configured and called each in a way of its own: Helix's flags and
-entry points are refused there. By hand is `HELIX_MEGATRON="0.17 0.18" scripts/test_oldest.sh`.
+entry points are refused there. By hand is `HELIX_MEGATRON="0.17 0.18" scripts/test_oldest.sh`, and for what
+is not released `scripts/test_next.sh CHECKOUT`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Megatron:
         dynamic_engine: the dynamic inference context is one that Helix can re-read as sharded positions.
         resharding: the planner of megatron.core.resharding is one that Helix can tell of sliced heads.
         hybrid: HybridModel's layer specs are in megatron.core.models.hybrid.
+        handoff: its engine can hand a prompt's cache over to an engine of other ranks.
         matrix_optimizer: module and name of what builds optimizers of whole matrices (Muon).
     """
 
@@ -44,6 +47,7 @@ class Megatron:
     dynamic_engine: bool = False
     resharding: bool = False
     hybrid: bool = False
+    handoff: bool = False
     matrix_optimizer: tuple[str, str] = ("megatron.core.optimizer", "_get_megatron_emerging_optimizer")
 
 
@@ -59,9 +63,10 @@ KNOWN = {
     "0.17": Megatron(training=False, layer_arguments=("pp_layer_offset",), matrix_optimizer=_MUON),
     "0.18": Megatron(training=False),
     "0.19": Megatron(dynamic_engine=True, resharding=True, hybrid=True),
+    "0.20": Megatron(dynamic_engine=True, resharding=True, hybrid=True, handoff=True),
 }
 NEWEST = "0.19"
-_TESTED = "0.16.1, 0.17.1, 0.18.2 (layers, checkpoints), 0.19.2 (everything)"
+_TESTED = "0.16.1, 0.17.1, 0.18.2 (layers, checkpoints), 0.19.2 (everything), 0.20's development tree"
 
 
 def version() -> str:
@@ -117,6 +122,37 @@ def need_training() -> None:
             "Layers, specs and checkpoints of models that you build yourself work with this version "
             "(helix_megatron.with_helix_attention)"
         )
+
+
+def cache_blocks(allocator: Any) -> int:
+    """Blocks of the dynamic engine's cache, the spare one, its last, included; 0.20 renames their count."""
+    return int(allocator.dummy_block_idx) + 1
+
+
+def tensor_parallel_size(groups: Any, config: Any) -> int:
+    """Ranks that a layer's weights are spread over.
+
+    Args:
+        groups: Megatron's ProcessGroupCollection, which has None for a group that it was not given; or None.
+        config: asked where `groups` does not say.
+    """
+    tp = getattr(groups, "tp", None)
+    return int(config.tensor_model_parallel_size if tp is None else tp.size())
+
+
+def tensor_parallel_group(groups: Any) -> Any:
+    """The tensor-parallel group of a ProcessGroupCollection, which answers None for one that it has not.
+
+    Raises:
+        HelixConfigError: it has none; Megatron's own layers would take themselves for alone.
+    """
+    tp = getattr(groups, "tp", None)
+    if tp is None:
+        raise HelixConfigError(
+            f"{type(groups).__name__} was given without a tensor-parallel group (tp), which Helix attention "
+            "divides heads over; add it, or leave pg_collection out for Megatron's own groups"
+        )
+    return tp
 
 
 def as_class(build: Callable[..., Any]) -> type:

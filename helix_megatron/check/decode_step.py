@@ -39,7 +39,7 @@ def new_context(
     return context, context.kv_block_allocator.allocate_memory_blocks(blocks).view(batch, -1)
 
 
-def put_into_step(
+def set_decode_step(
     context: Any, table: torch.Tensor, batch: int, length: int | Sequence[int], block: int
 ) -> None:
     """Let the next step be one of `batch` requests, whose new tokens are their `length`-th.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from helix_megatron.check.decode_step import new_context, put_into_step
+from helix_megatron.check.decode_step import new_context, set_decode_step
 from helix_megatron.check.reference import Case
 from helix_megatron.check.rows import Place, Rows
 from helix_megatron.inference.step_tokens import StepTokens
@@ -139,7 +139,7 @@ class Replays:
         order = torch.randperm(self._table.numel(), generator=generator).view(self._table.shape)
         table = self._table.flatten()[order.to(self._table.device)]
         with torch.inference_mode(), _inferring():
-            put_into_step(context, table, batch, lengths, self._block)
+            set_decode_step(context, table, batch, lengths, self._block)
             assert context.helix_step.in_graph, context.padded_batch_dimensions
             self._hidden.copy_(torch.randn(self._hidden.shape, generator=generator))
             before = memory.clone()

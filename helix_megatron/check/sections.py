@@ -41,7 +41,7 @@ SECTIONS = (
 BY_NAME = {section.name: section for section in SECTIONS}
 
 
-def chosen(names: list[str] | None) -> tuple[Section, ...]:
+def select_sections(names: list[str] | None) -> tuple[Section, ...]:
     """The sections of --only, in the table's order. ValueError for a name that is none."""
     unknown = [name for name in names or () if name not in BY_NAME]
     if unknown:

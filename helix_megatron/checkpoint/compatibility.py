@@ -89,6 +89,7 @@ def names_default_layers(spec: Iterable[str] | None) -> bool:
 # name → what a value of it means, given the other arguments.
 _MEANING: dict[str, Callable[[Any, Namespace], Any]] = {
     "num_experts": lambda value, args: value or None,
+    "experimental_attention_variant": lambda value, args: "gdn" if value == "gated_delta_net" else value,
     "mtp_num_layers": lambda value, args: value or None,
     "spec": lambda value, args: (  # "local" as --transformer-impl
         None if value in ("local", ("local",)) or names_default_layers(value) else value
@@ -132,7 +133,7 @@ def _all_meanings(args: Namespace) -> Namespace:
     return found
 
 
-def effective(args: Namespace) -> dict[str, Any]:
+def effective_arguments(args: Namespace) -> dict[str, Any]:
     """The function-changing arguments that are read, name → meaning.
 
     Args:
@@ -154,7 +155,7 @@ def non_default_arguments(args: Namespace) -> dict[str, Any]:
     found = _all_meanings(args)
     return {
         name: value
-        for name, value in effective(args).items()
+        for name, value in effective_arguments(args).items()
         if name not in _SIZES | {_VOCABULARY} and value != _meaning(name, None, found)
     }
 
@@ -218,7 +219,7 @@ def differences(saved: Namespace, ours: Namespace) -> tuple[dict[str, str], dict
     Returns:
         ({argument: the difference in words}, the same for those that an incomplete checkpoint leaves unsaid).
     """
-    theirs, mine = effective(saved), effective(ours)
+    theirs, mine = effective_arguments(saved), effective_arguments(ours)
     complete = not missing_arguments(saved)
     known: dict[str, str] = {}
     unsaid: dict[str, str] = {}

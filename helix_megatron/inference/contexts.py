@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from helix_megatron import compat
-from helix_megatron.exchange.slices import query_slices, whole_outputs
+from helix_megatron.exchange.slices import query_slices, share_of_sinks, whole_outputs
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
@@ -32,12 +33,16 @@ from helix_megatron.inference.position_cache import (
     Step,
     attend_with_shards,
 )
+from helix_megatron.inference.prompts import attend_among_themselves
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
 from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import derived_config, plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
 
 
 def forward_with_shards(
@@ -80,10 +85,6 @@ def forward_with_shards(
     }
     if layer.config.context_parallel_size > 1:
         others["context parallelism"] = True
-    if getattr(layer.config, "attention_output_gate", False):
-        others["an output gate (--attention-output-gate)"] = True
-    if layer.core_attention.has_sinks:
-        others["attention sinks (--softmax-type)"] = True
     if layer.config.cuda_graph_impl == "local" and context.is_static_batching():
         others["CUDA graphs (--cuda-graph-impl local) of the static context"] = True
     given = [name for name, value in others.items() if value is not None]
@@ -92,30 +93,66 @@ def forward_with_shards(
             f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
             f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
-    plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
+    plan, core = layer.helix_plan, layer.core_attention
     attention = _attention_of(core, plan, getattr(layer.config, "flash_attention_version", None))
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
+    gated = getattr(layer.config, "attention_output_gate", False)
     if plan.kv_cache == "dim":
-        out = _over_slices(layer, context, attention, hidden_states, rope)
-        return layer.linear_proj(out.flatten(-2))
-    query, key, value = layer.project(hidden_states)
+        out, *gate = _over_slices(layer, context, attention, hidden_states, rope, gated)
+        return _projected(layer, out.flatten(-2), *gate)
+    query, key, value, *gate = layer.project(hidden_states, gated)
+    heads, rows = (query, key, value), _rows_of(rope, context, query.shape[0])
     if context.is_static_batching():
-        _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
-        step: Step = _static_step(layer, context, attention, key)
+        start, new = context.sequence_len_offset, query.shape[0]
+        _check_mask(core, attention_mask, start, new)
+        step = _static_step(layer, context, attention, key)
+        if start == 0 and new > 1 and core.serves_prompts(packed=False):
+            out = attend_among_themselves(layer, *heads, rows, step, None)
+        else:
+            out = _with_shards(layer, heads, rows, step)
     else:
-        step = _dynamic_step(layer, context, attention)
-    out = attend_with_shards(
-        query,
-        key,
-        value,
-        plan.layout,
-        groups.dim_group,
-        _prepare(layer, _rows_of(rope, context, query.shape[0])),
-        step,
-        plan.overlap_chunks,
-    )
-    return layer.linear_proj(out.flatten(-2))
+        out = _dynamic_attention(layer, context, attention, heads, rows)
+    return _projected(layer, out, *gate)
+
+
+def _dynamic_attention(layer: Any, context: Any, attention: Attention, heads: Heads, rows: Any) -> Tensor:
+    """Whole prompts among themselves, other tokens over the cache: [tokens, 1, N * d_s]."""
+    step, core = _dynamic_step(layer, context, attention), layer.core_attention
+    prompts = context.helix_step.prompts
+    if prompts is None or not core.serves_prompts(packed=len(prompts.host_ends) > 2):
+        return _with_shards(layer, heads, rows, step)
+
+    def part(start: int, stop: int, **changed: Any) -> tuple[Heads, Any, PagedStep]:
+        query, key, value = (x[start:stop] for x in heads)
+        q_rows = None if rows[0] is None else rows[0][start:stop]
+        k_rows = q_rows if rows[0] is rows[1] else rows[1][start:stop]
+        places = dict(blocks=step.blocks[start:stop], slots=step.slots[start:stop])
+        return (query, key, value), (q_rows, k_rows), replace(step, **places, **changed)
+
+    outs = []
+    if prompts.first:
+        mine = part(0, prompts.first, requests=prompts.others, singles=prompts.singles)
+        outs.append(_with_shards(layer, *mine))
+    own, own_rows, kept = part(prompts.first, prompts.stop)
+    packed = prompts.packed(on_host=core.core_is_local)
+    outs.append(attend_among_themselves(layer, *own, own_rows, kept, packed))
+    padding = heads[0].shape[0] - prompts.stop
+    if padding:
+        outs.append(outs[-1].new_zeros(padding, *outs[-1].shape[1:]))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _with_shards(layer: Any, heads: Heads, rows: Any, step: Step) -> Tensor:
+    """Attention of new tokens over what all ranks keep: [S, B, N * d_s]."""
+    plan, groups, sinks = layer.helix_plan, layer.helix_groups, layer.core_attention.sinks
+    prepare, chunks = _prepare(layer, rows), plan.overlap_chunks
+    return attend_with_shards(*heads, plan.layout, groups.dim_group, prepare, step, chunks, sinks).flatten(-2)
+
+
+def _projected(layer: Any, out: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """linear_proj of the output, gated where there is a gate of its elements."""
+    return layer.linear_proj(out if gate is None else layer._apply_output_gate(out, gate))
 
 
 def _rows_of(rope: Any, context: Any, new: int) -> Any:
@@ -184,7 +221,7 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
     if layer.layer_number not in caches:
         slots = interleave.count(rank, length)
         shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
-        caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
+        caches[layer.layer_number] = tuple(key.new_zeros(shape) for _ in range(2))
     keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
     step = (start, first, *key.shape[:2])
     if getattr(context, "helix_step", (None,))[0] != step:
@@ -202,13 +239,13 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
 
     @functools.wraps(original)
     def __init__(self: Any, model_config: Any, inference_config: Any) -> None:
-        groups = inference_config.pg_collection
-        tp = groups.tp.size() if groups is not None else model_config.tensor_model_parallel_size
+        tp = compat.tensor_parallel_size(inference_config.pg_collection, model_config)
         sliced = slices_for(helix, model_config, tp) > 1
         if sliced:
             plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
+            self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
         if sliced:
             self.helix_step = _step_tokens(plan, model_config, inference_config)
@@ -216,6 +253,41 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
+
+
+def no_handoff(original: Callable) -> Callable:
+    """Wrap the engine's setup_kv_transfer: pages of sliced heads are not those that it describes to others.
+
+    Raises:
+        HelixConfigError: the engine's context has sliced heads.
+    """
+
+    @functools.wraps(original)
+    def setup_kv_transfer(self: Any, role: str, *args: Any, **kwargs: Any) -> None:
+        if hasattr(self.context, "helix_step"):
+            raise HelixConfigError(
+                f"an engine that hands KV caches over (prefill and decode apart; this one's role: {role}) is "
+                "not supported with sliced heads (m > 1): a rank's pages hold positions or slices of heads, "
+                "where the other engine takes them for whole heads. Let one engine do both, or choose a grid "
+                "with m = 1"
+            )
+        original(self, role, *args, **kwargs)
+
+    return setup_kv_transfer
+
+
+def _zeroed_memory(context: Any, original: Callable) -> Callable:
+    """_allocate_memory_buffer, after which the cache holds zeros.
+
+    A kernel may read what nobody wrote of a page in use, with a weight of 0 (flash.py); 0 times NaN is NaN.
+    """
+
+    @functools.wraps(original)
+    def _allocate_memory_buffer() -> None:
+        original()
+        context.memory_buffer.zero_()
+
+    return _allocate_memory_buffer
 
 
 def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
@@ -247,22 +319,16 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
     exact = not plan.layout.per_slice
     graphs = model_config.cuda_graph_impl == "local"
-    speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
-    sinks = getattr(model_config, "softmax_type", "vanilla")
     reasons = {
         "CUDA graphs (--cuda-graph-impl local) with --helix-kv-cache dim, which asks the device for lengths "
         "(sequence has graphs)": graphs and plan.kv_cache == "dim",
         "CUDA graphs without a step before the capture (--cuda-graph-warmup-steps 0), in which kernels are "
         "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
-        "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
             inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
-        "attention output gates (--attention-output-gate)": exact
-        and getattr(model_config, "attention_output_gate", False),
-        f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
         "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
         "the states of Mamba layers, which were never tried beside it": (
             inference_config.mamba_inference_state_config is not None
@@ -336,24 +402,31 @@ def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
 
 
 def _over_slices(
-    layer: Any, context: Any, attention: Attention, hidden_states: Tensor, rope: Any
-) -> Tensor:
-    """KV cache "dim": Megatron's pages hold slices as they are; slices are normed and rotated as such."""
-    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    layer: Any, context: Any, attention: Attention, hidden_states: Tensor, rope: Any, gated: bool
+) -> list[Tensor]:
+    """KV cache "dim": Megatron's pages hold slices as they are; slices are normed and rotated as such.
+
+    Returns:
+        the output, and the gate where the layer is `gated`.
+    """
+    query, key, value, *gate = layer.get_query_key_value_tensors(hidden_states, output_gate=gated)
     if rope is not None:
         cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
         query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
         key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
     layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
     keys, values = _memory(layer, context)
+    sinks = layer.core_attention.sinks
+    if sinks is not None:
+        sinks = share_of_sinks(sinks, layout, group.rank())
     own, step = layout.slice_dims(layer.helix_groups.dim_rank), context.helix_step
     pages = SlicedPages(
         keys[..., :own], values[..., :own], attention, step.blocks, step.slots, step.requests
     )
     if layout.query_placement == "dims":
-        return attend_over_slices(query, key, value, pages, group)
-    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
-    return whole_outputs(out, layout, group)
+        return [attend_over_slices(query, key, value, pages, group, sinks), *gate]
+    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group, sinks)
+    return [whole_outputs(out, layout, group), *gate]
 
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,8 @@ class PartialExchange:
             outs.copy_(own)
             lses.copy_(lse)
 
-    def merged(self) -> Tensor:
-        """Wait for what arrives and merge it: [*rows, N', D'] in the model's dtype, contiguous."""
+    def merged(self, sinks: Tensor | None = None) -> Tensor:
+        """Wait for what arrives and merge it, with sinks [N']: [*rows, N', D'] contiguous."""
         assert self._work is not None
         outs, lses = piece_views(self._work.wait(), (prod(self._rows),), *self._own)
-        return combine_partials(outs, lses, self._dtype).unflatten(0, self._rows)
+        return combine_partials(outs, lses, self._dtype, sinks).unflatten(0, self._rows)

@@ -8,8 +8,10 @@ Note [A step with a cache sharded by sequence]
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
        its whole heads ("heads"). Their log-sum-exps travel along (partial_exchange.py), so one kernel
        combines them exactly (merge.py).
-    Prompts and single tokens take the same way. Positions are absolute, so a key at p is visible to a query
-    at p or later (and inside its sliding window), however the rank's part of the sequence looks.
+    Single tokens, several of a request and prompts with history take this way; whole prompts have another
+    where they can (prompts.py). Positions are absolute, so a key at p is visible to a query at p or later
+    (and inside its sliding window), however the rank's part of the sequence looks. An attention sink counts
+    once: in the merge of a rank's own heads, with "dims" in the part of the rank whose core has it.
 
     received per rank     elements of the model's dtype, for t new tokens
     all-gather            (m-1) t (hq + 2 hk) d_s
@@ -33,10 +35,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_megatron.exchange.collectives import gather_tokens, gather_uneven
-from helix_megatron.exchange.slices import slice_shapes
+from helix_megatron.exchange.slices import first_head_of_sinks, slice_shapes
 from helix_megatron.exchange.views import Pieces, aligned_views
 from helix_megatron.inference.partial_exchange import PartialExchange, Views
 from helix_megatron.kernels.backend import attend
+from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
@@ -81,6 +84,7 @@ def attend_with_shards(
     prepare: Prepare,
     step: Step,
     chunks: int = 1,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens over a cache whose positions are spread over the dim group.
 
@@ -93,6 +97,7 @@ def attend_with_shards(
         prepare: whole heads.
         step: keeps, and attends over what this rank keeps.
         chunks: into how many parts the rows are cut, at most one a row.
+        sinks: of the query heads that this rank attends with in training, as HelixCoreAttention.sinks.
     Returns:
         [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement.
     """
@@ -102,13 +107,17 @@ def attend_with_shards(
     rows = query.shape[step.dim]
     chunks = max(1, min(chunks, rows))
     bounds = [rows * chunk // chunks for chunk in range(chunks + 1)]
-    on_their_way = []
+    on_their_way, receives_own_heads = [], layout.query_placement == "heads"
     for start, stop in pairwise(bounds):
         part = query.narrow(step.dim, start, stop - start)
         exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group)
-        exchange.send(step.attend(part, start, stop, exchange.target))
+        adds = sinks is not None and not receives_own_heads
+        partial = step.attend(part, start, stop, None if adds else exchange.target)
+        if adds and partial is not None:
+            _add_own_sinks(*partial, sinks, layout, group.rank())
+        exchange.send(partial)
         on_their_way.append(exchange)
-    outs = [exchange.merged() for exchange in on_their_way]
+    outs = [exchange.merged(sinks if receives_own_heads else None) for exchange in on_their_way]
     return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
 
 
@@ -148,6 +157,21 @@ def gather_new_tokens(
         _join([(keys, whole[1])], layout, True)
     _join([(values, whole_value)], layout, False)
     return heads, whole_value
+
+
+def _add_own_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: HelixLayout, rank: int) -> None:
+    """Count the sinks of some heads in this rank's part, in place; those of others in another rank's.
+
+    Args:
+        out, lse: [S, B, N, D], [S, B, N] fp32.
+        sinks: of the heads that this rank attends with in training.
+    """
+    first = first_head_of_sinks(len(sinks), layout, rank)
+    if first is not None:
+        own, own_lse = out.narrow(2, first, len(sinks)), lse.narrow(2, first, len(sinks))
+        merged, merged_lse = merge_partials(own[None], own_lse[None], sinks)
+        own.copy_(merged)
+        own_lse.copy_(merged_lse)
 
 
 def _gather(

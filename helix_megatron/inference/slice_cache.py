@@ -27,6 +27,7 @@ from torch import Tensor
 
 from helix_megatron.exchange.collectives import all_reduce_sum
 from helix_megatron.inference.position_cache import Attention
+from helix_megatron.kernels.merge import softmax_with_sinks
 from helix_megatron.kernels.paged_attention import Requests
 
 SCORE_BYTES = 2**26  # fp32 scores of a part; about four times as much exists while it is computed
@@ -63,16 +64,22 @@ class _Part:
 
 
 def attend_over_slices(
-    query: Tensor, key: Tensor, value: Tensor, pages: SlicedPages, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: SlicedPages,
+    group: dist.ProcessGroup,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Keep the new tokens and attend over everything their requests have.
 
     Collectives over `group`, for each SCORE_BYTES of scores: one all-reduce of N * (pairs of a new token and
-    a position) fp32, received 2 (m-1)/m of that; no backward is meant.
+    a position) fp32, and of N sinks where there are any, received 2 (m-1)/m of that; no backward is meant.
 
     Args:
         query: [T, 1, N, d_s], rotated.
         key, value: [T, 1, K, d_s], the key rotated.
+        sinks: [N] fp32, a summand of the sinks of all heads (share_of_sinks); None for none.
     Returns:
         [T, 1, N, d_s]; 0 for padding.
     """
@@ -84,10 +91,15 @@ def attend_over_slices(
     for batch in requests.keep(how, list, functools.partial(_deal, requests, how)):
         partial = [work.scores(query[work.rows, 0], pages) for work in batch]
         flat = [scores.flatten() for scores in partial]
+        if sinks is not None:
+            flat.append(sinks)
         summed = all_reduce_sum(torch.cat(flat) if len(flat) > 1 else flat[0], group)
-        pieces = summed.split([scores.numel() for scores in partial])
+        *pieces, last = summed.split([scores.numel() for scores in flat])
+        of_heads = last.view(pages.keys.shape[2], -1) if sinks is not None else None  # [K, N/K]
+        if sinks is None:
+            pieces.append(last)
         for work, like, scores in zip(batch, partial, pieces, strict=True):
-            out[work.rows, 0] = work.output(scores.view_as(like), pages).to(out.dtype)
+            out[work.rows, 0] = work.output(scores.view_as(like), pages, of_heads).to(out.dtype)
     return out
 
 
@@ -184,13 +196,14 @@ class _Singles:
         self._shape = scores.shape
         return scores.masked_select(self._seen)
 
-    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
-        """Summed scores to this rank's slice of the output, [R, N, d_s]."""
+    def output(self, scores: Tensor, pages: SlicedPages, sinks: Tensor | None) -> Tensor:
+        """Summed scores, and sinks [K, N/K], to this rank's slice of the output, [R, N, d_s]."""
         value = self._all(pages.values)
         if self._seen is not None:  # what is not seen may be memory that nobody wrote: no number
             scores = scores.new_full(self._shape, float("-inf")).masked_scatter(self._seen, scores)
             value = value.masked_fill(~self._seen[:, 0, 0, :, None, None], 0.0)
-        return torch.einsum("rkgl,rlkd->rkgd", torch.softmax(scores, dim=-1), value).flatten(1, 2)
+        probs = softmax_with_sinks(scores, None if sinks is None else sinks[:, :, None])
+        return torch.einsum("rkgl,rlkd->rkgd", probs, value).flatten(1, 2)
 
 
 class _Prompt:
@@ -217,13 +230,14 @@ class _Prompt:
         scaled = (query.float() * pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
         return torch.einsum("skrd,lkd->krsl", scaled, key)
 
-    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
-        """Summed scores to this rank's slice of the output, [rows, N, d_s]."""
+    def output(self, scores: Tensor, pages: SlicedPages, sinks: Tensor | None) -> Tensor:
+        """Summed scores, and sinks [K, N/K], to this rank's slice of the output, [rows, N, d_s]."""
         part, left = self._part, pages.attention.left
         positions = torch.arange(part.first, part.last, device=scores.device)
         own = torch.arange(part.position, part.last, device=scores.device)[:, None]
         hidden = positions > own
         if left is not None:
             hidden |= positions < own - left
-        probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        probs = softmax_with_sinks(scores, None if sinks is None else sinks[:, :, None, None])
         return torch.einsum("krsl,lkd->skrd", probs, self._all(pages.values)).flatten(1, 2)

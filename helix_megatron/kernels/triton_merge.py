@@ -1,7 +1,7 @@
 """Parts of attention merged by one Triton kernel: those of a kernel's programs, and those of a dim group.
 
 The mathematics is merge.merge_partials: weights exp(lse_j - max lse) in fp32, natural logarithms; parts that
-are all empty give 0 and -inf.
+are all empty give 0 and -inf. A sink is where the sums of a dim group start: maximum its logit, total 1.
 
 T tokens, N query heads, D head dimension, m parts.
 """
@@ -19,11 +19,10 @@ MANY_ROWS = 4096  # of tokens times heads: their merge fills the device anyway
 
 
 @triton.jit
-def _merged(outs, lses, number, out_p, lse_p, out_late, lse_late, dim, D: tl.constexpr, PARTS: tl.constexpr,
-            DIMS: tl.constexpr):  # fmt: skip
+def _merged(outs, lses, top, total, number, out_p, lse_p, out_late, lse_late, dim, D: tl.constexpr,
+            PARTS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     # part k at outs + k * out_p + dim and lses + k * lse_p, part 0 further on by out_late and lse_late
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
+    # top, total [1]: -inf and 0; with a sink its logit and 1
     acc = tl.zeros([DIMS], tl.float32)
     for at in range(0, number, PARTS):
         part = at + tl.arange(0, PARTS)
@@ -49,14 +48,18 @@ def _merged(outs, lses, number, out_p, lse_p, out_late, lse_late, dim, D: tl.con
 
 @triton.jit(do_not_specialize=["number"])
 def combine_kernel(
-    outs, lses, out, lse, number, out_p, out_t, out_n, lse_p, lse_t, lse_n,
-    N: tl.constexpr, D: tl.constexpr, WITH_LSE: tl.constexpr, PARTS: tl.constexpr, DIMS: tl.constexpr,
+    outs, lses, sinks, out, lse, number, out_p, out_t, out_n, lse_p, lse_t, lse_n,
+    N: tl.constexpr, D: tl.constexpr, WITH_SINKS: tl.constexpr, WITH_LSE: tl.constexpr, PARTS: tl.constexpr,
+    DIMS: tl.constexpr,
 ):  # fmt: skip
     token, head = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    if WITH_SINKS:
+        top, total = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32), total + 1
     merged, log = _merged(
-        outs + token * out_t + head * out_n, lses + token * lse_t + head * lse_n, number, out_p, lse_p, 0, 0,
-        dim, D, PARTS, DIMS,
+        outs + token * out_t + head * out_n, lses + token * lse_t + head * lse_n, top, total, number, out_p,
+        lse_p, 0, 0, dim, D, PARTS, DIMS,
     )  # fmt: skip
     row = token * N + head
     tl.store(out + row * D + dim, merged, mask=dim < D)
@@ -112,9 +115,10 @@ def merge_programs_kernel(
         rows = (N // R) * tokens * R_PAD  # of a place
         row = (head // R) * tokens * R_PAD + (token - begin) % tokens * R_PAD + head % R
         at = (2 * part).to(tl.int64) * rows + row + tl.where(many, 2 * programs * (N // R) * FEW * R_PAD, 0)
+        top, sums = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
         merged, log = _merged(
-            parts + at * D, logs + at, number, 2 * rows * D, 2 * rows, late * rows * D, late * rows, dim, D,
-            PARTS, DIMS,
+            parts + at * D, logs + at, top, sums, number, 2 * rows * D, 2 * rows, late * rows * D,
+            late * rows, dim, D, PARTS, DIMS,
         )  # fmt: skip
         one = tl.arange(0, 1)
         to = out_offsets(out_piece, token + dim * 0, head, dim, OF_N, OF_D, UNIT)
@@ -129,7 +133,7 @@ def merge_block(rows: int, dim: int) -> dict[str, int]:
 
 
 def combine_partials(
-    outs: Tensor, lses: Tensor, dtype: torch.dtype, with_lse: bool = False
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, with_lse: bool = False, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """merge.combine_partials by one kernel."""
     number, tokens, heads, dim = outs.shape
@@ -140,8 +144,9 @@ def combine_partials(
     if out.numel():
         dims = min(128, triton.next_power_of_2(dim))
         combine_kernel[(tokens * heads, triton.cdiv(dim, dims))](
-            outs, lses, out, lse if with_lse else lses, number, *outs.stride()[:3], *lses.stride(),
-            N=heads, D=dim, WITH_LSE=with_lse, PARTS=min(16, triton.next_power_of_2(number)), DIMS=dims,
+            outs, lses, lses if sinks is None else sinks, out, lse if with_lse else lses, number,
+            *outs.stride()[:3], *lses.stride(), N=heads, D=dim, WITH_SINKS=sinks is not None,
+            WITH_LSE=with_lse, PARTS=min(16, triton.next_power_of_2(number)), DIMS=dims,
             num_warps=1,
         )  # fmt: skip
     return out, lse

@@ -122,7 +122,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-hierarchical-allreduce",
         action="store_true",
         help="Reduce over the tensor-parallel group level by level (dim group, head groups, dim group), for "
-        "grids that span nodes. Local layers only; the overlap with weight gradients is lost.",
+        "grids that span nodes. The overlap with weight gradients is lost.",
     )
     group.add_argument(
         "--helix-adaptive-grad-scaling",
@@ -213,6 +213,9 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
         "--spec": not names_default_layers(args.spec),
         "--hybrid-layer-pattern with + or D layers (multi-latent attention)": (
             set("+D") & set(args.hybrid_layer_pattern or args.hybrid_override_pattern or "")
+        ),
+        "--inference-shards with roles (prefill and decode apart)": (
+            "role=" in (getattr(args, "inference_shards", None) or "")
         ),
         "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,

@@ -200,8 +200,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
             if not isinstance(self, HelixParallelSelfAttention):
                 given = inspect.signature(original).bind(self, *args, **kwargs).arguments
                 config, groups = given["config"], given.get("pg_collection")
-                tp = getattr(groups, "tp", None)
-                m = slices_for(helix, config, tp.size() if tp else config.tensor_model_parallel_size)
+                m = slices_for(helix, config, compat.tensor_parallel_size(groups, config))
                 if m > 1:
                     what = _kind_of_attention(self, config, given.get("attn_mask_type"))
                     raise HelixConfigError(
@@ -242,16 +241,20 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         from megatron.core.dist_checkpointing import gpt_checkpoint_interop
         from megatron.core.models.hybrid import hybrid_layer_specs
 
-        from helix_megatron.checkpoint.layout import with_pieces
+        from helix_megatron.checkpoint.layout import accept_pieces
 
         attention = hybrid_layer_specs.hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
         _enabled.replace(attention, "module", lambda original: ConfiguredHelixAttention)
-        _enabled.replace(gpt_checkpoint_interop, "_prepend_gpt_layer_axis", with_pieces)
+        _enabled.replace(gpt_checkpoint_interop, "_prepend_gpt_layer_axis", accept_pieces)
     _enabled.replace(Attention, "__init__", only_helix)
     _enabled.replace(TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:
         sliced = functools.partial(contexts.sliced_context, helix=helix)
         _enabled.replace(DynamicInferenceContext, "__init__", sliced)
+    if megatron.handoff:
+        from megatron.core.inference.disaggregation.inference_state_handoff import InferenceStateHandoffMixin
+
+        _enabled.replace(InferenceStateHandoffMixin, "setup_kv_transfer", contexts.no_handoff)
     _enabled.replace(parallel_state, "initialize_model_parallel", with_groups)
     _enabled.replace(parallel_state, "destroy_model_parallel", without_groups)
     if helix.hierarchical_allreduce:

@@ -48,7 +48,7 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
-from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported, setting
+from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported
 from helix_megatron.megatron.rope_tables import Tables
 from helix_megatron.megatron.sliced_modules import slice_submodules
 from helix_megatron.partition.config import HelixConfig
@@ -87,7 +87,7 @@ class HelixParallelSelfAttention(SelfAttention):
     ):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        plan = plan_for(helix, config, pg_collection.tp.size())
+        plan = plan_for(helix, config, compat.tensor_parallel_group(pg_collection).size())
         layer = {
             "layer_number": layer_number,
             "attn_mask_type": attn_mask_type,
@@ -149,7 +149,8 @@ class HelixParallelSelfAttention(SelfAttention):
             inference_context, kwargs.pop("inference_params", None)
         )
         if inference_context is None and self.training:
-            refuse_graphs_of_training(self.config, self.helix_plan)
+            packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
@@ -179,14 +180,7 @@ class HelixParallelSelfAttention(SelfAttention):
         dynamic = context.is_dynamic_batching()
         if dynamic:
             contexts.check_dynamic(context, plan)
-        if plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic):
-            return True
-        if plan.kv_cache == "dim" and setting(self.config, "attention_output_gate"):
-            raise NotImplementedError(
-                f"Helix grid {plan.grid}: inference with an output gate (--attention-output-gate) was never "
-                "checked with sliced heads; use a grid with m = 1"
-            )
-        return False
+        return plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic)
 
     def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:
         """Settle who makes whole heads of slices in this pass, and where; the tables left to Megatron."""
@@ -267,6 +261,21 @@ class HelixParallelSelfAttention(SelfAttention):
             return query, key
         query, key = _normed(self.q_layernorm, heads[0]), _normed(self.k_layernorm, heads[1])
         return self._rotated(query, q_table), self._rotated(key, k_table)
+
+    def prompt_heads(self, query: Tensor, key: Tensor, value: Tensor, tables: Tables) -> Heads:
+        """Whole heads of the slices of a prompt without history, normed and rotated, as in training.
+
+        Args:
+            query, key, value: as `project` gives them.
+            tables: of these tokens.
+        Returns:
+            as WholeHeads.wait, the query as get_query_key_value_tensors says.
+        """
+        q_table, k_table = tables
+        if not self._whole_query_heads:
+            layout, rank = self.helix_plan.layout, self.helix_groups.dim_rank
+            q_table = rope_tables.of_positions(q_table, key.shape[0], layout, rank)
+        return self._whole_heads(query, key, value, tables=(q_table, k_table))
 
     def _rotated(self, heads: Tensor, table: Tensor | None) -> Tensor:
         if table is None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helix_megatron.models.shape import GDN_KEYS, GDN_VALUES, MLP, SHARED_EXPERT
 from helix_megatron.partition.grid import AttentionShape
-
-MLP = "the MLP's {}"
-SHARED = "the shared expert's {}"
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,8 @@ class AskedShape:
         source: its repository on Hugging Face.
         kv_channels: d, dimension of a head.
         rotary_dim: dimensions of a head that RoPE rotates.
-        sizes: what else ranks hold equal parts of, by its words: dense and shared MLPs, heads and groups of
-            linear attention. Experts are not among it: their own tensor-parallel size may be 1.
+        divided_sizes: what else ranks hold equal parts of, by its words: dense and shared MLPs, heads and
+            groups of linear attention. Experts are not among it: their own tensor-parallel size may be 1.
     """
 
     name: str
@@ -32,7 +30,7 @@ class AskedShape:
     num_query_groups: int
     kv_channels: int
     rotary_dim: int
-    sizes: tuple[tuple[str, int], ...]
+    divided_sizes: tuple[tuple[str, int], ...]
 
     @property
     def attention(self) -> AttentionShape:
@@ -45,12 +43,16 @@ def _mlp(size: int) -> tuple[tuple[str, int], ...]:
     return ((MLP, size),)
 
 
+def _shared(size: int) -> tuple[tuple[str, int], ...]:
+    return ((SHARED_EXPERT, size),)
+
+
 def _gdn(keys: int, values: int) -> tuple[tuple[str, int], ...]:
-    return (("the GDN layers' {} key heads", keys), ("the GDN layers' {} value heads", values))
+    return ((GDN_KEYS, keys), (GDN_VALUES, values))
 
 
 _NEMOTRON = (
-    (SHARED, 3712),
+    (SHARED_EXPERT, 3712),
     ("the Mamba layers' {} heads", 64),
     ("the Mamba layers' {} groups", 8),
 )
@@ -66,15 +68,15 @@ _SHAPES = (
     AskedShape("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", 64, 4, 128, 128, ()),
     AskedShape(
         "qwen3-next-80b-a3b", "Qwen/Qwen3-Next-80B-A3B-Instruct", 16, 2, 256, 64,
-        ((SHARED, 512), *_gdn(16, 32)),
+        (*_shared(512), *_gdn(16, 32)),
     ),
     AskedShape("qwen3.5-4b", "Qwen/Qwen3.5-4B", 16, 4, 256, 64, (*_mlp(9216), *_gdn(16, 32))),
     AskedShape("qwen3.5-27b", "Qwen/Qwen3.5-27B", 24, 4, 256, 64, (*_mlp(17408), *_gdn(16, 48))),
     AskedShape(
-        "qwen3.5-35b-a3b", "Qwen/Qwen3.5-35B-A3B", 16, 2, 256, 64, ((SHARED, 512), *_gdn(16, 32))
+        "qwen3.5-35b-a3b", "Qwen/Qwen3.5-35B-A3B", 16, 2, 256, 64, (*_shared(512), *_gdn(16, 32))
     ),
     AskedShape(
-        "qwen3.5-397b-a17b", "Qwen/Qwen3.5-397B-A17B", 32, 2, 256, 64, ((SHARED, 1024), *_gdn(16, 64))
+        "qwen3.5-397b-a17b", "Qwen/Qwen3.5-397B-A17B", 32, 2, 256, 64, (*_shared(1024), *_gdn(16, 64))
     ),
     AskedShape("gpt-oss-20b", "openai/gpt-oss-20b", 64, 8, 64, 64, ()),
     AskedShape("gpt-oss-120b", "openai/gpt-oss-120b", 64, 8, 64, 64, ()),
@@ -83,13 +85,13 @@ _SHAPES = (
     AskedShape("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 24, 8, 128, 128, _mlp(8192)),
     AskedShape("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 32, 8, 128, 128, _mlp(14336)),
     AskedShape("llama-3.1-70b", "meta-llama/Llama-3.1-70B", 64, 8, 128, 128, _mlp(28672)),
-    AskedShape("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E", 40, 8, 128, 128, ((SHARED, 8192),)),
+    AskedShape("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E", 40, 8, 128, 128, _shared(8192)),
     AskedShape("gemma-3-1b", "google/gemma-3-1b-pt", 4, 1, 256, 256, _mlp(6912)),
     AskedShape("phi-4", "microsoft/phi-4", 40, 10, 128, 128, _mlp(17920)),
     AskedShape("starcoder2-7b", "bigcode/starcoder2-7b", 36, 4, 128, 128, _mlp(18432)),
     AskedShape("falcon-7b", "tiiuae/falcon-7b", 71, 1, 64, 64, _mlp(18176)),
     AskedShape("glm-4-9b", "THUDM/GLM-4-9B-0414", 32, 2, 128, 64, _mlp(13696)),
-    AskedShape("glm-4.5", "zai-org/GLM-4.5", 96, 8, 128, 64, (*_mlp(12288), (SHARED, 1536))),
+    AskedShape("glm-4.5", "zai-org/GLM-4.5", 96, 8, 128, 64, (*_mlp(12288), *_shared(1536))),
     AskedShape("minimax-m2", "MiniMaxAI/MiniMax-M2", 48, 8, 128, 64, ()),
     AskedShape(
         "nemotron-3-nano-30b-a3b", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 32, 2, 128, 0, _NEMOTRON

@@ -14,12 +14,14 @@ from math import isfinite
 from typing import Any
 
 from helix_megatron.megatron.yaml_config import check_keys, nearest
+from helix_megatron.plan.decode_launches import FLASH_START
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS
 
 GB = 1e9
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
-_ASSUMED = "assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a launch"
+_ASSUMED = ("assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a "
+            "launch; measured on an H200: launches of a decode step (decode_launches.py)")  # fmt: skip
 
 
 def gpu_preset(
@@ -37,8 +39,8 @@ def gpu_preset(
             "gemm fp32": Rate(0.7 * tf32 * 1e12, bandwidth, 2e-6),
             "fused attention": attention,
             "unfused attention": attention,
-            "cached attention": Rate(0.25 * peak, bandwidth, 4e-6),
-            "repeated attention": Rate(0.25 * peak, bandwidth, 8e-6),
+            "cached attention": Rate(0.25 * peak, bandwidth, FLASH_START),
+            "repeated attention": Rate(0.25 * peak, bandwidth, 2 * FLASH_START),
             "pass": Rate(peak, bandwidth, 8e-6),
             "norm": Rate(peak, bandwidth, 2e-6),
             "packing": Rate(peak, bandwidth, 2e-6),

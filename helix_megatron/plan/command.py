@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, check_grid, even_slices, legal_grids
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
+from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload, indivisible_reason
 
 BATCH, LENGTH = 128, 4096  # where neither an option nor a flag says
 _SIZES = ("--seq-length", "--micro-batch-size", "--global-batch-size")
-_POSITIVE = ("nodes", "gpus", "batch", "length", "memory", "domain", "inter_node", "tp", "pp", "top", "ranks")
+_POSITIVE = ("nodes", "gpus", "batch", "length", "memory", "domain", "inter_node", "tp", "pp", "ep", "etp",
+             "top", "ranks")  # fmt: skip
 
 _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
@@ -45,12 +46,15 @@ def add_plan(subparsers: Any) -> None:
     add("--seq-length", "--context", dest="length", type=int, metavar="POSITIONS",
         help="of a sequence (default: 4096)")  # fmt: skip
     add("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
+    add("--eager", action="store_true", help="decode without CUDA graphs")
     add("--no-distributed-optimizer", action="store_true")
     add("--memory", type=float, metavar="GB", help="of a device")
     add("--domain", type=int, help="devices that the fast link joins")
     add("--inter-node", type=float, metavar="GB/S", help="per device and direction")
     add("--tp", type=int, help="only this tensor-parallel size")
     add("--pp", type=int, help="only this number of pipeline stages")
+    add("--ep", type=int, help="only this expert-parallel size")
+    add("--etp", type=int, help="only this tensor-parallel size of an expert")
     add("--grid", metavar="NxM", help="only this Helix grid, beside Megatron's attention on as many ranks")
     add("--top", type=int, default=8, help="rows shown (default: 8)")
     add("--explain", action="store_true", help="every formula of the first rows, with numbers")
@@ -78,7 +82,10 @@ def run(options: argparse.Namespace) -> int:
     cluster = chosen_cluster(options)
     shape, workload, flags = chosen_work(options, cluster)
     grid = chosen_grid(options, shape, cluster)
-    plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
+    tp = grid.size if grid else options.tp
+    if (options.ep or options.etp) and not shape.num_moe_experts:
+        raise ValueError(f"--ep and --etp lay out experts, and {shape.name} has none; leave them out.")
+    plan = search(shape, cluster, workload, tp, options.pp, grid, options.ep, options.etp)
     layout = plan.candidates[0].layout if plan.candidates else None
     command = training_command(shape, flags, layout, workload, cluster) if layout else None
     if options.json:
@@ -192,6 +199,7 @@ def chosen_work(
         distributed_optimizer=(cluster.fused or distributed) and not options.no_distributed_optimizer,
         fused=cluster.fused,
         micro_batch=micro,
+        cuda_graph=not options.eager,
     )
     return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 
@@ -213,9 +221,9 @@ def chosen_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster
         raise ValueError(
             f"--grid {options.grid} has slices of unequal size, which are not planned; equal: {even}."
         )
-    if cluster.devices % tp or shape.ffn_hidden_size % tp:
+    if cluster.devices % tp or indivisible_reason(shape, tp):
+        divided = [f"the {cluster.devices} of the cluster", *(w.format(n) for w, n in shape.divided_sizes)]
         raise ValueError(
-            f"--grid {options.grid} has {tp} ranks, which must divide the {cluster.devices} of the cluster "
-            f"and the MLP's {shape.ffn_hidden_size}."
+            f"--grid {options.grid} has {tp} ranks, which must divide {' and '.join(divided)}."
         )
     return HelixGrid(n, m)

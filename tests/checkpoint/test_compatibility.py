@@ -7,12 +7,23 @@ from argparse import ArgumentParser, Namespace
 
 import pytest
 
+from helix_megatron import compat
 from helix_megatron.checkpoint import compatibility, model_arguments
-from helix_megatron.checkpoint.model_arguments import FLAGS, FUNCTION, OTHER, flag_of
+from helix_megatron.checkpoint.model_arguments import FLAGS, FUNCTION, flag_of
 from helix_megatron.partition.grid import HelixConfigError
+from tests.checkpoint.other_arguments import GONE_IN, NEW_IN, OTHER
 
 CHANGES = {name: default for group in FUNCTION for name, default in group.arguments.items()}
 KEEPS = [name for names in OTHER.values() for name in names.split()]
+
+
+def of_other_versions():
+    """Arguments that are sorted and that the installed Megatron has not yet, or no longer."""
+    here = [int(part) for part in compat.version().split(".")[:2]]
+    there = lambda version: [int(part) for part in version.split(".")] <= here  # noqa: E731
+    listed = [names for version, names in NEW_IN.items() if not there(version)]
+    listed += [names for version, names in GONE_IN.items() if there(version)]
+    return {name for names in listed for name in names.split()}
 
 
 # ---- the lists against the installed Megatron ----
@@ -40,8 +51,10 @@ def test_no_argument_is_sorted_twice():
 
 @pytest.mark.training
 def test_every_argument_of_megatron_is_sorted_and_none_is_invented(names):
-    assert sorted(names - CHANGES.keys() - set(KEEPS)) == [], "sort them into model_arguments.py"
-    assert sorted((CHANGES.keys() | set(KEEPS)) - names) == [], "Megatron has no such arguments"
+    assert sorted(names - CHANGES.keys() - set(KEEPS)) == [], "sort them in, here or into model_arguments.py"
+    others = of_other_versions()
+    assert sorted((CHANGES.keys() | set(KEEPS)) - names - others) == [], "Megatron has no such arguments"
+    assert sorted(others & names) == [], "Megatron has these"
     assert set(FLAGS) <= CHANGES.keys() and set(compatibility._MEANING) <= CHANGES.keys()
 
 
@@ -55,6 +68,8 @@ def test_defaults_and_flags_are_megatrons(parser):
     fields = {field.name: field.default for field in dataclasses.fields(MLATransformerConfig)}
     for name, default in CHANGES.items():
         flag = flag_of(name)
+        if name in of_other_versions():
+            continue
         if name not in defaults:
             assert flag is None, name
             if name != "activation_func":  # None here: what the flags make of it
@@ -111,11 +126,13 @@ MUP = dict(use_mup=True, mup_base_hidden_size=32)
 DSA = MLA | dict(experimental_attention_variant="dsa")
 LINEAR = dict(experimental_attention_variant="gated_delta_net", linear_attention_freq=2)
 MAMBA = dict(hybrid_layer_pattern="M*M*")
+PRODUCT = MAMBA | dict(spec=["a.module", "gdp_stack_spec"])
+STREAMS = dict(enable_mhc_connections=True)
 # Something that turns every argument on.
 CONTEXTS = [
     {}, LEARNED, dict(position_embedding_type="relative"), dict(position_embedding_type="mrope"),
     dict(use_rope_scaling=True), YARN, dict(window_size=(8, 0)), dict(activation_func_clamp_value=7.0),
-    dict(mtp_num_layers=1), MUP, EXPERTS, MLA, DSA, LINEAR, MAMBA,
+    dict(mtp_num_layers=1), MUP, EXPERTS, MLA, DSA, LINEAR, MAMBA, PRODUCT, STREAMS,
 ]  # fmt: skip
 CONTEXT_OF = dict(
     hybrid_layer_pattern=MAMBA,
@@ -132,7 +149,7 @@ OTHER_VALUES = dict(
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_any_other_value_is_refused_by_its_flag_in_both_directions(name):
-    turned_on = (both for both in CONTEXTS if name in compatibility.effective(arguments(**both)))
+    turned_on = (both for both in CONTEXTS if name in compatibility.effective_arguments(arguments(**both)))
     both = CONTEXT_OF.get(name) or next(turned_on)
     one = arguments(**both)
     value = getattr(one, name, None)
@@ -200,6 +217,8 @@ SAME = [
     (EXPERTS, dict(moe_router_load_balancing_type=["seq_aux_loss", "aux_loss"], moe_aux_loss_coeff=[1, 1])),
     (EXPERTS, dict(moe_router_topk_scaling_factor=1.0, moe_expert_capacity_factor=1.0)),
     (LINEAR, dict(linear_attention_freq=[1, 0, 1, 0])),
+    (LINEAR, dict(experimental_attention_variant="gdn")),
+    ({}, dict(gdp_num_householder=1, mhc_num_residual_streams=2)),  # read by nothing
     (YARN, dict(yarn_original_max_position_embeddings=4096, yarn_beta_fast=32, yarn_beta_slow=1)),
     (MAMBA, dict(hybrid_layer_pattern="M*|M*")),
     (

@@ -49,7 +49,7 @@ def count_launches(tp: int, jobs: list[tuple[Case, HelixConfig]]) -> list[tuple[
 def _count(case: Case, helix: HelixConfig, tp: int, groups: Groups) -> list[tuple[dict, dict]]:
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    from helix_megatron.check.decode_step import put_into_step
+    from helix_megatron.check.decode_step import set_decode_step
     from helix_megatron.megatron import self_attention
 
     layer, context, table = layer_and_context(case, helix, tp, groups)
@@ -60,7 +60,7 @@ def _count(case: Case, helix: HelixConfig, tp: int, groups: Groups) -> list[tupl
     def run(of_step, rows):
         return layer(rows, None, inference_context=of_step, rotary_pos_emb=rope)
 
-    put_into_step(context, table, BATCH, [5, 17, 1, 33, 8, 16], BLOCK)
+    set_decode_step(context, table, BATCH, [5, 17, 1, 33, 8, 16], BLOCK)
     static = StaticInferenceContext(BATCH, LENGTH)
     with inferring():
         run(static, hidden[:9].repeat(1, BATCH, 1))

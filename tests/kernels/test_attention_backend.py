@@ -371,11 +371,11 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
     merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
-    ranks = dict(N=8, D=128, WITH_LSE=False, PARTS=8, DIMS=128)
+    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
-        (combine_kernel, floats | {"outs": "*bf16", "out": "*bf16"}, ranks, 1),
+        (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)
         assert code.metadata.shared <= 16 * 1024 and registers <= 128 and stack == 0

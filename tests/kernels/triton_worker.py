@@ -176,6 +176,12 @@ def merges() -> int:
         assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == -torch.inf
         torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        sinks = torch.randn(heads, generator=torch.Generator().manual_seed(3)).to(dtype) * 20
+        out, lse = triton_merge.combine_partials(outs, lses, dtype, with_lse=True, sinks=sinks)
+        want, want_lse = merge_partials(outs.double(), lses.double(), sinks.double())
+        assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == sinks[-1]
+        torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
         number += 1
     return number
 

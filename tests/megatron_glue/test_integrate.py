@@ -32,6 +32,10 @@ def touched():
         parallel_state.destroy_model_parallel,
         *([planner._determine_source_ranks_for_dst_param] if compat.megatron().resharding else []),
     ]
+    if compat.megatron().handoff:
+        from megatron.core.inference.disaggregation.inference_state_handoff import InferenceStateHandoffMixin
+
+        model.append(InferenceStateHandoffMixin.setup_kv_transfer)
     if compat.megatron().hybrid:
         from megatron.core.dist_checkpointing import gpt_checkpoint_interop
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec

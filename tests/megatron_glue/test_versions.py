@@ -9,6 +9,7 @@ import torch
 from helix_megatron import compat
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import RankError, run_ranks
+from helix_megatron.inference import contexts
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_config, make_layer, start
@@ -33,7 +34,7 @@ def test_this_megatron_is_known():
 def test_another_megatron_is_refused(monkeypatch):
     monkeypatch.setattr(compat, "version", lambda: "0.15.3")
     with pytest.raises(
-        HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.17, 0\.18, 0\.19"
+        HelixConfigError, match=r"0\.15\.3 is not supported.*which knows 0\.16, 0\.17, 0\.18, 0\.19, 0\.20"
     ):
         compat.megatron()
 
@@ -51,6 +52,40 @@ def test_a_training_loop_of_another_kind_is_refused(monkeypatch, found):
     assert not compat.has_training()
     with pytest.raises(HelixConfigError, match=r"has another megatron\.training than Helix knows"):
         compat.need_training()
+
+
+# ---- process groups, which a collection may not have ----
+def test_a_group_that_a_collection_has_not_is_asked_of_the_configuration_or_named():
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
+
+    config, empty = SimpleNamespace(tensor_model_parallel_size=4), ProcessGroupCollection()
+    group = SimpleNamespace(size=lambda: 2)
+    for groups, size in ((None, 4), (empty, 4), (ProcessGroupCollection(tp=group), 2)):
+        assert compat.tensor_parallel_size(groups, config) == size
+    with pytest.raises(HelixConfigError, match=r"without a tensor-parallel group \(tp\)"):
+        HelixParallelSelfAttention(config, None, 1, pg_collection=empty, helix=HelixConfig(1, 4))
+
+
+# ---- an engine that hands caches over ----
+def test_handing_over_a_cache_of_sliced_heads_is_refused():
+    """Where Megatron has such engines, integrate.enable puts the wrapper into them (test_integrate.py)."""
+    calls = []
+
+    class Engine:
+        @contexts.no_handoff
+        def setup_kv_transfer(self, role, backend="nixl"):
+            calls.append((role, backend))
+
+    engine = Engine()
+    engine.context = SimpleNamespace()  # of whole heads
+    engine.setup_kv_transfer("prefill", backend="nccl")
+    assert calls == [("prefill", "nccl")]
+    engine.context.helix_step = None
+    with pytest.raises(HelixConfigError, match=r"this one's role: decode.*sliced heads"):
+        engine.setup_kv_transfer("decode")
+    assert len(calls) == 1
 
 
 def test_a_class_that_builds():

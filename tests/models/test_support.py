@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helix_megatron.models import presets
-from helix_megatron.models.asked import ASKED, MLP
+from helix_megatron.models.asked import ASKED
 from helix_megatron.models.support import find_support
 from tests.models.model_table import PAGE, render
 
@@ -61,7 +61,7 @@ def test_shapes_that_both_tables_know_are_the_same():
     for name in both:
         preset = presets.find(name)
         assert ASKED[name].attention == preset.attention
-        assert ASKED[name].sizes == ((MLP, preset.ffn_hidden_size),)
+        assert ASKED[name].divided_sizes == preset.divided_sizes
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_shapes_are_those_of_transformers(name, model_type, settings):
         shape.kv_channels,
     )
     if hasattr(config, "linear_num_key_heads"):
-        gdn = [size for what, size in shape.sizes if "GDN" in what]
+        gdn = [size for what, size in shape.divided_sizes if "GDN" in what]
         assert gdn == [config.linear_num_key_heads, config.linear_num_value_heads]
 
 

@@ -303,7 +303,7 @@ def parsed(lines, build):
 # ---- flags that are not planned ----
 @pytest.mark.training
 def test_flags_that_change_the_model_or_the_work_are_named_if_they_are_not_planned(capsys):
-    flags = {"--window-size": "128,0", "--overlap-grad-reduce": True, "--hidden-dropout": 0.1,
+    flags = {"--rotary-interleaved": True, "--overlap-grad-reduce": True, "--hidden-dropout": 0.1,
              "--helix-softmax": "per-slice", "--tensor-model-parallel-size": 2,
              "--attention-dropout": "0.0", "--lr": 3e-4, "--log-timers-to-tensorboard": True,
              "--moe-router-topk": 2, "--no-rope-fusion": True, "--sequence-parallel": True}  # fmt: skip
@@ -314,7 +314,7 @@ def test_flags_that_change_the_model_or_the_work_are_named_if_they_are_not_plann
     ]
     assert named[1:] == [
         "--tensor-model-parallel-size 2, as the plan chooses (--tp 2 keeps it)",
-        "--window-size 128,0",
+        "--rotary-interleaved",
         "--overlap-grad-reduce",
         "--hidden-dropout 0.1",
         "--helix-softmax per-slice",
@@ -353,7 +353,8 @@ def test_without_megatron_what_the_planner_does_not_know_is_named_as_unchecked(c
     monkeypatch.setattr(compat, "version", missing)
     code, out, _ = plan_of(capsys, {"--num-expert": 8, "--hidden-dropout": 0.1, "--lr": 1})
     assert code == 0 and "Not planned: --hidden-dropout 0.1." in out
-    assert "Not planned: --num-expert 8 (unchecked without megatron.training)." in out
+    unchecked = "(unchecked without megatron.training; did you mean --num-experts)"
+    assert f"Not planned: --num-expert 8 {unchecked}." in out
 
 
 def test_flags_that_the_planner_knows_start_no_megatron():
@@ -431,6 +432,8 @@ def test_megatron_takes_the_printed_flags_of_every_layout(capsys):
         shape = presets.find(options[1])
         for candidate in document["candidates"]:
             layout, flags = candidate["layout"], candidate["flags"]
+            graphs = flags.pop("--cuda-graph-impl", None)  # refused on a host
+            assert graphs == ("local" if "decode" in options and layout["kv_cache"] != "dim" else None)
             data = {"--seq-length": 1024, "--micro-batch-size": 1} if "decode" in options else {}
             longest = max(shape.max_position_embeddings, flags.get("--seq-length", 0))
             model = shape.model_args() | {"--max-position-embeddings": longest} | DATA | data
