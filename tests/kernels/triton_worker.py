@@ -7,7 +7,7 @@ import torch
 
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend as attention_backend
-from helix_megatron.kernels import merge, triton_merge
+from helix_megatron.kernels import merge, triton_merge, triton_plan
 from helix_megatron.kernels import paged_attention_triton as kernels
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
@@ -154,6 +154,20 @@ def pieces() -> None:
             assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, number, new)
 
 
+def placement() -> None:
+    """More tokens than one program takes, types as Megatron has them; beside torch's."""
+    blocks, places = torch.arange(300), torch.arange(300, dtype=torch.int32) * 7 % 24
+    for ranks, size, rank in ((1, 1, 0), (2, 3, 1), (4, 2, 2)):
+        dealt = KvInterleave(ranks, size), rank, 999
+        mine, wanted = torch.zeros(2, 2, 300, dtype=torch.int64)
+        triton_plan.place_tokens(*mine, blocks, places, *dealt)
+        for token, place in enumerate(places.tolist()):
+            own = place // size % ranks == rank
+            wanted[0, token] = token if own else 999
+            wanted[1, token] = [p for p in range(24) if p // size % ranks == rank].index(place) if own else 0
+        assert torch.equal(mine, wanted), dealt
+
+
 def merges() -> int:
     """What ranks send: log-sum-exps in a block behind each rank's outputs, empty parts, one part."""
     number = 0
@@ -208,6 +222,7 @@ def main() -> None:
     far_apart()
     cases = attention()
     pieces()
+    placement()
     merged = merges()
     warms_up()
     print(f"{cases} cases, {merged} merges")
