@@ -1,7 +1,8 @@
 """Attention shapes of the models that people ask about, for the table of tensor-parallel sizes (support.py).
 
 Not presets: only what a tensor-parallel size must divide. Every row is the config.json of the repository on
-Hugging Face that `source` names. Pure arithmetic.
+Hugging Face that `source` names, compared with what Megatron-LM, Megatron-Bridge, NeMo, slime or transformers
+publish of the model. Pure arithmetic.
 """
 
 from __future__ import annotations
