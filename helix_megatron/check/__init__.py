@@ -9,6 +9,7 @@
     exactness.py, training.py, generation.py, kernels.py, graphs.py, layers.py,
     collectives.py    the sections
     reference.py    attention in float64 straight from the formula; tests compare with it too
+    kernel_times.py the operations and kernels of a step, counted and by class
     layer.py        one attention layer of Megatron's with the weights of such a case
     paged.py        requests over a paged cache, and their attention in float64
     tiny_model.py   a tiny Llama as a Hugging Face folder

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helix_megatron.generate import generate, model
+from helix_megatron.generate import generate, model, report
 from helix_megatron.generate.engine import build, default_block_tokens, size_for
 
 LENGTHS = (2, 5, 9, 16, 23, 31, 40, 57)
@@ -104,7 +104,7 @@ def run_dynamic_engine(loaded: tuple[Any, Any], job: generate.Job, expected: Ref
         "tokens": [answer.tokens for answer in answers],
         "max_difference": comparison.worst,
         "seconds": seconds,
-        "kv_bytes_per_token": generate.kv_report(engine, 0)["bytes_per_token_per_rank"],
+        "kv_bytes_per_token": report.kv_report(engine, 0)["bytes_per_token_per_rank"],
     }
 
 

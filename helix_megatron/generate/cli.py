@@ -78,7 +78,7 @@ def _generate(options: argparse.Namespace) -> int:
     from helix_megatron.generate import generate, model
     from helix_megatron.generate.generate import Job, Sampling
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
-    from helix_megatron.generate.prompts import read_prompts
+    from helix_megatron.generate.prompts import read_prompts, refuse_too_long, refuse_vocabulary
 
     for name in ("max_new_tokens", "max_batch_size"):
         if getattr(options, name) < 1:
@@ -89,9 +89,9 @@ def _generate(options: argparse.Namespace) -> int:
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     tokenizer = open_tokenizer(checkpoint, options.tokenizer)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
-    generate.refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
+    refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
     limit = Checkpoint(checkpoint).args.max_position_embeddings
-    generate.refuse_too_long(tokens, options.max_new_tokens, limit)
+    refuse_too_long(tokens, options.max_new_tokens, limit)
     job = Job(
         model=str(options.model),
         checkpoint=checkpoint,

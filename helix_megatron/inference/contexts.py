@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,12 +33,16 @@ from helix_megatron.inference.position_cache import (
     Step,
     attend_with_shards,
 )
+from helix_megatron.inference.prompts import attend_among_themselves
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
 from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import derived_config, plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
 
 
 def forward_with_shards(
@@ -88,36 +93,65 @@ def forward_with_shards(
             f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
             f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
-    plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
+    plan, core = layer.helix_plan, layer.core_attention
     attention = _attention_of(core, plan, getattr(layer.config, "flash_attention_version", None))
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
     gated = getattr(layer.config, "attention_output_gate", False)
     if plan.kv_cache == "dim":
-        return _projected(layer, *_over_slices(layer, context, attention, hidden_states, rope, gated))
+        out, *gate = _over_slices(layer, context, attention, hidden_states, rope, gated)
+        return _projected(layer, out.flatten(-2), *gate)
     query, key, value, *gate = layer.project(hidden_states, gated)
+    heads, rows = (query, key, value), _rows_of(rope, context, query.shape[0])
     if context.is_static_batching():
-        _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
-        step: Step = _static_step(layer, context, attention, key)
+        start, new = context.sequence_len_offset, query.shape[0]
+        _check_mask(core, attention_mask, start, new)
+        step = _static_step(layer, context, attention, key)
+        if start == 0 and new > 1 and core.serves_prompts(packed=False):
+            out = attend_among_themselves(layer, *heads, rows, step, None)
+        else:
+            out = _with_shards(layer, heads, rows, step)
     else:
-        step = _dynamic_step(layer, context, attention)
-    out = attend_with_shards(
-        query,
-        key,
-        value,
-        plan.layout,
-        groups.dim_group,
-        _prepare(layer, _rows_of(rope, context, query.shape[0])),
-        step,
-        plan.overlap_chunks,
-        core.sinks,
-    )
+        out = _dynamic_attention(layer, context, attention, heads, rows)
     return _projected(layer, out, *gate)
 
 
+def _dynamic_attention(layer: Any, context: Any, attention: Attention, heads: Heads, rows: Any) -> Tensor:
+    """Whole prompts among themselves, other tokens over the cache: [tokens, 1, N * d_s]."""
+    step, core = _dynamic_step(layer, context, attention), layer.core_attention
+    prompts = context.helix_step.prompts
+    if prompts is None or not core.serves_prompts(packed=len(prompts.host_ends) > 2):
+        return _with_shards(layer, heads, rows, step)
+
+    def part(start: int, stop: int, **changed: Any) -> tuple[Heads, Any, PagedStep]:
+        query, key, value = (x[start:stop] for x in heads)
+        q_rows = None if rows[0] is None else rows[0][start:stop]
+        k_rows = q_rows if rows[0] is rows[1] else rows[1][start:stop]
+        places = dict(blocks=step.blocks[start:stop], slots=step.slots[start:stop])
+        return (query, key, value), (q_rows, k_rows), replace(step, **places, **changed)
+
+    outs = []
+    if prompts.first:
+        mine = part(0, prompts.first, requests=prompts.others, singles=prompts.singles)
+        outs.append(_with_shards(layer, *mine))
+    own, own_rows, kept = part(prompts.first, prompts.stop)
+    packed = prompts.packed(on_host=core.core_is_local)
+    outs.append(attend_among_themselves(layer, *own, own_rows, kept, packed))
+    padding = heads[0].shape[0] - prompts.stop
+    if padding:
+        outs.append(outs[-1].new_zeros(padding, *outs[-1].shape[1:]))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _with_shards(layer: Any, heads: Heads, rows: Any, step: Step) -> Tensor:
+    """Attention of new tokens over what all ranks keep: [S, B, N * d_s]."""
+    plan, groups, sinks = layer.helix_plan, layer.helix_groups, layer.core_attention.sinks
+    prepare, chunks = _prepare(layer, rows), plan.overlap_chunks
+    return attend_with_shards(*heads, plan.layout, groups.dim_group, prepare, step, chunks, sinks).flatten(-2)
+
+
 def _projected(layer: Any, out: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """linear_proj of the output, gated where there is a gate of its shape."""
-    out = out.flatten(-2)
+    """linear_proj of the output, gated where there is a gate of its elements."""
     return layer.linear_proj(out if gate is None else layer._apply_output_gate(out, gate))
 
 
@@ -214,9 +248,8 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
         if sliced:
-            self.helix_step = None  # that its heads are sliced
-        if sliced and plan.kv_cache != "none":
             self.helix_step = _step_tokens(plan, model_config, inference_config)
+        if sliced and self.helix_step is not None:
             self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
@@ -257,7 +290,10 @@ def _zeroed_memory(context: Any, original: Callable) -> Callable:
     return _allocate_memory_buffer
 
 
-def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens:
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
+    """None where the cache is Megatron's own, of slices that are heads of the derived model."""
+    if plan.kv_cache == "none":
+        return None
     m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
     if plan.kv_cache == "dim":
         return StepTokens(interleave, 0, graphs=False)

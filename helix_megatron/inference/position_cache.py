@@ -8,8 +8,10 @@ Note [A step with a cache sharded by sequence]
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
        its whole heads ("heads"). Their log-sum-exps travel along (partial_exchange.py), so one kernel
        combines them exactly (merge.py).
-    Prompts and single tokens take the same way. Positions are absolute, so a key at p is visible to a query
-    at p or later (and inside its sliding window), however the rank's part of the sequence looks.
+    Single tokens, several of a request and prompts with history take this way; whole prompts have another
+    where they can (prompts.py). Positions are absolute, so a key at p is visible to a query at p or later
+    (and inside its sliding window), however the rank's part of the sequence looks. An attention sink counts
+    once: in the merge of a rank's own heads, with "dims" in the part of the rank whose core has it.
 
     received per rank     elements of the model's dtype, for t new tokens
     all-gather            (m-1) t (hq + 2 hk) d_s

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helix_megatron.inference.prompts import Prompts, find_prompts
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.kv_layout import KvInterleave
 
@@ -36,6 +37,7 @@ class StepTokens:
         self._of_graphs: dict[Any, Requests] = {}
         self.tokens, self.requests = 0, Requests(*torch.zeros(3, 0, dtype=torch.int32))
         self.in_graph = self.singles = False
+        self.prompts: Prompts | None = None
 
     def begin(self, context: Any) -> None:
         """The next step: Megatron's context has its bookkeeping on the GPU."""
@@ -58,8 +60,13 @@ class StepTokens:
         self.in_graph = self._graphs and context.using_cuda_graph_this_step()
         if self.in_graph:
             requests = self._that_stay(context.padded_batch_dimensions, requests)
-        self.requests = requests
+        self.requests, self.prompts = requests, None
         requests.refill()
+        if context.num_prefill_requests and not self.in_graph:
+            active = slice(context.paused_request_count, context.total_request_count)
+            of_requests = (context.request_query_lengths, context.request_kv_length_offsets)  # on the host
+            new, before = (x[active].tolist() for x in of_requests)
+            self.prompts = find_prompts(new, before, requests)
 
     @property
     def blocks(self) -> Tensor:

@@ -107,7 +107,8 @@ def choose(
         compare: FlashAttention's kernels with a known answer, and log what is chosen.
 
     Raises:
-        HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported.
+        HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported; or what
+            is chosen waits for the device, which a CUDA graph cannot.
     """
     if override:
         choice = _overridden(override, device, dtype, page, dim, compare)
@@ -129,9 +130,20 @@ def choose(
         else:
             reason = f"{others} ({why}){not_those}"
         choice = Choice(taken or others, others, reason)
+    if graph and device == "cuda":
+        _refuse_in_graph(choice)
     if compare:
         logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
     return choice
+
+
+def _refuse_in_graph(choice: Choice) -> None:
+    for name in (choice.singles, choice.others):
+        if name == "torch" or (name in FLASH and FLASH[name].waits):
+            raise HelixConfigError(
+                f"CUDA graphs (--cuda-graph-impl local) cannot hold attention by {name}, which waits for the "
+                f"device ({choice.reason}); install Triton, leave {OVERRIDE} out, or leave the graphs out"
+            )
 
 
 def _overridden(

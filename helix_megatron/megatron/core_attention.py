@@ -162,6 +162,21 @@ class HelixCoreAttention(torch.nn.Module):
             return self._zero_sinks[: self.layout.query_heads // self.parts]
         return None if self.softmax_type == "vanilla" else self.core.softmax_offset
 
+    def serves_prompts(self, packed: bool) -> bool:
+        """Whether it attends over prompts without history, as in training, beside a cache of positions.
+
+        The core needs memory linear in the prompt, and this rank is given every KV head of its head group.
+
+        Args:
+            packed: several of them, one after another.
+        """
+        causal, all_heads = self.attn_mask_type is AttnMaskType.causal, [self.layout.kv_heads]
+        if self.core is None or not causal or self.layout.kv_needed != all_heads * self.group.size():
+            return False
+        core = self.core
+        linear = core.is_fused if isinstance(core, ScaledDotProductAttention) else _is_te(core)
+        return linear and not (packed and self.shares_positions)
+
     @property
     def is_causal(self) -> bool:
         """Whether a query sees the keys up to its own position."""

@@ -73,9 +73,11 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
     _refuse_fp8_shapes(value, plan)
 
 
-def refuse_graphs_of_training(config: Any, plan: HelixPlan, packed: bool) -> None:
-    """Refuse a training step that cannot be captured; Megatron's local graphs serve inference too."""
-    _refuse(_ungraphed(partial(setting, config), plan, packed), plan)
+def refuse_graphs_of_training(config: Any, plan: HelixPlan, packed: bool = False) -> None:
+    """Refuse training steps that cannot be captured; Megatron's local graphs serve inference too."""
+    value = partial(setting, config)
+    packed = packed or value("sft") or value("dataloader_inter_document_masking")
+    _refuse(_ungraphed(value, plan, packed), plan)
 
 
 def _refuse(reasons: dict[str, Any], plan: HelixPlan) -> None:

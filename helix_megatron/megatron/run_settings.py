@@ -42,7 +42,7 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     """
     from helix_megatron.host.mode import host_mode_enabled
     from helix_megatron.megatron.masks import te_is_unfused
-    from helix_megatron.megatron.refusals import refuse_unsupported
+    from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported
 
     plan = helix.resolve(
         args.num_attention_heads,
@@ -60,6 +60,8 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     if plan.is_megatron:
         return plan
     refuse_unsupported(args, plan)
+    if getattr(args, "train_iters", None) or getattr(args, "train_samples", None):
+        refuse_graphs_of_training(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     by_level = args.helix_hierarchical_allreduce
     hybrid = args.hybrid_layer_pattern is not None  # whose layers are Transformer Engine's

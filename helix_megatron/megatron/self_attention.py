@@ -262,6 +262,21 @@ class HelixParallelSelfAttention(SelfAttention):
         query, key = _normed(self.q_layernorm, heads[0]), _normed(self.k_layernorm, heads[1])
         return self._rotated(query, q_table), self._rotated(key, k_table)
 
+    def prompt_heads(self, query: Tensor, key: Tensor, value: Tensor, tables: Tables) -> Heads:
+        """Whole heads of the slices of a prompt without history, normed and rotated, as in training.
+
+        Args:
+            query, key, value: as `project` gives them.
+            tables: of these tokens.
+        Returns:
+            as WholeHeads.wait, the query as get_query_key_value_tensors says.
+        """
+        q_table, k_table = tables
+        if not self._whole_query_heads:
+            layout, rank = self.helix_plan.layout, self.helix_groups.dim_rank
+            q_table = rope_tables.of_positions(q_table, key.shape[0], layout, rank)
+        return self._whole_heads(query, key, value, tables=(q_table, k_table))
+
     def _rotated(self, heads: Tensor, table: Tensor | None) -> Tensor:
         if table is None:
             return heads

@@ -54,8 +54,8 @@ def attend_by_sums(
     if dropout is not None:
         with tensor_parallel.get_cuda_rng_tracker().fork(DIM_GROUP_RNG):
             probs = dropout(probs)
-    probs = probs.unflatten(1, (kv_heads, -1))
-    return torch.einsum("bkrsl,lbkd->sbkrd", probs, value.float()).flatten(2, 3).to(value.dtype)
+    out = torch.einsum("bkrsl,lbkd->bkrsd", probs.unflatten(1, (kv_heads, -1)), value.float())
+    return out.permute(3, 0, 1, 2, 4).flatten(2, 3).to(value.dtype)  # it is moved, not the probabilities
 
 
 def add_dim_group_rng(groups: HelixGroups) -> None:

@@ -308,16 +308,38 @@ def _fused_core(problem: Problem) -> list[Term]:
 
 
 def _summed_scores(problem: Problem) -> list[Term]:
-    """Comm type all_reduce: scores are kept twice, in fp32."""
+    """Comm type all_reduce: probabilities are kept, in fp32."""
     work, t, b, s = problem.workload, problem.tokens, problem.layout.micro_batch, problem.workload.length
     hq, hk, d, e = problem.heads.query_heads, problem.heads.kv_heads, problem.heads.slice_dim, work.element
     return [
         Term("query and key, fp32", {"t": t, "hq + hk": hq + hk, "d/m": d, "fp32": 4}),
         Term("value", {"t": t, "qkv of a rank": _mixed_qkv(problem), "bytes": e}),
         Term("causal mask", {"s": s, "s again": s, "bool": 1}),
-        Term("scores and probabilities", {"2": 2, "b": b, "hq": hq, "s": s, "s again": s, "fp32": 4}),
+        Term("probabilities", {"b": b, "hq": hq, "s": s, "s again": s, "fp32": 4}),
         Term("input of linear_proj", {"t": t, "hq": hq, "d/m": d, "bytes": e}),
     ]
+
+
+def _summed_in_inference(problem: Problem) -> list[Term]:
+    """Scores that a step sums over a dim group: of prompts (comm type all_reduce), of caches of slices.
+
+    With a static context, which keeps all of them; the dynamic engine works in parts of 64 MiB. Scores exist
+    twice: as they are made, summed, hidden and turned into probabilities.
+    """
+    layout, work, heads = problem.layout, problem.workload, problem.heads
+    decodes = work.kind == "decode"
+    if (layout.kv_cache if decodes else layout.comm_type) != ("dim" if decodes else "all_reduce"):
+        return []
+    new, positions = (1, work.length + 1) if decodes else (work.length, work.length)
+    shape, fp32 = {"b": layout.micro_batch, "new tokens": new}, {"fp32": 4}
+    terms = [
+        Term("scores, twice", {"2": 2, **shape, "positions": positions, "hq": heads.query_heads, **fp32}),
+        Term("queries, fp32", {**shape, "hq": heads.query_heads, "d/m": heads.slice_dim, **fp32}),
+    ]
+    if decodes:  # longer than its scores
+        cached = {"b": layout.micro_batch, "positions": positions, "hk": heads.kv_heads}
+        return [*terms, Term("cached keys, fp32, twice", {"2": 2, **cached, "d/m": heads.slice_dim, **fp32})]
+    return [*terms, Term("causal mask", {"s": new, "s again": positions, "bool": 1})]
 
 
 # ---- buffers ----
@@ -342,6 +364,8 @@ def buffers(problem: Problem, stage: int) -> list[Term]:
             terms += [term.times({}, f"recomputed {term.name}") for term in kept]
     else:
         terms.append(Term("hidden states", {"3": 3, **hidden}))
+    if layout.sliced and problem.workload.kind != "train":
+        terms += _summed_in_inference(problem)
     if layout.sliced:
         both = 2 * max(problem.heads.kv_needed) * shape.kv_channels
         terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 K' d": both, "bytes": e}))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helix_megatron.check import collectives, exactness, generation, kernels, layers, training
+from helix_megatron.check import collectives, exactness, generation, kernel_times, kernels, layers, training
 from helix_megatron.check.rows import Place, Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.kernels import backend
@@ -191,8 +191,8 @@ def test_kernels_are_told_apart_by_name():
         "void at::native::elementwise_kernel<128, 4>": "packing",
         "Memcpy DtoD (Device -> Device)": "packing",
     }
-    assert {name: layers.classify_kernel(name) for name in names} == names
-    found = layers.sum_by_class([(name, 10.0, 2) for name in names])
+    assert {name: kernel_times.classify_kernel(name) for name in names} == names
+    found = kernel_times.sum_by_class([(name, 10.0, 2) for name in names])
     assert found["attention"] == (20.0, 4) and found["norm"] == (10.0, 2)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from helix_megatron.compare import command, comparisons, drawing, figures, paper, predictions, tables
 from helix_megatron.compare import config as configuration
+from helix_megatron.compare.table import Column
 from helix_megatron.compare.variants import TP
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan.layout import Layout, Problem, Workload
@@ -126,11 +127,11 @@ def test_a_zero_is_a_number_and_what_there_is_not_is_a_dash():
     summary = {"mean": 2.0, "ci95": [1.5, 2.5]}
     record = {"name": "a|b", "status": "ok", "measured": {"zero": 0.0, "none": None, "time": summary}}
     columns = [
-        tables.Column("zero", "measured.zero", "{:.1f}"),
-        tables.Column("none", "measured.none.deeper"),
-        tables.Column("absent", "absent.deeper", "{:.1f}"),
-        tables.Column("ms", "measured.time", "{:.0f}", 1e3),
-        tables.Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
+        Column("zero", "measured.zero", "{:.1f}"),
+        Column("none", "measured.none.deeper"),
+        Column("absent", "absent.deeper", "{:.1f}"),
+        Column("ms", "measured.time", "{:.0f}", 1e3),
+        Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
     ]
     cells = ["0.0", "-", "-", "2000 ± 500", "2.0"]
     assert [column.format_cell(record) for column in columns] == cells

@@ -128,6 +128,8 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
 
     Attention is one launch that reads requests when it is replayed, as a kernel does.
     """
+    from megatron.core.transformer import attention
+
     from helix_megatron.inference import position_cache
     from helix_megatron.kernels.paged_attention import Requests, paged_attention
     from tests.inference import kv_cache_worker
@@ -135,11 +137,16 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
     def attend(query, keys, values, requests, visible, *how, **more):
         return paged_attention(query, keys, values, Requests(*requests.tensors), visible)
 
+    kernels = (
+        (position_cache, "attend"),
+        (attention, "flash_attn_varlen_func"),
+        (attention, "flash_attn_with_kvcache"),
+    )
     replayed, replay = [], HostGraph.replay
     with (
         mock.patch.object(position_cache, "attend", attend),
         mock.patch.object(HostGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))),
-        in_place_of_cuda_graphs(((position_cache, "attend"),)) as captured,
+        in_place_of_cuda_graphs(kernels) as captured,
     ):
         found = kv_cache_worker.generate(tp, helix, {"cuda_graph_impl": "local", **model}, settings)
     return {**found, "graphs": len(captured), "replays": len(replayed)}

@@ -24,6 +24,7 @@ _ASKS = (  # what waits for a device, or has a shape that only the device knows
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "masked_scatter",
     "unique_dim", "_unique2", "unique_consecutive", "lift_fresh", "repeat_interleave", "bincount",
 )  # fmt: skip
+_INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 _TO_HOST = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
 
 
@@ -121,7 +122,8 @@ class HostGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in _ASKS:
+        by_mask = name in _INDEXING and any(x.dtype is torch.bool for x in _tensors(args[1]))
+        if name in _ASKS or by_mask:
             raise WaitsForDeviceError(str(func))
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # inference mode does not take it apart

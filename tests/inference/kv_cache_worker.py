@@ -13,17 +13,17 @@ from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
 
 
-def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
+def make(case: Case, helix: HelixConfig, tp: int, groups: Groups, **kind):
     """A Helix layer with the case's weights, and its layout.
 
     Sinks are learned, and off by one (they stay 0) where ranks share a query head.
     """
     case.draw()
     plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
-    layout, loaded, kind = plan.layout, case, {}
+    layout, loaded = plan.layout, case
     if case.sinks and layout.query_heads % layout.grid.dim_parallel_size:
         case.tensors["sinks"].zero_()
-        loaded, kind = replace(case, sinks=False), dict(softmax_type="off-by-one")
+        loaded, kind = replace(case, sinks=False), dict(kind, softmax_type="off-by-one")
     layer = make_layer(case, helix, tp, groups.of(layout.grid), **kind).eval()
     rank = torch.distributed.get_rank() % tp
     load(layer, loaded, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
@@ -67,6 +67,25 @@ def decode_all(tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]]) -> list
         cached = sum(cache.nbytes for cache in context.key_value_memory_dict[1])
         error = ((out - expected).norm() / expected.norm()).item()
         found.append((name, error if torch.isfinite(out).all() else float("inf"), cached))
+    return found
+
+
+def prompts_by_the_core(
+    tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]], te_core: bool
+) -> list[tuple[str, float, int]]:
+    """Of each job: its name, the relative error against float64, and how often the layer's core ran."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix, prompt in jobs:
+        layer, _ = make(case, helix, tp, groups, te_core=te_core)
+        runs: list[int] = []
+        layer.core_attention.core.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        out, _ = decode(layer, case, StaticInferenceContext(case.batch, case.seq), list(prompt))
+        expected = reference(case)["output"]
+        error = ((out - expected).norm() / expected.norm()).item()
+        found.append((f"{case} {helix}", error, len(runs)))
     return found
 
 
@@ -268,6 +287,7 @@ def generate(
     from megatron.core.inference.sampling_params import SamplingParams
 
     from helix_megatron.measure.comm import CommMeter
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
 
     texts = ["a", "hello", "exactly8", "the quick brown f", "one prompt that takes four pages"[:30]]
     lengths = [12, 3, 9, 20, 6]
@@ -286,6 +306,14 @@ def generate(
 
         for number, (text, new) in enumerate(zip(texts, lengths, strict=True)):
             add(number, text, new)
+        by_the_core: list[tuple] = []
+        prompt_heads = HelixParallelSelfAttention.prompt_heads
+
+        def noted(layer, query, *args):
+            by_the_core.append((layer.layer_number, len(query)))
+            return prompt_heads(layer, query, *args)
+
+        HelixParallelSelfAttention.prompt_heads = noted
         done, step, seen, decode_steps, paused, cached = {}, 0, set(), set(), 0, 0
         meter = CommMeter()
         while running.has_unfinished_requests() or any(when >= step for when in late):
@@ -309,6 +337,7 @@ def generate(
             assert step < 100, "requests never end"
     return {
         "tokens": done,
+        "prompt tokens by the core": sum(tokens for layer, tokens in by_the_core if layer == 1),
         "steps": step,
         "prompts": {number: Letters().tokenize(text) for number, text in enumerate(texts)}
         | {10 + when: Letters().tokenize(text) for when, (text, _) in late.items()},

@@ -133,8 +133,15 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
     helix = HelixConfig(n, m, query_placement=placement, kv_interleave_size=4)
     steps = run_ranks(count, 4, 4, case, helix, prompt, 64)[0]
     assert len(steps) == 1 + 25
-    for step, tokens in zip(steps, [prompt, *[1] * 25], strict=True):
-        t, d_s = tokens * batch, d // m
+    t, d_s = prompt * batch, d // m  # the prompt: as in training, its queries and outputs hardly move
+    whole = {name: (x["calls"], x["bytes"] // 4) for name, x in steps.pop(0).items() if name.endswith("x2")}
+    if placement == "heads":
+        assert whole == {"all_gather x2": (1, (m - 1) * t * 2 * hk * d_s)}
+    else:
+        moved = t * 2 * hk * (d - d_s) + t * hq // m * (d - d_s) + (m - 1) * t * hq // m * d_s
+        assert whole == {"all_to_all x2": (2, moved)}
+    for step in steps:
+        t = batch
         share = _piece(t, hq, d_s) if placement == "dims" else _piece(t, hq // m, d)
         inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
         assert {name: entry["calls"] for name, entry in inside.items()} == {
@@ -156,8 +163,14 @@ def test_a_step_with_uneven_slices_receives_what_a_rank_lacks(placement):
     ranks = run_ranks(count, 4, 4, Case(8, 2, d, seq=9, batch=batch), helix, prompt, 64)
     for rank, steps in enumerate(ranks):
         d_s = sizes[rank % 2]
-        for step, tokens in zip(steps, [prompt, *[1] * 4], strict=True):
-            t = tokens * batch
+        t, whole = prompt * batch, steps.pop(0)["all_to_all x2"]
+        moved = t * 2 * hk * (d - d_s)
+        if placement == "dims":
+            moved += t * hq // m * (d - d_s) + (m - 1) * t * hq // m * d_s
+        assert (whole["calls"], whole["bytes"] // 4) == (2 if placement == "dims" else 1, moved)
+        assert len(steps) == 4
+        for step in steps:
+            t = batch
             if placement == "dims":
                 gathered, share = (hq + 2 * hk) * (d - d_s), _piece(t, hq, d_s)
             else:
@@ -310,14 +323,17 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
     assert [len(vanilla["tokens"][r]) for r in (0, 1, 2, 3, 4, 14, 17)] == [12, 3, 9, 20, 6, 5, 8]
     assert len({tuple(tokens) for tokens in vanilla["tokens"].values()}) == 7
     assert vanilla["kinds of steps"] == [(False, True), (True, False), (True, True)]
+    found_prompts = sum(map(len, vanilla["prompts"].values()))
     runs = [
         (2, HelixConfig(1, 2, overlap_chunks=3)),
         (4, HelixConfig(2, 2, kv_interleave_size=2, query_placement="dims")),
     ]
     for ranks, helix in runs:
+        whole = found_prompts * (helix.head_parallel_size == 2)  # else a rank attends with one KV head of two
         for found in run_ranks(generate, ranks, ranks, helix, timeout_s=150):
             assert found["tokens"] == vanilla["tokens"], helix
             assert found["kinds of steps"] == vanilla["kinds of steps"]
+            assert found["prompt tokens by the core"] == whole
             for name in ("block bytes", "bytes of a token"):  # hence T times the blocks in the same buffer
                 assert found[name] == vanilla[name] / ranks, name
     inside = [  # of all decode steps, from 18 to 37 tokens of context: two layers, 12 padded requests, 2x2
@@ -355,22 +371,26 @@ def test_the_dynamic_engine_with_uneven_slices(helix, dims):
             dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0)), dict(), id="window, MQA"
         ),
         pytest.param(
-            dict(qk_layernorm=True, rotary_interleaved=True, normalization="RMSNorm"),
+            dict(num_query_groups=1, qk_layernorm=True, rotary_interleaved=True, normalization="RMSNorm"),
             dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4),
             id="QK norm, prompts in chunks",
         ),
         pytest.param(dict(hybrid_layer_pattern="*-*-"), dict(), id="hybrid model"),
         pytest.param(
-            dict(), dict(enable_prefix_caching=True, async_sched_mode="async"), id="shared prefixes, async"
+            dict(num_query_groups=1),
+            dict(enable_prefix_caching=True, async_sched_mode="async"),
+            id="shared prefixes, async",
         ),
     ],
 )
 def test_the_dynamic_engine_with(model, inference):
     vanilla = run_ranks(generate, 1, 1, None, model, inference, timeout_s=100)[0]
-    helix = HelixConfig(1, 2, kv_interleave_size=3)
+    helix, windowed = HelixConfig(1, 2, kv_interleave_size=3), "window_size" in model
     for found in run_ranks(generate, 2, 2, helix, model, inference, timeout_s=150):
         assert found["tokens"] == vanilla["tokens"]
         assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
+        # with one KV head; first chunks and prompts that share no prefix
+        assert (found["prompt tokens by the core"] > 30) == (model.get("num_query_groups") == 1) or windowed
 
 
 @pytest.mark.dynamic_engine
@@ -453,12 +473,12 @@ def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_by
 @pytest.mark.dynamic_engine
 def test_the_dynamic_engine_with_speculative_tokens():
     """Several new tokens of a request in a step, some of them rejected: the tokens without speculation."""
-    mtp, ahead = dict(mtp_num_layers=2), dict(num_speculative_tokens=2)
+    mtp, ahead = dict(mtp_num_layers=2, num_query_groups=1), dict(num_speculative_tokens=2)
     plain = run_ranks(generate, 1, 1, None, mtp, timeout_s=100)[0]
     proposals = {r: plain["prompts"][r] + tokens for r, tokens in plain["tokens"].items()}
     vanilla = run_ranks(generate, 1, 1, None, mtp, ahead, proposals, timeout_s=100)[0]
     assert vanilla["tokens"] == plain["tokens"] and vanilla["steps"] < plain["steps"]
-    windowed = mtp | dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0))
+    windowed = mtp | dict(num_attention_heads=6, window_size=(9, 0))
     short = run_ranks(generate, 1, 1, None, windowed, timeout_s=100)[0]
     for kept in (dict(kv_interleave_size=2, overlap_chunks=3), dict(kv_cache="dim")):
         helix = HelixConfig(1, 2, **kept)
@@ -472,7 +492,7 @@ def test_the_dynamic_engine_with_speculative_tokens():
 def test_requests_that_wait_for_blocks_go_on_as_if_they_had_not():
     vanilla = run_ranks(generate, 1, 1, None, timeout_s=100)[0]
     assert vanilla["paused"] == 0
-    few = {name: (blocks + 0.5) * 1024 / 2**30 for name, blocks in [("buffer_size_gb", 14), ("paused", 4)]}
+    few = {name: (blocks + 0.5) * 1024 / 2**30 for name, blocks in [("buffer_size_gb", 12), ("paused", 4)]}
     few["paused_buffer_size_gb"] = few.pop("paused")
     for found in run_ranks(generate, 2, 2, HelixConfig(1, 2), {}, few, timeout_s=100):
         assert found["paused"] > 0 and found["tokens"] == vanilla["tokens"]
@@ -506,7 +526,7 @@ def test_what_the_cache_does_not_serve_is_refused():
         "not causal": "no_mask",
         "too long": "do not fit an inference context of 2 sequences of 4 positions",
         "bias": "attention_bias",
-        "graphs": "--cuda-graph-impl local",
+        "graphs": "CUDA graphs (--cuda-graph-impl local) of the static context",
         "context parallelism": "context parallelism",
     }
     for messages in run_ranks(refused, 2, 2, list(ways)):
@@ -518,7 +538,9 @@ def test_what_the_cache_does_not_serve_is_refused():
 def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
     ways = [
         (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
-        ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
+        ({}, dict(cuda_graph_impl="local"), {}, "built"),
+        (dict(kv_cache="dim"), dict(cuda_graph_impl="local"), {}, "(sequence has graphs)"),
+        ({}, dict(cuda_graph_impl="local", cuda_graph_warmup_steps=0), {}, "--cuda-graph-warmup-steps 0"),
         ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not

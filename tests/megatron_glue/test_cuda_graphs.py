@@ -112,7 +112,7 @@ def _refuse_training(impl, plan, **settings):
     """As layers are built, and as one trains: inference has local graphs too."""
     config = SimpleNamespace(cuda_graph_impl=impl, **settings)
     refuse_unsupported(config, plan)
-    refuse_graphs_of_training(config, plan, settings.get("sft", False))
+    refuse_graphs_of_training(config, plan)
 
 
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
