@@ -74,8 +74,8 @@ def with_helix_attention(spec: Any, helix: HelixConfig, helix_groups: HelixGroup
 
     Args:
         spec: a layer spec with `submodules.self_attention`, local or Transformer Engine; a block of those
-            (TransformerBlockSubmodules); or a hybrid stack, of which the attention layers become Helix's. Layers
-            of linear attention (gated delta nets) stay as they are.
+            (TransformerBlockSubmodules); or a hybrid stack, of which the attention layers become Helix's.
+            Layers of linear attention (gated delta nets) stay as they are.
         helix: settings.
         helix_groups: process groups; the registered ones by default.
 

@@ -90,7 +90,8 @@ def rank_models(tp, pp, models):
         elif settings is not None:
             with_helix(provider, HelixConfig(**settings))
         model = start(provider)
-        assert ("Helix" in type(model[0].decoder.layers[-1].self_attention).__name__) == (settings is not None)
+        attention = type(model[0].decoder.layers[-1].self_attention).__name__
+        assert ("Helix" in attention) == (settings is not None)
         exported = {key: weight.clone() for key, weight in bridge.export_hf_weights(model, cpu=True)}
         found[name] = (whole_logits(model) if pp == 1 else None, exported)
         forget()
