@@ -143,7 +143,7 @@ def paper() -> list[str]:
         train, prefill, decode = (_of_paper(shape, layout, kind) for kind in ("train", "prefill", "decode"))
         rates[name] = [tokens / predict(p, PAPER_CLUSTER).seconds for p, tokens in (train, prefill, decode)]
         shown = " | ".join(f"{float(f'{rate:.3g}'):,.0f}" for rate in rates[name])
-        held = " | ".join(f"{memory.fullest(p)[1].total / 1e9:.3g}" for p, _ in (train, decode))
+        held = " | ".join(f"{memory.fullest_stage(p)[1].total / 1e9:.3g}" for p, _ in (train, decode))
         lines.append(f"| predicted: {name} | {shown} | {_communication(decode[0]) * 1e3:.2g} | {held} |")
     base, new = (rates[name] for name in list(rates)[:2])
     train, prefill, decode = (b / a for a, b in zip(base, new, strict=True))
@@ -166,7 +166,7 @@ def _of_paper(shape: ModelShape, layout: Layout, kind: str) -> tuple[Problem, in
         Problem(shape, replace(layout, micro_batch=size, sequence_parallel=kind == "train"), work)
         for size in sizes
     ]
-    fit = [p for p in problems if memory.fullest(p)[1].total <= PAPER_CLUSTER.capacity]
+    fit = [p for p in problems if memory.fullest_stage(p)[1].total <= PAPER_CLUSTER.capacity]
     return min(fit, key=lambda p: predict(p, PAPER_CLUSTER).seconds), report.tokens_of_step(work)
 
 

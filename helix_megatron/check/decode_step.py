@@ -9,8 +9,9 @@ import torch
 
 
 def new_context(
-    config: Any, blocks: int, block_bytes: int, length: int, batch: int, block: int, graphs: int | None = None
-) -> tuple[Any, torch.Tensor]:
+    config: Any, blocks: int, block_bytes: int, length: int, batch: int, block: int,
+    graphs: int | None = None, requests: int = 0,
+) -> tuple[Any, torch.Tensor]:  # fmt: skip
     """A context with room for `batch` requests of `length` tokens, and their blocks [batch, blocks of each].
 
     Args:
@@ -18,6 +19,7 @@ def new_context(
         blocks: in all; a few more are made, which are Megatron's own.
         block_bytes: of this rank's part of one block of one layer.
         block: tokens of a block.
+        requests: that the context has room for, where they are more; a step is padded up to as many tokens.
         graphs: sizes that Megatron would capture CUDA graphs of.
     """
     from megatron.core.inference.config import InferenceConfig
@@ -28,7 +30,7 @@ def new_context(
         config,
         InferenceConfig(
             max_sequence_length=length,
-            max_requests=-(-batch // tp) * tp,  # it must be a multiple
+            max_requests=-(-max(batch, requests) // tp) * tp,  # it must be a multiple
             block_size_tokens=block,
             buffer_size_gb=(blocks + 2.5) * block_bytes / 2**30,
             unified_memory_level=0,

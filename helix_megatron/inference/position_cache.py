@@ -39,7 +39,6 @@ from helix_megatron.exchange.slices import first_head_of_sinks, slice_shapes
 from helix_megatron.exchange.views import Pieces, aligned_views
 from helix_megatron.inference.partial_exchange import PartialExchange, Views
 from helix_megatron.kernels.backend import attend
-from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
@@ -169,9 +168,9 @@ def _add_own_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: HelixLayout,
     first = first_head_of_sinks(len(sinks), layout, rank)
     if first is not None:
         own, own_lse = out.narrow(2, first, len(sinks)), lse.narrow(2, first, len(sinks))
-        merged, merged_lse = merge_partials(own[None], own_lse[None], sinks)
-        own.copy_(merged)
-        own_lse.copy_(merged_lse)
+        sinks = sinks.float()
+        own.mul_(torch.sigmoid(own_lse - sinks).unsqueeze(-1))  # exp(lse) / (exp(lse) + exp(sink))
+        torch.logaddexp(own_lse, sinks, out=own_lse)
 
 
 def _gather(

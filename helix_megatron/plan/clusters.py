@@ -131,7 +131,7 @@ def resize(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> Cl
     return replace(cluster, gpus_per_node=gpus_per_node, nodes=nodes or cluster.nodes, domain=domain)
 
 
-def check(cluster: Cluster, where: str) -> Cluster:
+def check_cluster(cluster: Cluster, where: str) -> Cluster:
     """`cluster`, where its fields go together. ValueError that names those that do not."""
     if cluster.reserve >= cluster.memory:
         raise ValueError(
@@ -188,12 +188,12 @@ def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
         if "rates" in values:
             values["rates"] = {**base.rates, **values["rates"]}
         sized = resize(base, values.get("gpus_per_node", base.gpus_per_node))
-        return check(replace(sized, **values), where)
+        return check_cluster(replace(sized, **values), where)
     for key in ("name", "memory", "rates"):
         if key not in values:
             raise ValueError(f"{where} has no {key}; give it, or start from a preset with base: NAME.")
     values.setdefault("domain", values.get("gpus_per_node", Cluster.gpus_per_node))
-    return check(Cluster(**values), where)
+    return check_cluster(Cluster(**values), where)
 
 
 def _field(name: str, value: Any, where: str) -> Any:

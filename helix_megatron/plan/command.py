@@ -79,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
 
     if bool(options.model) == bool(options.flags):
         raise ValueError("give the model either as --model or as Megatron's flags after --")
-    cluster = chosen_cluster(options)
-    shape, workload, flags = chosen_work(options, cluster)
-    grid = chosen_grid(options, shape, cluster)
+    cluster = resolve_cluster(options)
+    shape, workload, flags = resolve_work(options, cluster)
+    grid = resolve_grid(options, shape, cluster)
     tp = grid.size if grid else options.tp
     if (options.ep or options.etp) and not shape.num_moe_experts:
         raise ValueError(f"--ep and --etp lay out experts, and {shape.name} has none; leave them out.")
@@ -114,13 +114,13 @@ def check_options(options: argparse.Namespace) -> None:
             )
 
 
-def chosen_cluster(options: argparse.Namespace) -> Cluster:
+def resolve_cluster(options: argparse.Namespace) -> Cluster:
     """The cluster with the user's changes. ValueError for sizes that cannot be."""
-    from helix_megatron.plan import clusters, inputs, measured
+    from helix_megatron.plan import calibration, clusters, inputs
 
-    cluster = inputs.cluster(options.cluster)
+    cluster = inputs.load_cluster(options.cluster)
     if options.check:
-        cluster = measured.apply_check(cluster, options.check)
+        cluster = calibration.apply_check(cluster, options.check)
     if options.gpus:
         cluster = clusters.resize(cluster, *_devices(options, cluster))
     elif options.nodes:
@@ -131,7 +131,7 @@ def chosen_cluster(options: argparse.Namespace) -> Cluster:
         "slow": options.inter_node and options.inter_node * 1e9,
     }
     where = f"--memory {options.memory:g}" if options.memory else options.cluster
-    return clusters.check(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
+    return clusters.check_cluster(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
 
 
 def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
     return gpus // nodes, nodes
 
 
-def chosen_work(
+def resolve_work(
     options: argparse.Namespace, cluster: Cluster
 ) -> tuple[ModelShape, Workload, dict[str, Any]]:
     """The model, the work, and Megatron's flags that came with the model; options and flags say the work.
@@ -162,7 +162,7 @@ def chosen_work(
     from helix_megatron.plan import inputs
     from helix_megatron.plan import megatron_flags as mf
 
-    flags, where = inputs.model_flags(options.model, options.flags)
+    flags, where = inputs.read_model_flags(options.model, options.flags)
     notes = mf.unplanned_flags(flags, where, cluster.fused)  # unknown flags first: one may be a needed one's
     size = {name: mf.parse_int_flag(flags, where, name) for name in _SIZES if name in flags}
     length, batch, micro = options.length or size.get("--seq-length"), options.batch, None
@@ -181,9 +181,9 @@ def chosen_work(
         raise ValueError(f"--no-distributed-optimizer contradicts --use-distributed-optimizer of {where}.")
     if flags:
         name = Path(options.model).stem if options.model else "model"
-        shape = inputs.model_of_flags(flags, name, where, length or LENGTH)
+        shape = inputs.shape_from_flags(flags, name, where, length or LENGTH)
     else:
-        shape = inputs.model(options.model)
+        shape = inputs.load_model(options.model)
     learned = shape.position_embedding_type == "learned_absolute"
     length = length or (min(LENGTH, shape.max_position_embeddings) if learned else LENGTH)
     if learned and length > shape.max_position_embeddings:
@@ -204,7 +204,7 @@ def chosen_work(
     return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 
 
-def chosen_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
+def resolve_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
     """The grid of --grid. ValueError where it is none, or none that can be planned here."""
     if options.grid is None:
         return None

@@ -64,7 +64,7 @@ def _first_batch(problem: Problem, length: int, cluster: Cluster) -> int | None:
 
 
 def _fits(problem: Problem, cluster: Cluster) -> bool:
-    return memory.fullest(problem)[1].total <= cluster.capacity
+    return memory.fullest_stage(problem)[1].total <= cluster.capacity
 
 
 def describe(crossover: Crossover) -> str:

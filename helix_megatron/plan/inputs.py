@@ -29,27 +29,27 @@ _GDN = {"linear_attention_freq": None, "linear_num_key_heads": 16, "linear_num_v
 _YAML = (".yaml", ".yml")
 
 
-def model(name: str) -> ModelShape:
+def load_model(name: str) -> ModelShape:
     """A preset, a Hugging Face config.json (or its folder), or a YAML file with Megatron's flags.
 
     Raises:
         ValueError: neither of these, or a model that is no dense GPT.
     """
     if Path(name).suffix in _YAML:
-        return model_of_flags(flags_of_file(name), Path(name).stem, name)
+        return shape_from_flags(read_flags_file(name), Path(name).stem, name)
     if name.endswith(".json") or Path(name).is_dir():
         return hf_config.read(name)
     return presets.find(name)
 
 
-def model_flags(name: str | None, words: Sequence[str]) -> tuple[dict[str, Any], str]:
+def read_model_flags(name: str | None, words: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Megatron's flags that describe the model, and where from; none with a preset or a config.json."""
     if words:
-        return flags_of_words(words), "the flags after --"
-    return (flags_of_file(name), name) if name and Path(name).suffix in _YAML else ({}, "")
+        return parse_flags(words), "the flags after --"
+    return (read_flags_file(name), name) if name and Path(name).suffix in _YAML else ({}, "")
 
 
-def flags_of_file(path: str) -> dict[str, Any]:
+def read_flags_file(path: str) -> dict[str, Any]:
     """MODEL_ARGS of a YAML file, `--name` to value. ValueError where there are none."""
     document = yaml_config.read_yaml(path)
     if not document.get("MODEL_ARGS"):
@@ -58,7 +58,7 @@ def flags_of_file(path: str) -> dict[str, Any]:
     return yaml_config.model_args(document["MODEL_ARGS"], f"{path}: MODEL_ARGS")
 
 
-def flags_of_words(words: Sequence[str]) -> dict[str, Any]:
+def parse_flags(words: Sequence[str]) -> dict[str, Any]:
     """Megatron's command line to `--name` to value; a flag without a value is true."""
     flags: dict[str, Any] = {}
     name = ""
@@ -76,7 +76,7 @@ def flags_of_words(words: Sequence[str]) -> dict[str, Any]:
     return flags
 
 
-def model_of_flags(flags: Flags, name: str, where: str, length: int | None = None) -> ModelShape:
+def shape_from_flags(flags: Flags, name: str, where: str, length: int | None = None) -> ModelShape:
     """The shape that Megatron's flags describe, with Megatron's own defaults.
 
     Args:
@@ -186,10 +186,10 @@ def _experts(flags: Flags, where: str, ffn: int) -> dict[str, Any]:
     }
 
 
-def cluster(name: str) -> Cluster:
+def load_cluster(name: str) -> Cluster:
     """A preset, a YAML file (written by --probe or by hand), or "this" machine."""
     if name == "this":
-        return machine.this_machine()
+        return machine.detect_machine()
     if Path(name).suffix in _YAML:
         return clusters.from_dict(yaml_config.read_yaml(name), name)
     return clusters.find(name)

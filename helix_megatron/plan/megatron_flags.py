@@ -1,6 +1,6 @@
 """Megatron's flags: those that come with a model (after `--`, or in a YAML file), and those of a layout.
 
-    the model    num-layers, hidden-size, ...        inputs.model_of_flags
+    the model    num-layers, hidden-size, ...        inputs.shape_from_flags
     the work     seq-length, global-batch-size, ...  they stand for the planner's own options
     the layout   sequence-parallel, ...              chosen by the plan, whatever was given
     neither      lr, save, log-interval, ...         change neither the model nor the work of a step

@@ -46,14 +46,14 @@ class Memory:
         return sum(self.bytes().values())
 
 
-def fullest(problem: Problem) -> tuple[int, Memory]:
+def fullest_stage(problem: Problem) -> tuple[int, Memory]:
     """The pipeline stage whose ranks hold most, and what they hold."""
     last = problem.layout.pp - 1
-    stages = {stage: of_stage(problem, stage) for stage in {0, min(1, last), last}}
+    stages = {stage: stage_memory(problem, stage) for stage in {0, min(1, last), last}}
     return max(stages.items(), key=lambda item: item[1].total)
 
 
-def of_stage(problem: Problem, stage: int) -> Memory:
+def stage_memory(problem: Problem, stage: int) -> Memory:
     """What a rank of a pipeline stage holds at its fullest moment in a step."""
     work, layout = problem.workload, problem.layout
     elements = parameters(problem, stage)

@@ -38,7 +38,7 @@ def as_text(plan: Plan, top: int, command: str | None, explained: bool) -> Itera
     if not plan.candidates:
         yield f"No plan: {suggestions.explain_no_plan(plan)}."
         return
-    yield table(plan, top)
+    yield layout_table(plan, top)
     yield memory_table(plan, top)
     left_out = f", {plan.too_big} do not fit" if plan.too_big else ""
     yield f"{plan.tried} variants tried{left_out}; a row is a layout in its fastest variant."
@@ -64,7 +64,7 @@ def title(plan: Plan) -> str:
     return f"{what}; {where}; {asked}. All times and sizes are PREDICTED."
 
 
-def table(plan: Plan, top: int) -> Table:
+def layout_table(plan: Plan, top: int) -> Table:
     """The best layouts, one row each, in their fastest variant."""
     experts = bool(plan.shape.num_moe_experts)
     shown = {name: parts for name, parts in _PARTS.items() if name != "experts" or experts}
@@ -128,7 +128,7 @@ def verdict(plan: Plan) -> list[str]:
     if uneven:
         said.append(f"{uneven}.")
     if len(plan.best) > 1:
-        said.append(compare(best, plan.best[1]))
+        said.append(explain_difference(best, plan.best[1]))
     if (crossed := crossover.find_crossover(plan)) is not None:
         said.append(crossover.describe(crossed))
     batch = suggestions.suggest_batch(plan)
@@ -144,7 +144,7 @@ def _times_as_long(other: Candidate, best: Candidate, work: Workload) -> str:
     return f"({other.layout.describe(work)}) is predicted to take {times}."
 
 
-def compare(first: Candidate, second: Candidate) -> str:
+def explain_difference(first: Candidate, second: Candidate) -> str:
     """Why `first` beats `second`: the parts of the step that differ, largest first."""
     names = {"gradients": "gradient reduction", "all-reduce": "tensor-parallel reductions"}
     gains = {
@@ -204,7 +204,7 @@ def as_json(plan: Plan, top: int) -> dict[str, Any]:
 
 def _entry(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     problem, layout, workload = candidate.problem, candidate.layout, candidate.problem.workload
-    received = traffic.received(traffic.collectives(problem, candidate.prediction.stage))
+    received = traffic.received_by_kind(traffic.collectives(problem, candidate.prediction.stage))
     return {
         "layout": asdict(layout),
         "n": layout.n,

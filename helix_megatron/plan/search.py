@@ -131,11 +131,11 @@ def search(
 ) -> Plan:
     """All layouts of `shape` on all devices of `cluster`, fastest first; arguments as of `Request`."""
     plan = Plan(shape, cluster, workload, tp, pp, grid, ep, etp)
-    for layout in layouts(plan):
+    for layout in legal_layouts(plan):
         plan.tried += 1
         plan.sliced += layout.sliced
         for problem in _problems(plan, layout):
-            stage, held = memory.fullest(problem)
+            stage, held = memory.fullest_stage(problem)
             if held.total <= cluster.capacity:
                 plan.candidates.append(Candidate(problem, predict(problem, cluster), stage, held))
                 break
@@ -151,8 +151,8 @@ def search(
 def fits(request: Request) -> bool:
     """Whether any layout is legal and fits."""
     return any(
-        memory.fullest(problem)[1].total <= request.cluster.capacity
-        for layout in layouts(request)
+        memory.fullest_stage(problem)[1].total <= request.cluster.capacity
+        for layout in legal_layouts(request)
         for problem in _problems(request, layout)
     )
 
@@ -164,12 +164,12 @@ def _problems(request: Request, layout: Layout) -> Iterator[Problem]:
         yield Problem(request.shape, replace(layout, recompute=True), request.workload)
 
 
-def layouts(request: Request) -> Iterator[Layout]:
+def legal_layouts(request: Request) -> Iterator[Layout]:
     """Every layout of all devices that is legal and not left out (see the note above)."""
     shape, work = request.shape, request.workload
     measured = bool(request.cluster.layer_overhead)
     attentions: dict[int, list[Layout]] = {}
-    for tp, pp, dp in sizes(request):
+    for tp, pp, dp in parallel_sizes(request):
         if work.batch % dp:
             continue
         if tp not in attentions:
@@ -185,7 +185,7 @@ def layouts(request: Request) -> Iterator[Layout]:
                 yield layout
 
 
-def sizes(request: Request) -> Iterator[tuple[int, int, int]]:
+def parallel_sizes(request: Request) -> Iterator[tuple[int, int, int]]:
     """(tp, pp, dp) of all devices that the model allows, whatever the batch."""
     shape, devices = request.shape, request.cluster.devices
     for tp in _allowed(devices, request.tp):

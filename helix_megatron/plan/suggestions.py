@@ -17,8 +17,8 @@ from helix_megatron.plan.search import (
     Request,
     fits,
     only_uneven_slices,
+    parallel_sizes,
     search,
-    sizes,
     sizes_with_uneven_slices,
 )
 
@@ -85,7 +85,7 @@ def _reason(plan: Plan) -> str:
         return f"{tp} does not divide {devices} ranks"
     if tp and only_uneven_slices(plan, tp):
         return f"heads over {tp} ranks are slices of unequal size"
-    if tp and not any(sizes(plan.changed(pp=1, devices=tp))):
+    if tp and not any(parallel_sizes(plan.changed(pp=1, devices=tp))):
         reason = illegal_reason(shape, Layout(tp), replace(work, kind="decode", batch=1))
         return f"{reason}" if indivisible_reason(shape, tp) else f"{reason}, and no Helix grid splits them"
     if pp and shape.num_layers % pp:
@@ -159,7 +159,7 @@ def _explain_too_big(plan: Plan) -> str:
 # ---- values to try ----
 def _replicas(request: Request) -> set[int]:
     """What a batch must be a multiple of one of: numbers of replicas, times a given micro-batch."""
-    return {dp * (request.workload.micro_batch or 1) for *_, dp in sizes(request)}
+    return {dp * (request.workload.micro_batch or 1) for *_, dp in parallel_sizes(request)}
 
 
 def _multiples(batch: int, replicas: set[int]) -> list[int]:

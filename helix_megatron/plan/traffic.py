@@ -76,7 +76,7 @@ def collectives(problem: Problem, stage: int, rank: int = 0) -> list[Collective]
     return _Step(problem, stage, rank % problem.layout.m).items
 
 
-def received(items: list[Collective]) -> dict[str, tuple[int, float]]:
+def received_by_kind(items: list[Collective]) -> dict[str, tuple[int, float]]:
     """(calls, bytes) by kind and size of the group, named as in CommMeter: "all_reduce x8"."""
     sums: dict[str, tuple[int, float]] = {}
     for item in items:

@@ -228,7 +228,7 @@ def test_predictions_stand_beside_the_measured(report):
     assert measured == f"{1e3 * mean:,.4g}"
     assert planned == f"{1e3 * seconds:,.4g}"
     assert ratio == f"{seconds / mean:.2f}"
-    shape = predictions.inputs.model_of_flags(
+    shape = predictions.inputs.shape_from_flags(
         {"--num-layers": 2, "--hidden-size": 128, "--num-attention-heads": 32, "--seq-length": 16,
          "--max-position-embeddings": 16, "--padded-vocab-size": 272, "--position-embedding-type": "rope"},
         "", "",
@@ -236,7 +236,7 @@ def test_predictions_stand_beside_the_measured(report):
     layout = Layout(16, helix=True, grid=HelixGrid(8, 2), comm_type="a2a", placement="heads",
                     kv_cache="sequence")  # fmt: skip
     problem = Problem(shape, layout, Workload("train", 2, 16, "fp32", fused=False))
-    machine = predictions.inputs.cluster("dgx-h100")
+    machine = predictions.inputs.load_cluster("dgx-h100")
     assert seconds == predict(problem, machine).seconds
     together = replace(layout, micro_batch=2)  # the whole batch of prompts of 4 tokens, then 3 steps
     for name, kind, length in (("first_token", "prefill", 4), ("decode", "decode", 4 + 1 + 1)):

@@ -90,7 +90,7 @@ def test_calls_and_bytes_of_every_collective_are_exact(name, measured):
     for rank, stage, tp_rank in places(PROBLEMS[name]):
         comm = measured[name][rank].comm
         counted = {key: (v["calls"], v["bytes"]) for key, v in comm.items() if not key.startswith("send")}
-        predicted = traffic.received(traffic.collectives(PROBLEMS[name], stage, tp_rank))
+        predicted = traffic.received_by_kind(traffic.collectives(PROBLEMS[name], stage, tp_rank))
         assert predicted.keys() == counted.keys()
         for key, (calls, received) in counted.items():
             assert predicted[key] == (calls, pytest.approx(received, abs=0.5)), (key, rank)
@@ -101,7 +101,7 @@ def test_memory_is_as_predicted(name, measured):
     problem = PROBLEMS[name]
     for rank, stage, tp_rank in places(problem):
         held = measured[name][rank].memory
-        predicted = memory.of_stage(problem, stage).bytes()
+        predicted = memory.stage_memory(problem, stage).bytes()
         assert predicted["weights"] == pytest.approx(held["parameters"], rel=0.01)
         if problem.workload.kind == "train":
             assert predicted["gradients"] == pytest.approx(held["gradients"], rel=0.01)

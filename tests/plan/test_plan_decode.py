@@ -73,7 +73,7 @@ def test_the_crossover_is_the_first_batch_from_which_all_are_faster(name):
             theirs = Layout(16, dp=ours.dp, micro_batch=batch, ep=ours.ep, etp=ours.etp,
                             sequence_parallel=ours.sequence_parallel)  # fmt: skip
             problems = [Problem(plan.shape, layout, work) for layout in (ours, theirs)]
-            fits = [memory.fullest(problem)[1].total <= H200.capacity for problem in problems]
+            fits = [memory.fullest_stage(problem)[1].total <= H200.capacity for problem in problems]
             seconds = [predict(problem, H200).seconds for problem in problems]
             wins = fits[0] and (not fits[1] or seconds[0] < seconds[1])
             if batch >= first and fits[0]:

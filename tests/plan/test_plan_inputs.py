@@ -25,7 +25,7 @@ def run(capsys, *words):
 def cluster_of(tmp_path, document):
     path = tmp_path / "mine.yaml"
     path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
-    return inputs.cluster(str(path))
+    return inputs.load_cluster(str(path))
 
 
 # ---- clusters in files ----
@@ -196,8 +196,8 @@ def test_values_of_flags_that_no_model_has_are_refused_by_name(flags, message, c
 def test_a_yaml_number_with_a_fraction_is_no_whole_number(tmp_path):
     for value in (2.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="--num-layers is"):
-            inputs.model_of_flags({**GPT, "--num-layers": value}, "m", "m.yaml")
-    assert inputs.model_of_flags({**GPT, "--num-layers": 24.0}, "m", "m.yaml").num_layers == 24
+            inputs.shape_from_flags({**GPT, "--num-layers": value}, "m", "m.yaml")
+    assert inputs.shape_from_flags({**GPT, "--num-layers": 24.0}, "m", "m.yaml").num_layers == 24
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_values_of_a_config_json_that_no_model_has_are_refused_by_name(change, m
               "max_position_embeddings": 512}  # fmt: skip
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert inputs.model(str(path)).num_query_groups == 2
+    assert inputs.load_model(str(path)).num_query_groups == 2
     path.write_text(json.dumps(config | {"hidden_size": 500, "head_dim": 64}))
-    assert inputs.model(str(path)).kv_channels == 64
+    assert inputs.load_model(str(path)).kv_channels == 64
     path.write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
-        inputs.model(str(path))
+        inputs.load_model(str(path))
 
 
 @pytest.mark.parametrize("padded", [1000, 1024])
@@ -258,7 +258,7 @@ def test_a_model_of_flags_is_that_of_megatrons_parser():
     lines = [(1, words({**GPT, **flags, **work})) for flags in MODELS]
     for flags, args in zip(MODELS, run_ranks(parsed, 1, lines, False)[0], strict=True):
         assert isinstance(args, dict), args
-        shape = inputs.model_of_flags({**GPT, **flags}, "m", "flags", 1024)
+        shape = inputs.shape_from_flags({**GPT, **flags}, "m", "flags", 1024)
         assert {name: getattr(shape, name) for name in SAME} == {name: args[name] for name in SAME}
         groups = args["num_query_groups"] if args["group_query_attention"] else args["num_attention_heads"]
         assert shape.num_query_groups == groups

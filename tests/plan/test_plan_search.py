@@ -219,12 +219,12 @@ def test_flags_and_yaml_describe_the_same_model(name, tmp_path):
     same = replace(shape, notes=())
     if shape.position_embedding_type != "rope":
         same = replace(same, rotary_base=10000)
-    assert inputs.model_of_flags(flags, name, "test") == same
+    assert inputs.shape_from_flags(flags, name, "test") == same
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"MODEL_ARGS": {k.removeprefix("--"): v for k, v in flags.items()}}))
-    assert inputs.model(str(path)) == same
+    assert inputs.load_model(str(path)) == same
     words = [w for k, v in flags.items() for w in ([k] if v is True else [k, str(v)])]
-    assert inputs.model_of_flags(inputs.flags_of_words(words), name, "test") == same
+    assert inputs.shape_from_flags(inputs.parse_flags(words), name, "test") == same
 
 
 @pytest.mark.parametrize("name", clusters.CLUSTERS)
@@ -233,7 +233,7 @@ def test_a_cluster_survives_its_file(name, tmp_path):
     assert cluster.sources and cluster.memory >= 8e9
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(clusters.to_dict(cluster)))
-    assert inputs.cluster(str(path)) == cluster
+    assert inputs.load_cluster(str(path)) == cluster
 
 
 def test_a_cluster_file_may_start_from_a_preset(tmp_path):
@@ -241,14 +241,14 @@ def test_a_cluster_file_may_start_from_a_preset(tmp_path):
     path.write_text(
         "{base: dgx-h100, name: mine, slow: 2.5e+10, rates: {gemm: {flops: 5.0e+14, bandwidth: 2.0e+12}}}"
     )
-    mine = inputs.cluster(str(path))
+    mine = inputs.load_cluster(str(path))
     assert (mine.slow, mine.rates["gemm"].flops, mine.fast) == (2.5e10, 5e14, H100.fast)
     path.write_text("{base: dgx-h100, slov: 1}")
     with pytest.raises(ValueError, match="unknown key 'slov'; did you mean slow"):
-        inputs.cluster(str(path))
+        inputs.load_cluster(str(path))
     path.write_text("{base: dgx-h100, rates: {gemm: {flops: 0, bandwidth: 1}}}")
     with pytest.raises(ValueError, match="rates: gemm: flops is 0"):
-        inputs.cluster(str(path))
+        inputs.load_cluster(str(path))
 
 
 # ---- command ----
