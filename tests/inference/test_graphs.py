@@ -67,10 +67,12 @@ def test_a_layer_of_a_decode_step_takes_25_launches_at_most_and_3_collectives():
         (Case(8, 2, 16, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2, query_placement="heads")),
         (Case(8, 2, 16, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2, query_placement="dims")),
     ]
+    most = (20, 14, 15, 22)  # launches, and three collectives; gates and norms as one kernel
     for found in run_ranks(count_launches, 2, 2, jobs, env=TRITON, fresh=True):
-        for names, collectives in found:
-            assert sum(names.values()) + sum(collectives.values()) <= 23, names
-            assert collectives == {"all_gather": 1, "all_to_all": 1, "all_reduce": 1}
+        for job, (dynamic, static) in enumerate(zip(found[::2], found[1::2], strict=True)):
+            for names, collectives in (dynamic, static):
+                assert sum(names.values()) <= most[job], names
+                assert collectives == {"all_gather": 1, "all_to_all": 1, "all_reduce": 1}
 
 
 def test_a_replay_gives_what_the_eager_step_gives_and_faults_are_seen():
