@@ -400,7 +400,6 @@ FEATURES = [
     F("hybrid `G*-`, GDN of 2 key heads", SHARED, f"{GDN} 2 {HYBRID} G*-", te=True),
     F("hybrid `+-`", SHARED, f"{HYBRID} +-", te=True),
     F("CUDA graphs, no GPU", f"{WHOLE} --cuda-graph-impl local"),
-    F("CUDA graphs, shared positions", f"{SHARED} --cuda-graph-impl local"),
     F("CUDA graphs, all_reduce", f"{WHOLE} --cuda-graph-impl local --helix-comm-type all_reduce"),
     F("CUDA graphs, context parallel 2", f"{WHOLE} {CP} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),
