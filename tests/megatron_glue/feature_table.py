@@ -43,6 +43,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 BY_LEVEL = "--helix-hierarchical-allreduce"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 48"
+FP8 = "--bf16 --fp8-format hybrid"
 BUFFERS = "--hidden-size 64"  # four parts of whole groups of 8 columns
 EXPERTS_2 = "--sequence-parallel --expert-model-parallel-size 2"
 SHARED_EXPERT = "--moe-shared-expert-intermediate-size 48"
@@ -197,6 +198,7 @@ FEATURES = [
         f"{SHARED} {BY_LEVEL} --sequence-parallel --tp-comm-overlap",
     ),
     F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", te=True, ran=REDUCED),
+    F("hierarchical all-reduce, FP8", f"{SHARED} {BY_LEVEL}", shape=f"{EVEN} {FP8}", te=True),
     F("full recompute, uniform", f"{SHARED} {FULL} uniform", ran=("recomputed",)),
     F("full recompute, block", f"{SHARED} {FULL} block", ran=("recomputed",)),
     F(
