@@ -10,8 +10,8 @@ What depends on the version is a column of `KNOWN`; other modules ask `megatron(
     0.20   3.12+    served              served                             by hand: its development tree
 
 The training loops of 0.17 and 0.18 are configured and called each in a way of its own: Helix's flags and
-entry points are refused there. By hand is `HELIX_MEGATRON="0.17 0.18" scripts/test_oldest.sh`, and for what
-is not released `scripts/test_next.sh CHECKOUT`.
+entry points are refused there. By hand is `HELIX_MEGATRON="0.17 0.18" scripts/test_oldest.sh`, or, for what
+is not released, `scripts/test_next.sh CHECKOUT`.
 """
 
 from __future__ import annotations

@@ -71,12 +71,9 @@ def show_overview(results: dict[str, Any], out: Path, console: Console) -> None:
         console.print()
         console.print(f"{point.title} ({point.tag})", style="bold", highlight=False, markup=False)
         for part in (*point.before, point.table, *point.after):
-            if isinstance(part, Table):
-                part = padding.Padding(part.to_plain(), (0, 0, 0, 1), expand=False)
-            elif part:
-                part = text.Text(f" {part}")
             if part:
-                console.print(part, highlight=False, markup=False)
+                shown = part.to_plain() if isinstance(part, Table) else text.Text(part)
+                console.print(padding.Padding(shown, (0, 0, 0, 1), expand=False), highlight=False)
     console.print(f"\nAll tables and figures: {out / 'report.html'}, {out / 'report.md'}", highlight=False)
 
 

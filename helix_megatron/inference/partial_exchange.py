@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_megatron.exchange.collectives import AsyncAllToAll
-from helix_megatron.kernels.merge import combine_partials
+from helix_megatron.kernels.merge import combine_partials, write_partials
 from helix_megatron.partition.layout import HelixLayout
 
 _ALIGNMENT = 16  # bytes
@@ -56,6 +56,7 @@ class PartialExchange:
 
     def __init__(self, rows: tuple[int, ...], like: Tensor, layout: HelixLayout, group: dist.ProcessGroup):
         m, heads, dim = group.size(), layout.query_heads, layout.shape.kv_channels
+        self._work: AsyncAllToAll | None = None
         self._rows, self._layout, self._group, self._dtype = rows, layout, group, like.dtype
         if layout.query_placement == "heads":
             shapes = [(heads // m, dim)] * m
@@ -65,30 +66,33 @@ class PartialExchange:
         self._own = shapes[group.rank()]
         self._received = like.new_empty(m, sizes[group.rank()])
         self._send = like.new_empty(sum(sizes))
-        self._even = len(set(shapes)) == 1
-        self._sizes = None if self._even else sizes
-        if self._even:
-            self._targets = [piece_views(self._send.view(m, -1), rows, *shapes[0])]
-        else:
-            pieces = zip(self._send.split(sizes), shapes, strict=True)
-            self._targets = [piece_views(piece, rows, *shape) for piece, shape in pieces]
-        self._work: AsyncAllToAll | None = None
+        self._sizes = sizes if len(set(shapes)) > 1 else None
+        self._shapes = shapes
 
-    def send(self, out: Tensor, lse: Tensor) -> None:
-        """Put this rank's partial output [*rows, N, D] and its log-sum-exp [*rows, N] under way."""
-        for (outs, lses), (from_out, from_lse) in zip(self._targets, self._sources(out, lse), strict=True):
-            outs.copy_(from_out)
-            lses.copy_(from_lse)
+    @property
+    def target(self) -> Views | None:
+        """Where attention may put its outputs [m, T, N', D'] and log-sum-exps itself; None: slices differ."""
+        if self._sizes is not None:
+            return None
+        pieces = self._send.view(self._group.size(), -1)
+        return piece_views(pieces, (prod(self._rows),), *self._shapes[0])
+
+    def send(self, partial: Views | None) -> None:
+        """Put this rank's partial output [*rows, N, D] and its log-sum-exp [*rows, N] under way; None: what
+        `target` holds."""
+        if partial is not None:
+            self._write(partial[0].flatten(0, -3), partial[1].flatten(0, -2))
         self._work = AsyncAllToAll(self._send, self._received, self._group, self._sizes)
 
-    def _sources(self, out: Tensor, lse: Tensor) -> list[Views]:
-        """What the pieces hold: views of all pieces, or of each where they differ."""
-        m = self._group.size()
-        if self._layout.query_placement == "heads":
-            return [(out.unflatten(-2, (m, -1)).movedim(-3, 0), lse.unflatten(-1, (m, -1)).movedim(-2, 0))]
-        if self._even:
-            return [(out.unflatten(-1, (m, -1)).movedim(-2, 0), lse.expand(m, *lse.shape))]
-        return [(piece, lse) for piece in out.split(self._layout.all_slice_dims, dim=-1)]
+    def _write(self, out: Tensor, lse: Tensor) -> None:
+        if self.target is not None:
+            write_partials(out, lse, *self.target)
+            return
+        slices = out.split(self._layout.all_slice_dims, dim=-1)
+        for piece, shape, own in zip(self._send.split(self._sizes), self._shapes, slices, strict=True):
+            outs, lses = piece_views(piece, out.shape[:1], *shape)
+            outs.copy_(own)
+            lses.copy_(lse)
 
     def merged(self, sinks: Tensor | None = None) -> Tensor:
         """Wait for what arrives and merge it, with sinks [N']: [*rows, N', D'] contiguous."""

@@ -37,9 +37,8 @@ from torch import Tensor
 from helix_megatron.exchange.collectives import gather_tokens, gather_uneven
 from helix_megatron.exchange.slices import first_head_of_sinks, slice_shapes
 from helix_megatron.exchange.views import Pieces, aligned_views
-from helix_megatron.inference.partial_exchange import PartialExchange
+from helix_megatron.inference.partial_exchange import PartialExchange, Views
 from helix_megatron.kernels.backend import attend
-from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
@@ -54,10 +53,11 @@ class Step(Protocol):
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """Keep those of the new tokens' [S, B, K, D] that are this rank's."""
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """Attention of rows start ... stop - 1 along `dim`, given by `query`, over all that the rank keeps.
 
-        Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32.
+        Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32; or None, when it has
+            put them `into` the pieces that travel.
         """
 
 
@@ -110,10 +110,11 @@ def attend_with_shards(
     for start, stop in pairwise(bounds):
         part = query.narrow(step.dim, start, stop - start)
         exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group)
-        out, lse = step.attend(part, start, stop)
-        if sinks is not None and not receives_own_heads:
-            _add_own_sinks(out, lse, sinks, layout, group.rank())
-        exchange.send(out, lse)
+        adds = sinks is not None and not receives_own_heads
+        partial = step.attend(part, start, stop, None if adds else exchange.target)
+        if adds and partial is not None:
+            _add_own_sinks(*partial, sinks, layout, group.rank())
+        exchange.send(partial)
         on_their_way.append(exchange)
     outs = [exchange.merged(sinks if receives_own_heads else None) for exchange in on_their_way]
     return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
@@ -167,9 +168,9 @@ def _add_own_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: HelixLayout,
     first = first_head_of_sinks(len(sinks), layout, rank)
     if first is not None:
         own, own_lse = out.narrow(2, first, len(sinks)), lse.narrow(2, first, len(sinks))
-        merged, merged_lse = merge_partials(own[None], own_lse[None], sinks)
-        own.copy_(merged)
-        own_lse.copy_(merged_lse)
+        sinks = sinks.float()
+        own.mul_(torch.sigmoid(own_lse - sinks).unsqueeze(-1))  # exp(lse) / (exp(lse) + exp(sink))
+        torch.logaddexp(own_lse, sinks, out=own_lse)
 
 
 def _gather(
@@ -249,10 +250,10 @@ class SequenceStep:
         self.keys[first:last] = key
         self.values[first:last] = value
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """As Step; the rows are sequences."""
         new, batch = query.shape[:2]
-        out, lse = attend(
+        partial = attend(
             query.transpose(0, 1).flatten(0, 1),
             self.keys.transpose(0, 1),
             self.values.transpose(0, 1),
@@ -260,7 +261,11 @@ class SequenceStep:
             self.attention.over(self.interleave, self.rank),
             singles=new == 1,
             flash_version=self.attention.flash_version,
+            into=into if new == 1 else None,  # else tokens of a sequence come after each other here
         )
+        if partial is None:
+            return None
+        out, lse = partial
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
     def _requests(self, new: int, start: int, stop: int, device: torch.device) -> Requests:
@@ -311,13 +316,13 @@ class PagedStep:
         self.keys[self.blocks, self.slots] = key[:tokens, 0]
         self.values[self.blocks, self.slots] = value[:tokens, 0]
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """As Step; the rows are tokens, query [tokens, 1, N, D]."""
         cut = self.requests.single_rows if self.singles else self.requests.rows
         requests = cut(start, stop)
         visible = self.attention.over(self.interleave, self.rank)
-        out, lse = attend(
+        partial = attend(
             query[:, 0], self.keys, self.values, requests, visible, self.singles,
-            self.attention.flash_version, self.graph,
+            self.attention.flash_version, self.graph, into,
         )  # fmt: skip
-        return out[:, None], lse[:, None]
+        return None if partial is None else (partial[0][:, None], partial[1][:, None])

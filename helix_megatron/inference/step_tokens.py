@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helix_megatron.inference.prompts import Prompts, find_prompts
 from helix_megatron.kernels.paged_attention import Requests
+from helix_megatron.kernels.placement import place_tokens
 from helix_megatron.partition.kv_layout import KvInterleave
 
 
@@ -47,9 +48,13 @@ class StepTokens:
             size = max(self.tokens, len(view.token_to_block_idx))
             with torch.inference_mode(False):  # to be filled in any mode
                 self._memory = torch.zeros(2, size, dtype=torch.int64, device=view.token_to_block_idx.device)
-        self._place(
+        place_tokens(
+            self.blocks,
+            self.slots,
             view.token_to_block_idx[: self.tokens],
             view.token_to_local_position_within_kv_block[: self.tokens],
+            self.interleave,
+            self.rank,
             context.kv_block_allocator.dummy_block_idx,
         )
         metadata = context.active_attn_metadata["mha_metadata"].state_data
@@ -79,13 +84,6 @@ class StepTokens:
         """[tokens] and its slot in there."""
         assert self._memory is not None
         return self._memory[1, : self.tokens]
-
-    def _place(self, blocks: Tensor, places: Tensor, spare_block: int) -> None:
-        self.blocks.copy_(blocks)
-        self.slots.copy_(self.interleave.slot(places))
-        others = self.interleave.owner(places) != self.rank
-        self.blocks.masked_fill_(others, spare_block)
-        self.slots.masked_fill_(others, 0)
 
     def _that_stay(self, sizes: Any, requests: Requests) -> Requests:
         """The requests that the graph of these sizes was captured with: views of the same memory."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.merge import write_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
 from helix_megatron.partition.grid import HelixConfigError
 
@@ -53,7 +54,8 @@ def attend(
     singles: bool,
     flash_version: int | None = None,
     graph: bool = False,
-) -> tuple[Tensor, Tensor]:
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """paged_attention by the chosen backend.
 
     Args:
@@ -62,8 +64,10 @@ def attend(
         singles: row r is the only new token of request r; rows past the last request are padding.
         flash_version: Megatron's --flash-attention-version.
         graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
+        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
+        None with `into`.
     """
     device = query.device
     on_gpu = device.type == "cuda"
@@ -78,8 +82,17 @@ def attend(
         flash_version=flash_version,
         graph=graph or (on_gpu and torch.cuda.is_current_stream_capturing()),
     )
-    backend = _BACKENDS[choice.singles if singles else choice.others]
-    return backend(query, keys, values, requests, visible, singles)
+    name = choice.singles if singles else choice.others
+    if into is not None and name == "triton":
+        from helix_megatron.kernels import paged_attention_triton
+
+        paged_attention_triton.attend_into(*into, query, keys, values, requests, visible, singles)
+        return None
+    found = _BACKENDS[name](query, keys, values, requests, visible, singles)
+    if into is None:
+        return found
+    write_partials(*found, *into)
+    return None
 
 
 @functools.cache
@@ -225,6 +238,7 @@ def warm_up(
     visible: VisibleSlots,
     flash_version: int | None = None,
     graph: bool = False,
+    piece: tuple[int, int] | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -236,6 +250,7 @@ def warm_up(
         visible: of a layer with a window, or of one without: they are apart.
         flash_version: Megatron's --flash-attention-version.
         graph: for steps that CUDA graphs are captured of.
+        piece: heads and dimensions of a piece, where attention writes `into` pieces.
     """
     on_gpu = keys.device.type == "cuda"
     choice = choose(
@@ -253,7 +268,7 @@ def warm_up(
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, visible)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece)
     return choice
 
 

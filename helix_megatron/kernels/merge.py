@@ -13,12 +13,20 @@ S queries, L keys, B batch, N query heads, K KV heads (K divides N), D head dime
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
 _SCORE_BYTES = 256 * 2**20  # scores that exist at a time
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether small kernels are Triton's there: on a GPU where it is installed, or under its interpreter."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -42,6 +50,23 @@ def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> t
     shares = weights / total.masked_fill(total == 0, 1.0)
     out = (outs.float() * shares.unsqueeze(-1)).sum(dim=0)
     return out, top + torch.log(total)  # -inf + -inf when all are empty
+
+
+def write_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor) -> None:
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
+
+    Args:
+        out: [T, N, D].
+        lse: [T, N] fp32.
+        outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
+            heads (D' = D/m), with the log-sum-exps of all.
+    """
+    if outs.shape[2] < out.shape[1]:
+        outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
+        lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))
+    else:
+        outs.copy_(out.unflatten(2, (len(outs), -1)).movedim(2, 0))
+        lses.copy_(lse.expand_as(lses))
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -69,13 +94,10 @@ def combine_partials(
     Returns:
         [T, N, D] contiguous: flattened to [T, N*D] it is what linear_proj reads.
     """
-    if outs.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        try:
-            from helix_megatron.kernels import triton_merge
-        except ImportError:  # no Triton
-            pass
-        else:
-            return triton_merge.combine_partials(outs, lses, dtype, sinks=sinks)[0]
+    if runs_triton(outs.device):
+        from helix_megatron.kernels import triton_merge
+
+        return triton_merge.combine_partials(outs, lses, dtype, sinks=sinks)[0]
     return merge_partials(outs, lses, sinks)[0].to(dtype)
 
 

@@ -68,12 +68,32 @@ def combine_kernel(
         tl.store(lse + row + one, log, mask=tl.program_id(1) + one == 0)
 
 
-@triton.jit(do_not_specialize=["requests", "programs", "tiles_few", "tiles_many"])
+@triton.jit
+def store_lse(lse, lse_piece, token, head, log, mask, OF_N: tl.constexpr, COPIES: tl.constexpr):
+    # pieces [T, OF_N], lse_piece times 16 bytes apart; each of COPIES gets it
+    apart = lse_piece.to(tl.int64) * 4
+    to = (head // OF_N) * apart + token.to(tl.int64) * OF_N + head % OF_N
+    for copy in tl.static_range(COPIES):
+        tl.store(lse + to + copy * apart, log, mask=mask)
+
+
+@triton.jit
+def out_offsets(
+    out_piece, token, head, dim, OF_N: tl.constexpr, OF_D: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    # in pieces [T, OF_N, OF_D], out_piece times 16 bytes apart; UNIT elements are 16 bytes
+    piece = (head // OF_N + dim // OF_D).to(tl.int64) * out_piece * UNIT
+    return piece + (token.to(tl.int64) * OF_N + head % OF_N) * OF_D + dim % OF_D
+
+
+@triton.jit(
+    do_not_specialize=["requests", "programs", "tiles_few", "tiles_many", "out_piece", "lse_piece"]
+)
 def merge_programs_kernel(
-    parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many,
+    parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many, out_piece, lse_piece,
     N: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr,
     MANY: tl.constexpr, LEAST_FEW: tl.constexpr, LEAST_MANY: tl.constexpr, PARTS: tl.constexpr,
-    DIMS: tl.constexpr,
+    DIMS: tl.constexpr, OF_N: tl.constexpr, OF_D: tl.constexpr, COPIES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     # MANY: tokens of a prompt's tile, 0 without prompts. parts [2P, K, rows, D] of few, then of many
     token, head = tl.program_id(0) // N, tl.program_id(0) % N
@@ -100,10 +120,10 @@ def merge_programs_kernel(
             parts + at * D, logs + at, top, sums, number, 2 * rows * D, 2 * rows, late * rows * D,
             late * rows, dim, D, PARTS, DIMS,
         )  # fmt: skip
-        to = tl.program_id(0).to(tl.int64)
-        tl.store(out + to * D + dim, merged, mask=dim < D)
         one = tl.arange(0, 1)
-        tl.store(lse + to + one, log, mask=tl.program_id(1) + one == 0)
+        to = out_offsets(out_piece, token + dim * 0, head, dim, OF_N, OF_D, UNIT)
+        tl.store(out + to, merged, mask=dim < D)
+        store_lse(lse, lse_piece, token + one, head, log, tl.program_id(1) + one == 0, OF_N, COPIES)
 
 
 def merge_block(rows: int, dim: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from helix_megatron.partition.config import (
     parse_weights,
 )
 from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.tensor_sizes import LINEAR_ATTENTION
 
 
 def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -209,7 +210,9 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
         return
     whole_model = {
         "--multi-latent-attention": args.multi_latent_attention,
-        "--experimental-attention-variant": args.experimental_attention_variant,
+        "--experimental-attention-variant": (
+            args.experimental_attention_variant not in (None, *LINEAR_ATTENTION)
+        ),
         "--spec": not names_default_layers(args.spec),
         "--hybrid-layer-pattern with + or D layers (multi-latent attention)": (
             set("+D") & set(args.hybrid_layer_pattern or args.hybrid_override_pattern or "")

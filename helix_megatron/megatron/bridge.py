@@ -148,7 +148,7 @@ def _teach() -> None:
     """Teach Bridge's weight mappings what sliced linear layers hold. Idempotent."""
     if _taught:
         return
-    from megatron.bridge.models.conversion import param_mapping
+    from megatron.bridge.models.conversion import mapping_registry, param_mapping
     from megatron.bridge.peft import lora, utils
 
     def model_config(original: Callable) -> Callable:
@@ -193,11 +193,20 @@ def _teach() -> None:
 
         return get_adapter_attributes_from_linear
 
+    def inner_core(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def megatron_to_hf_lookup(self: Any, megatron_param_name: str) -> Any:
+            name = megatron_param_name.replace(".core_attention.core.", ".core_attention.")  # sinks
+            return original(self, name)
+
+        return megatron_to_hf_lookup
+
     adapters = "get_adapter_attributes_from_linear"
     changes = [
         (param_mapping.MegatronParamMapping, "_get_config", model_config),
         (param_mapping.AutoMapping, "_detect_parallelism_type", sliced_type),
         (param_mapping.AutoMapping, "_get_or_create_mapping", sliced_mapping),
+        (mapping_registry.MegatronMappingRegistry, "megatron_to_hf_lookup", inner_core),
         *((module, adapters, no_adapters) for module in (utils, lora) if hasattr(module, adapters)),
     ]
     for target, name, wrap in changes:

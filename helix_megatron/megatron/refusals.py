@@ -9,6 +9,7 @@ from typing import Any
 from helix_megatron import compat
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
+from helix_megatron.partition.tensor_sizes import LINEAR_ATTENTION
 
 
 def setting(config: Any, name: str, default: Any = False) -> Any:
@@ -47,8 +48,8 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
-        "an experimental attention variant (--experimental-attention-variant)": value(
-            "experimental_attention_variant"
+        "an experimental attention variant (--experimental-attention-variant)": (
+            value("experimental_attention_variant") not in (False, *LINEAR_ATTENTION)
         ),
         f"{packs} with --helix-comm-type all_reduce": packed and plan.comm_type == "all_reduce",
         f"{packs} with --context-parallel-size > 1": packed and value("context_parallel_size", 1) > 1,

@@ -75,6 +75,7 @@ def with_helix_attention(spec: Any, helix: HelixConfig, helix_groups: HelixGroup
     Args:
         spec: a layer spec with `submodules.self_attention`, local or Transformer Engine; a block of those
             (TransformerBlockSubmodules); or a hybrid stack, of which the attention layers become Helix's.
+            Layers of linear attention (gated delta nets) stay as they are.
         helix: settings.
         helix_groups: process groups; the registered ones by default.
 
@@ -89,6 +90,8 @@ def with_helix_attention(spec: Any, helix: HelixConfig, helix_groups: HelixGroup
         return _with_submodules(spec, attention_layer=layer)
     attention = getattr(spec.submodules, "self_attention", None)
     module = getattr(attention, "module", attention)
+    if str(getattr(module, "__module__", None)).startswith("megatron.core.ssm."):
+        return spec
     ours = isinstance(module, type) and issubclass(module, HelixParallelSelfAttention)
     if module is not SelfAttention and not ours:  # what a subclass of it adds would be lost
         if helix.dim_parallel_size == 1:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from helix_megatron.partition.grid import HelixConfigError
 
+LINEAR_ATTENTION = ("gated_delta_net", "gdn", "gdn2")
+"""Values of --experimental-attention-variant that are linear attention; the layers between are ordinary."""
+
 
 def indivisible(args: Namespace, tp: int) -> list[str]:
     """What `tp` ranks cannot hold equal parts of; Megatron's validated arguments, but for their own tp."""
@@ -42,6 +45,7 @@ def indivisible(args: Namespace, tp: int) -> list[str]:
 
 def _state_space_parts(args: Namespace, pattern: str, tp: int) -> list[tuple[str, int, int, bool]]:
     """What Megatron's own Mamba (M) and gated delta net (G) layers deal out: whole heads and groups."""
+    linear = "G" in pattern or getattr(args, "experimental_attention_variant", None) in LINEAR_ATTENTION
     parts = []
     if "M" in pattern:
         heads = args.mamba_num_heads or 2 * args.hidden_size // args.mamba_head_dim  # Mamba expands twice
@@ -49,7 +53,7 @@ def _state_space_parts(args: Namespace, pattern: str, tp: int) -> list[tuple[str
             ("the Mamba layers' heads (--mamba-num-heads)", heads, tp, True),
             ("the Mamba layers' --mamba-num-groups", args.mamba_num_groups, tp, True),
         ]
-    if "G" in pattern:
+    if linear:
         parts += [
             ("the GDN layers' --linear-num-key-heads", args.linear_num_key_heads, tp, True),
             ("the GDN layers' --linear-num-value-heads", args.linear_num_value_heads, tp, True),

@@ -23,7 +23,7 @@ def layer_and_context(case: Case, helix: HelixConfig, tp: int, groups: Groups, g
     from helix_megatron.megatron import integrate
 
     case.draw()
-    plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved)
+    plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
     overrides = {"cuda_graph_impl": "local"} if graphs else {}
     layer = make_layer(case, helix, tp, groups.of(plan.grid), **overrides).eval()
     rank = torch.distributed.get_rank() % tp
@@ -40,7 +40,7 @@ def layer_and_context(case: Case, helix: HelixConfig, tp: int, groups: Groups, g
 
 def count_launches(tp: int, jobs: list[tuple[Case, HelixConfig]]) -> list[tuple[dict, dict]]:
     """Of a decode step, past its first layer: launches and collectives, in the dynamic engine's context, then
-    in Megatron's static one. RoPE and norms are one launch each, as Megatron's fused kernels are."""
+    in Megatron's static one. RoPE, norms and the output gate are one launch each, as Megatron fuses them."""
     start(tp)
     groups = Groups()
     return [found for case, helix in jobs for found in _count(case, helix, tp, groups)]
@@ -55,7 +55,11 @@ def _count(case: Case, helix: HelixConfig, tp: int, groups: Groups) -> list[tupl
     layer, context, table = layer_and_context(case, helix, tp, groups)
     rope, hidden, found = case.rope_table(), case.tensors["hidden"].float()[:, :1], []
     norms = [norm for norm in (layer.q_layernorm, layer.k_layernorm) if norm is not None]
-    fused = ((self_attention, "apply_rotary_pos_emb"), *((norm, "forward") for norm in norms))
+    fused = (
+        (self_attention, "apply_rotary_pos_emb"),
+        (layer, "_apply_output_gate"),
+        *((norm, "forward") for norm in norms),
+    )
 
     def run(of_step, rows):
         return layer(rows, None, inference_context=of_step, rotary_pos_emb=rope)
@@ -131,11 +135,13 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
     from megatron.core.transformer import attention
 
     from helix_megatron.inference import position_cache
+    from helix_megatron.kernels.merge import write_partials
     from helix_megatron.kernels.paged_attention import Requests, paged_attention
     from tests.inference import kv_cache_worker
 
-    def attend(query, keys, values, requests, visible, *how, **more):
-        return paged_attention(query, keys, values, Requests(*requests.tensors), visible)
+    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into):
+        found = paged_attention(query, keys, values, Requests(*requests.tensors), visible)
+        write_partials(*found, *into)
 
     kernels = (
         (position_cache, "attend"),

@@ -214,6 +214,7 @@ def _context(blocks: torch.Tensor, places: torch.Tensor, requests: Requests) -> 
         gpu_view=SimpleNamespace(**view), padded_active_token_count=len(blocks),
         kv_block_allocator=SimpleNamespace(dummy_block_idx=SPARE),
         active_attn_metadata={"mha_metadata": metadata}, is_decode_only=lambda: False,
+        num_prefill_requests=0,
     )  # fmt: skip
 
 

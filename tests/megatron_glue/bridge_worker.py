@@ -32,6 +32,9 @@ def provider_of(bridge, tp, pp=1):
     )
     provider.bias_dropout_fusion = provider.bias_activation_fusion = False
     provider.attention_backend, provider.moe_permute_fusion = "unfused", False
+    if provider.num_moe_experts and provider.add_bias_linear:  # Megatron has biases of whole experts alone
+        provider.expert_tensor_parallel_size = 1
+    provider.deterministic_mode = provider.experimental_attention_variant is not None
     return provider
 
 
@@ -87,7 +90,8 @@ def rank_models(tp, pp, models):
         elif settings is not None:
             with_helix(provider, HelixConfig(**settings))
         model = start(provider)
-        assert ("Helix" in type(model[0].decoder.layers[0].self_attention).__name__) == (settings is not None)
+        attention = type(model[0].decoder.layers[-1].self_attention).__name__
+        assert ("Helix" in attention) == (settings is not None)
         exported = {key: weight.clone() for key, weight in bridge.export_hf_weights(model, cpu=True)}
         found[name] = (whole_logits(model) if pp == 1 else None, exported)
         forget()

@@ -29,11 +29,11 @@ def rank_replays(tp: int, jobs: list[tuple[Case, HelixConfig, dict]]) -> list[di
     groups, found = Groups(), []
     for case, helix, overrides in jobs:
         plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
-        layer = make_layer(case, helix, tp, groups.of(plan.grid), **overrides).train()
+        layers = [make_layer(case, helix, tp, groups.of(plan.grid), **overrides).train() for _ in range(2)]
         if helix.hierarchical_allreduce:
             integrate.enable(helix)  # make_layer has switched it off again
         try:
-            found.append(_replayed(layer, case, tp, overrides.get("sequence_parallel", False)))
+            found.append(_replayed(*layers, case, tp, overrides.get("sequence_parallel", False)))
         except NotCapturable as why:
             found.append({"refused": str(why)})
         finally:
@@ -42,13 +42,13 @@ def rank_replays(tp: int, jobs: list[tuple[Case, HelixConfig, dict]]) -> list[di
     return found
 
 
-def _replayed(layer, case: Case, tp: int, sequence_parallel: bool) -> dict:
-    """{"same": a replay with new inputs and weights equals the layer, bit for bit; "moved": what the first
-    ones gave is something else; "collectives": recorded}."""
+def _replayed(layer, other, case: Case, tp: int, sequence_parallel: bool) -> dict:
+    """{"same": a replay with new inputs and weights equals, bit for bit, another layer that never saw the old
+    ones; "moved": what the first ones gave is something else; "collectives": recorded}."""
     own = case.seq // tp if sequence_parallel else case.seq
     hidden, gradient = (torch.zeros(own, 2, case.hidden) for _ in range(2))
     hidden.requires_grad_()
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    weights, others = ([x for x in each.parameters() if x.requires_grad] for each in (layer, other))
     table = case.rope_table()
 
     def redraw(seed: int) -> None:
@@ -61,24 +61,30 @@ def _replayed(layer, case: Case, tp: int, sequence_parallel: bool) -> dict:
             for weight in weights:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / 4)
 
-    def step() -> tuple[torch.Tensor, ...]:
+    def step(layer, weights, hidden, gradient, table) -> tuple[torch.Tensor, ...]:
         """As Megatron's graphs do it, which know no .backward()."""
         out, _ = layer(hidden, None, rotary_pos_emb=table)
         return out, *torch.autograd.grad(out, [hidden, *weights], gradient)
 
+    static = (layer, weights, hidden, gradient, table)
+
     redraw(1)
     cuda_graphs._set_capture_start()  # Megatron recomputes nothing then
-    step()  # warm-up
+    step(*static)  # warm-up
     capture = Capture()
     # It compares the state of the host's own generator; nothing here is random.
     fork = mock.patch.object(get_cuda_rng_tracker(), "fork", contextlib.nullcontext)
     with fork, capture.recording():
-        recorded = [tensor.detach() for tensor in step()]
+        recorded = [tensor.detach() for tensor in step(*static)]
     first = [tensor.clone() for tensor in recorded]
     redraw(2)
     capture.replay()
     again = [tensor.clone() for tensor in recorded]
-    pairs = list(zip(again, step(), first, strict=True))
+    with torch.no_grad():
+        for mine, drawn in zip(others, weights, strict=True):
+            mine.copy_(drawn)
+    fresh = step(other, others, hidden.detach().clone().requires_grad_(), gradient.clone(), table.clone())
+    pairs = list(zip(again, fresh, first, strict=True))
     return {
         "same": all(torch.equal(replayed, eager) for replayed, eager, _ in pairs),
         "moved": not any(torch.equal(replayed, before) for replayed, _, before in pairs),

@@ -75,6 +75,13 @@ GDN = (
     "--linear-key-head-dim 8 --linear-value-head-dim 8 --linear-conv-kernel-dim 2 "
     "--linear-num-value-heads 8 --linear-num-key-heads"
 )
+SQUARE = "--tensor-model-parallel-size 4 --helix-dim-parallel-size 2"
+# A gated delta net draws its weights rank by rank: both runs have four.
+OF_FOUR_RANKS = {
+    "reference": "--tensor-model-parallel-size 4",
+    "shape": "--deterministic-mode --num-attention-heads 12 --num-query-groups 4",
+    "te": True,
+}
 SPECS = "--spec helix_megatron.megatron.specs"
 
 
@@ -383,7 +390,13 @@ FEATURES = [
     F("hybrid `*-*-`, by level", f"{SHARED} {BY_LEVEL}", f"{HYBRID} *-*-", te=True, ran=REDUCED),
     F("hybrid `M*-`", SHARED, f"{MAMBA} 4 {HYBRID} M*-", te=True),
     F("hybrid `M*-`, Mamba of 2 groups", SHARED, f"{MAMBA} 2 {HYBRID} M*-", te=True),
-    F("hybrid `G*-`", SHARED, f"{GDN} 4 {HYBRID} G*-", te=True),
+    F("hybrid `G*-`, 2x2, deterministic", SQUARE, f"{GDN} 4 {HYBRID} G*-", **OF_FOUR_RANKS),
+    F(
+        "gated delta nets in every other layer, 2x2, deterministic",
+        SQUARE,
+        f"{GDN} 4 --experimental-attention-variant gated_delta_net --linear-attention-freq 2",
+        **OF_FOUR_RANKS,
+    ),
     F("hybrid `G*-`, GDN of 2 key heads", SHARED, f"{GDN} 2 {HYBRID} G*-", te=True),
     F("hybrid `+-`", SHARED, f"{HYBRID} +-", te=True),
     F("CUDA graphs, no GPU", f"{WHOLE} --cuda-graph-impl local"),
