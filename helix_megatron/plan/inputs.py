@@ -175,7 +175,9 @@ def _experts(flags: Flags, where: str, ffn: int) -> dict[str, Any]:
     if "--num-experts" not in flags:
         return {}
     number = partial(parse_int_flag, flags, where)
-    parse_choice_flag(flags, where, "--moe-layer-freq", 1, "1")
+    every = flags.get("--moe-layer-freq", 1)
+    if str(every) != "1":
+        raise ValueError(f"{where}: --moe-layer-freq is {every!r}; the planner knows 1, experts in every layer.")
     shared = "--moe-shared-expert-intermediate-size"
     return {
         "num_moe_experts": number("--num-experts"),
