@@ -177,7 +177,8 @@ def _experts(flags: Flags, where: str, ffn: int) -> dict[str, Any]:
     number = partial(parse_int_flag, flags, where)
     every = flags.get("--moe-layer-freq", 1)
     if str(every) != "1":
-        raise ValueError(f"{where}: --moe-layer-freq is {every!r}; the planner knows 1, experts in every layer.")
+        knows = "the planner knows 1, experts in every layer"
+        raise ValueError(f"{where}: --moe-layer-freq is {every!r}; {knows}.")
     shared = "--moe-shared-expert-intermediate-size"
     return {
         "num_moe_experts": number("--num-experts"),
