@@ -33,7 +33,7 @@ def load_model(name: str) -> ModelShape:
     """A preset, a Hugging Face config.json (or its folder), or a YAML file with Megatron's flags.
 
     Raises:
-        ValueError: neither of these, or a model that is no dense GPT.
+        ValueError: neither of these, or a model that is not planned.
     """
     if Path(name).suffix in _YAML:
         return shape_from_flags(read_flags_file(name), Path(name).stem, name)
@@ -82,7 +82,7 @@ def shape_from_flags(flags: Flags, name: str, where: str, length: int | None = N
     Args:
         length: positions of a sequence, where the flags do not say how many there are at most.
     Raises:
-        ValueError: a flag is missing or has a value that no model has, or a model that is no dense GPT.
+        ValueError: a flag is missing or has a value that no model has, or a model that is not planned.
     """
     for flag in _NEEDED:
         if flag not in flags:
@@ -175,7 +175,10 @@ def _experts(flags: Flags, where: str, ffn: int) -> dict[str, Any]:
     if "--num-experts" not in flags:
         return {}
     number = partial(parse_int_flag, flags, where)
-    parse_choice_flag(flags, where, "--moe-layer-freq", 1, "1")
+    every = flags.get("--moe-layer-freq", 1)
+    if str(every) != "1":
+        knows = "the planner knows 1, experts in every layer"
+        raise ValueError(f"{where}: --moe-layer-freq is {every!r}; {knows}.")
     shared = "--moe-shared-expert-intermediate-size"
     return {
         "num_moe_experts": number("--num-experts"),

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from helix_megatron.megatron.yaml_config import nearest
+from helix_megatron.models.presets import PRESETS
 from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.plan.hardware import Cluster
@@ -27,18 +28,19 @@ from helix_megatron.plan.layout import Layout, Problem, Workload
 Flags = Mapping[str, Any]
 """`--name` to value; true for a flag without one."""
 
-MODEL = frozenset(
-    """--num-layers --hidden-size --num-attention-heads --group-query-attention --num-query-groups
-    --kv-channels --ffn-hidden-size --vocab-size --padded-vocab-size --make-vocab-size-divisible-by
-    --swiglu --normalization --norm-epsilon --untie-embeddings-and-output-weights
-    --position-embedding-type --rotary-percent --rotary-base --use-rotary-position-embeddings
-    --use-rope-scaling --qk-layernorm --disable-bias-linear --add-qkv-bias
-    --max-position-embeddings --num-experts --moe-ffn-hidden-size --moe-router-topk --moe-layer-freq
-    --moe-shared-expert-intermediate-size --moe-shared-expert-gate --attention-output-gate --softmax-type
-    --window-size --window-attn-skip-freq --quick-geglu --glu-linear-offset --activation-func-clamp-value
-    --apply-layernorm-1p --experimental-attention-variant --linear-attention-freq --linear-num-key-heads
-    --linear-num-value-heads --linear-key-head-dim --linear-value-head-dim --linear-conv-kernel-dim""".split()
-)
+# These values change neither the model nor the work.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "--hidden-dropout": (0,),
+    "--attention-dropout": (0,),
+    "--context-parallel-size": (1,),
+    "--moe-token-dispatcher-type": ("alltoall",),
+    "--optimizer": ("adam",),
+    "--attention-backend": ("auto", "flash", "fused"),
+    "--helix-softmax": ("exact",),
+}
+MODEL = frozenset(flag for shape in PRESETS.values() for flag in shape.model_args()) - _PLAIN.keys() | {
+    "--vocab-size", "--padded-vocab-size", "--use-rotary-position-embeddings", "--moe-layer-freq",
+}  # fmt: skip
 WORK = frozenset(
     "--seq-length --micro-batch-size --global-batch-size --bf16 --fp16 --use-distributed-optimizer".split()
 )
@@ -70,16 +72,6 @@ _CHOSEN = {
     "--pipeline-model-parallel-size": "--pp",
     "--expert-model-parallel-size": "--ep",
     "--expert-tensor-parallel-size": "--etp",
-}
-# These values change nothing either.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "--hidden-dropout": (0,),
-    "--attention-dropout": (0,),
-    "--context-parallel-size": (1,),
-    "--moe-token-dispatcher-type": ("alltoall",),
-    "--optimizer": ("adam",),
-    "--attention-backend": ("auto", "flash", "fused"),
-    "--helix-softmax": ("exact",),
 }
 # Groups of Megatron's parser whose flags change neither the model nor the work, with the exceptions.
 _NEITHER_GROUPS = frozenset(

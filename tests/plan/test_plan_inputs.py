@@ -300,6 +300,22 @@ def parsed(lines, build):
     return found
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--window-size": "127"}, "--window-size is '127'; the planner needs positions looked back on"),
+        ({"--window-size": "127,5"}, "--window-size is '127,5'; the planner needs"),
+        ({"--num-experts": 8, "--moe-layer-freq": "([0]*1+[1]*23)"}, "--moe-layer-freq is '([0]*1+[1]*23)'"),
+        ({"--experimental-attention-variant": "dsa"}, "variant is 'dsa'; the planner knows gated_delta_net"),
+        ({"--experimental-attention-variant": "gated_delta_net"}, "--linear-attention-freq is None"),
+        ({"--hybrid-layer-pattern": "M*-"}, "--hybrid-layer-pattern is given; such models are not planned"),
+    ],
+)
+def test_kinds_of_layers_that_are_not_planned_are_refused(flags, message, capsys):
+    code, _, err = plan_of(capsys, flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 # ---- flags that are not planned ----
 @pytest.mark.training
 def test_flags_that_change_the_model_or_the_work_are_named_if_they_are_not_planned(capsys):

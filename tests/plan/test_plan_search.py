@@ -373,3 +373,40 @@ def test_a_machine_without_a_known_gpu_is_refused_and_known_ones_are_read():
     assert machine.gpu_cluster(alone).fast < clusters.find("dgx-a100").fast
     with pytest.raises(ValueError, match=r"no preset fits this machine's GPUs \(Tesla V100\)"):
         machine.gpu_cluster([("Tesla V100", 16_000_000_000, (0,))])
+
+
+# ---- experts ----
+def test_the_groups_of_experts_are_searched_fixed_and_shown(capsys):
+    words = ["plan", "--model", "mixtral-8x7b", "--tp", "4", "--workload", "decode", "--batch", "8"]
+    plan = search.search(find("mixtral-8x7b"), clusters.find("dgx-h100"), replace(DECODE, batch=8), tp=4)
+    groups = {(c.layout.ep, c.layout.etp) for c in plan.candidates if c.layout.pp == 1}
+    assert groups == {(2, 1), (4, 1), (8, 1), (1, 4), (2, 4)}  # all experts whole on a rank do not fit
+    assert all(c.layout.sequence_parallel for c in plan.candidates)
+    assert cli.main([*words, "--ep", "2", "--etp", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["candidates"]
+    assert {(c["layout"]["ep"], c["layout"]["etp"]) for c in found} == {(2, 4)}
+    flags = found[0]["flags"]
+    assert (flags["--expert-model-parallel-size"], flags["--expert-tensor-parallel-size"]) == (2, 4)
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "12.9 B active" in out and " ep  etp " in out and "balanced routing" in out
+    assert cli.main(["plan", "--model", "llama-3-8b", "--ep", "2"]) == 2
+    assert "--ep and --etp lay out experts, and llama-3-8b has none" in capsys.readouterr().err
+    assert cli.main([*words, "--ep", "3"]) == 1  # divides neither the ranks nor the experts
+    assert "with --tp 4, --ep 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "reason"),
+    [
+        ("gpt-oss-20b", Layout(2, etp=2, ep=2, dp=2), "experts with biases have no tensor parallelism"),
+        ("mixtral-8x7b", Layout(1, 1, 8, ep=3), "expert parallelism 3 x 1 does not divide 8 ranks"),
+        ("mixtral-8x7b", Layout(1, 1, 16, ep=16), "16 expert-parallel ranks do not divide 8 experts"),
+        ("mixtral-8x7b", Layout(2, 1, 8), "need sequence parallelism in training"),
+        ("llama-3-8b", Layout(1, 1, 8, ep=2), "2 expert-parallel ranks do not divide 0 experts"),
+        ("gpt-oss-20b", Layout(1, 8), "stages of 3 layers are unlike one another"),
+        ("qwen3.5-397b-a17b", Layout(32), "does not divide the GDN layers' 16 key heads"),
+    ],
+)
+def test_layouts_of_experts_and_hybrid_models_that_cannot_be(name, layout, reason):
+    assert reason in illegal_reason(find(name), layout, replace(TRAIN, batch=64))
