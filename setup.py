@@ -8,8 +8,8 @@ HERE = Path(__file__).parent
 SERVE = ["hypercorn", "msgpack", "pyzmq", "quart"]  # Megatron's text-generation server
 CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
-# Megatron-Bridge 0.6.2 imports transformers.modeling_attn_mask_utils, which 5.24.0 has no longer. `helix convert`
-# passes its tests with 5.24.0.
+# Megatron-Bridge 0.6.2 imports transformers.modeling_attn_mask_utils, which 5.24.0 has no longer. `helix
+# convert` passes its tests with 5.24.0.
 BRIDGE = ["transformers<5.24"]
 DOCS = ["furo", "myst-parser", "sphinx"]  # scripts/docs.sh
 
