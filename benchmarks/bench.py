@@ -51,6 +51,8 @@ def attention_layer(
     helix: Any | None,
     transformer_engine: bool = False,
     qk_norm: bool = False,
+    graphs: bool = False,
+    flash: int | None = None,
 ) -> Iterator[tuple[torch.nn.Module, Any]]:
     """A self-attention layer and its TransformerConfig, of the same weights every time.
 
@@ -61,6 +63,8 @@ def attention_layer(
         helix: a HelixConfig, which stays switched on while entered; None for Megatron's own layer.
         transformer_engine: build its layer, not the local one.
         qk_norm: RMSNorm of query and key heads.
+        graphs: decode steps are captured (--cuda-graph-impl local).
+        flash: version of FlashAttention; None for the newest.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -97,6 +101,8 @@ def attention_layer(
             masked_softmax_fusion=False,
             apply_rope_fusion=False,
             qk_layernorm=qk_norm,
+            cuda_graph_impl="local" if graphs else "none",
+            **({} if flash is None else {"flash_attention_version": flash}),
             normalization="RMSNorm" if qk_norm else "LayerNorm",
             persist_layer_norm=False,
             init_method=torch.nn.init.xavier_normal_,

@@ -4,8 +4,11 @@
 
 Megatron's side is its own layer at TP = 8 with fewer KV heads than ranks: every rank caches a whole KV head
 that others cache too. Both sides run in the same processes, in Megatron's dynamic inference context, with the
-same weights and the same attention kernel, and take turns; their caches hold the same keys and values (drawn,
-not computed from a prompt) and their outputs are compared. A sample is the slowest rank's time of one decode
+same weights, and take turns; their caches hold the same keys and values (drawn, not computed from a prompt)
+and their outputs are compared. Steps are padded as Megatron pads them (TOKEN_ROUNDER as it is). They are
+eager and, on GPUs, replayed from CUDA graphs too, but for a cache of slices, which has none. On a host both
+sides attend with the same kernel; on GPUs with the same FlashAttention, as far as it is installed
+(--flash-attention-version): the document names both. A sample is the slowest rank's time of one decode
 step of `--layers` layers, the figure is the median over the turns.
 Prints what the bytes of the cache alone would allow, then what was measured, then one JSON document.
 """
@@ -23,7 +26,7 @@ import bench
 import torch
 
 from helix_megatron import compat
-from helix_megatron.check.decode_step import new_context, put_into_step
+from helix_megatron.check.decode_step import new_context, set_decode_step
 from helix_megatron.plan.trial import slowest_seconds
 
 TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
@@ -35,11 +38,15 @@ VARIANTS = {  # Helix settings, by KV cache
 }
 
 
-def chosen(groups: int, context: int) -> str:
-    """The variant that `--helix-kv-cache auto` is in host mode when requests have up to `context` tokens."""
+NO_GPU = "skipped: CUDA graphs are captured on GPUs only"
+NO_GRAPH = "a cache of slices (dim) has no CUDA graph"
+
+
+def chosen(groups: int, context: int, host: bool) -> str:
+    """The variant that `--helix-kv-cache auto` is when requests have up to `context` tokens."""
     from helix_megatron.partition.config import HelixConfig
 
-    plan = HelixConfig(context_length=context, host_mode=True).resolve(HEADS, groups, DIM, TP)
+    plan = HelixConfig(context_length=context, host_mode=host).resolve(HEADS, groups, DIM, TP)
     return f"Helix {plan.kv_cache}"
 
 
@@ -57,18 +64,27 @@ class Side:
         settings: Helix settings; None for Megatron's own layer.
         batch, length: requests and their tokens, for which the cache has room.
         dtype: of weights and cache.
+        graphs: every size of step is captured once and replayed.
+        flash: the FlashAttention that both sides take; None for the newest.
     """
 
-    def __init__(self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype):
+    def __init__(
+        self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype,
+        graphs: bool = False, flash: int | None = None,
+    ):  # fmt: skip
         from helix_megatron.partition.config import HelixConfig
 
+        self.graphs: dict | None = {} if graphs else None
         self.batch, self.length = batch, length
         helix = None if settings is None else HelixConfig(**settings)
-        with bench.attention_layer((HEADS, groups, DIM, HIDDEN), TP, dtype, helix) as (layer, config):
+        how = dict(graphs=graphs, flash=flash)
+        with bench.attention_layer((HEADS, groups, DIM, HIDDEN), TP, dtype, helix, **how) as (layer, config):
             self.layer = layer.eval()
             blocks = batch * -(-length // BLOCK)
             block_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
-            self.context, self.table = new_context(config, blocks, block_bytes, length, batch, BLOCK)
+            self.context, self.table = new_context(
+                config, blocks, block_bytes, length, batch, BLOCK, graphs=2 if graphs else None, requests=256
+            )
         self.fill(groups, settings is not None, dtype)
 
     def fill(self, groups: int, helix: bool, dtype: torch.dtype) -> None:
@@ -97,74 +113,125 @@ class Side:
 
     def at(self, batch: int, length: int) -> None:
         """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""
-        put_into_step(self.context, self.table, batch, length, BLOCK)
+        set_decode_step(self.context, self.table, batch, length, BLOCK)
 
     def step(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """[tokens, 1, h] to the same, the requests' next token through the layer."""
+        """[tokens, 1, h] to the same, the requests' next token through the layer; with graphs, a replay."""
         tokens = self.context.padded_active_token_count
-        return self.layer(hidden[:tokens], None, inference_context=self.context, rotary_pos_emb=rope)[0]
+
+        def run() -> torch.Tensor:
+            return self.layer(hidden[:tokens], None, inference_context=self.context, rotary_pos_emb=rope)[0]
+
+        if self.graphs is None:
+            return run()
+        sizes = self.context.padded_batch_dimensions
+        if sizes not in self.graphs:
+            from helix_megatron.check.graphs import captured
+
+            self.graphs[sizes] = captured(run)
+        replay, out = self.graphs[sizes]
+        replay()
+        return out
 
 
-def worker(case: str, contexts: list[int], batches: list[int], turns: int, layers: int, dtype_name: str):
-    """What one rank does: rows of measurements, equal on all ranks."""
+def worker(
+    case: str, contexts: list[int], batches: list[int], turns: int, layers: int, dtype_name: str,
+    flash: int | None,
+) -> list[dict]:  # fmt: skip
+    """What one rank does: rows of measurements, equal on all ranks; eager ones, then those of graphs."""
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.utils import InferenceMode
 
-    from helix_megatron.measure.comm import CommMeter
+    from helix_megatron.host.mode import host_mode_enabled
 
-    dtype = bench.DTYPES[dtype_name]
+    dtype, host = bench.DTYPES[dtype_name], host_mode_enabled()
     bench.initialize(TP)
-    DynamicInferenceContext.TOKEN_ROUNDER = 1  # the least padding it allows: to a multiple of TP
-    device = torch.cuda.current_device()
-    groups, longest = CASES[case], max(contexts)
-    rope = bench.rotary(longest, DIM)
-    hidden = torch.randn(max(TP, *batches), 1, HIDDEN, generator=torch.Generator().manual_seed(3))
-    hidden = hidden.to(device, dtype)
-
-    def steps(side: Side) -> None:
-        for _ in range(layers):
-            side.step(hidden, rope)
-
+    longest = max(contexts)
+    tokens = DynamicInferenceContext.round_up_tokens(max(batches), TP)
+    hidden = torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(3))
+    inputs = hidden.to(torch.cuda.current_device(), dtype), bench.rotary(longest, DIM)
     rows = []
     with torch.inference_mode(), InferenceMode.active():
-        sides = {"Megatron": Side(groups, None, max(batches), longest, dtype)}
-        for name, settings in VARIANTS.items():
-            sides[name] = Side(groups, settings, max(batches), longest, dtype)
-        for length in contexts:
-            for batch in batches:
-                samples, outputs, tallies = {name: [] for name in sides}, {}, {}
-                for name, side in sides.items():  # warm-up, the count of one layer, and what it computes
-                    side.at(batch, length)
-                    meter = CommMeter()
-                    with meter.counting():
-                        outputs[name] = side.step(hidden, rope)[:batch].float()
-                    tallies[name] = meter.as_json()
-                    error = (outputs[name] - outputs["Megatron"]).norm() / outputs["Megatron"].norm()
-                    assert error < (1e-4 if dtype is torch.float32 else 3e-2), f"{name} {length}: {error}"
-                for turn in range(turns):
-                    for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-                        sides[name].at(batch, length)  # a new step: its first layer does the step's own work
-                        samples[name].append(slowest_seconds(partial(steps, sides[name])) / layers)
-                for name, side in sides.items():
-                    rows.append(row(case, length, batch, name, layers, dtype, side, samples, tallies[name]))
-                best = next(r for r in rows[::-1] if r["side"] == chosen(groups, length))
-                rows.append({**best, "side": "Helix auto", "is": best["side"]})
+        for graphs in (False,) if host else (False, True):
+            settings = {"Megatron": None, **VARIANTS}
+            if graphs:
+                settings.pop("Helix dim")  # NO_GRAPH
+            sides = {
+                name: Side(CASES[case], one, max(batches), longest, dtype, graphs, flash)
+                for name, one in settings.items()
+            }
+            for length in contexts:
+                for batch in batches:
+                    measured = measure(sides, inputs, length, batch, turns, layers)
+                    mode = "graph" if graphs else "eager"
+                    new = [row(case, mode, length, batch, n, layers, sides[n], *measured) for n in sides]
+                    best = next((r for r in new if r["side"] == chosen(CASES[case], length, host)), None)
+                    rows += new
+                    if best is not None:
+                        rows.append({**best, "side": "Helix auto", "is": best["side"]})
+            del sides
     torch.distributed.destroy_process_group()
     return rows
 
 
-def row(case, length, batch, name, layers, dtype, side, samples, tally) -> dict:
+def measure(
+    sides: dict[str, Side], inputs: tuple, length: int, batch: int, turns: int, layers: int
+) -> tuple[dict, dict]:
+    """Seconds of every turn, and the collectives of one layer, by side; outputs are compared first."""
+    from helix_megatron.measure.comm import CommMeter
+
+    samples: dict = {name: [] for name in sides}
+    tallies, wanted = {}, None
+    for name, side in sides.items():  # warm-up, the count of one layer, and what it computes
+        side.at(batch, length)
+        meter = CommMeter()
+        with meter.counting():
+            out = side.step(*inputs)[:batch].float().clone()
+        tallies[name] = meter.as_json()
+        wanted = out if wanted is None else wanted  # Megatron's, the first
+        error = (out - wanted).norm() / wanted.norm()
+        assert error < (1e-4 if inputs[0].dtype is torch.float32 else 3e-2), f"{name} {length}: {error}"
+
+    def steps(side: Side) -> None:
+        for _ in range(layers):
+            side.step(*inputs)
+
+    for turn in range(turns):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            sides[name].at(batch, length)  # a new step: its first layer does the step's own work
+            samples[name].append(slowest_seconds(partial(steps, sides[name])) / layers)
+    return samples, tallies
+
+
+def attends_with(host: bool, dtype: torch.dtype, version: int | None) -> dict[str, str]:
+    """What each side's attention runs on, in words."""
+    if host:
+        return dict.fromkeys(("Megatron", "Helix"), "host mode's kernels")
+    from megatron.core.transformer import attention
+
+    from helix_megatron.kernels import backend
+
+    newest = 3 if getattr(attention, "HAVE_FA3", False) else 2
+    override = os.environ.get(backend.OVERRIDE)
+    choice = backend.choose("cuda", dtype, BLOCK, False, override, DIM, flash_version=version, compare=False)
+    return {"Megatron": f"FlashAttention {version or newest}", "Helix": f"{choice.singles} ({choice.reason})"}
+
+
+def row(case, mode, length, batch, name, layers, side, samples, tallies) -> dict:
     """One line of the table: times in seconds per layer, bytes per rank and layer."""
     base = statistics.median(samples["Megatron"])
     ratios = [ours / theirs for ours, theirs in zip(samples[name], samples["Megatron"], strict=True)]
     context = side.context
     tokens = context.padded_active_token_count
-    calls, received = inside_attention(tally, tokens, dtype.itemsize)
+    tally = tallies[name]
+    calls, received = inside_attention(tally, tokens, context.memory_buffer.element_size())
     block_bytes = context.memory_buffer.nbytes / compat.cache_blocks(context.kv_block_allocator)
     return {
         "case": case,
+        "mode": mode,
         "context": length,
         "batch": batch,
+        "tokens": tokens,
         "side": name,
         "seconds_median": statistics.median(samples[name]),
         "time_ratio": statistics.median(samples[name]) / base,
@@ -197,18 +264,18 @@ def predicted(contexts: list[int], batches: list[int], element: int) -> list[dic
 
 
 def crossovers(rows: list[dict]) -> list[dict]:
-    """For every case and batch the shortest measured context from which on Helix is faster; None if none."""
+    """For every case, mode and batch the shortest measured context from which on Helix is faster; or None."""
     found = {}
     for r in sorted(rows, key=lambda r: -r["context"]):
-        key = (r["case"], r["batch"], r["side"])
+        key = (r["case"], r["mode"], r["batch"], r["side"])
         if r["side"] == "Megatron" or found.get(key, {}).get("lost"):
             continue
         lost = r["time_ratio"] >= 1
         before = found.get(key, {}).get("from")
         found[key] = {"from": before if lost else r["context"], "lost": lost}
     return [
-        {"case": case, "batch": batch, "side": side, "from": found[case, batch, side]["from"]}
-        for case, batch, side in sorted(found)
+        {"case": case, "mode": mode, "batch": batch, "side": side, "from": entry["from"]}
+        for (case, mode, batch, side), entry in sorted(found.items())
     ]
 
 
@@ -234,13 +301,13 @@ def tables(prediction: list[dict], rows: list[dict]) -> str:
         "Measured (medians; linear_proj's all-reduce, equal on both sides, is timed, not counted):",
         "",
     ]
-    base = {(r["case"], r["context"], r["batch"]): r for r in rows if r["side"] == "Megatron"}
+    base = {(r["case"], r["context"], r["batch"]): r for r in rows if r["side"] == "Megatron"}  # of any mode
     lines += _markdown(
-        "KV heads | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
+        "KV heads | step | context | batch | side | ms per layer | time ratio | KV bytes per rank | ratio | "
         "collectives | message bytes",
         [
-            [r["case"], f"{r['context']:,}", str(r["batch"]), _named(r), f"{r['seconds_median'] * 1e3:.2f}",
-             f"{r['time_ratio']:.3f}", f"{r['kv_bytes_per_rank']:,}",
+            [r["case"], r["mode"], f"{r['context']:,}", str(r["batch"]), _named(r),
+             f"{r['seconds_median'] * 1e3:.2f}", f"{r['time_ratio']:.3f}", f"{r['kv_bytes_per_rank']:,}",
              f"{r['kv_bytes_per_rank'] / base[r['case'], r['context'], r['batch']]['kv_bytes_per_rank']:.3f}",
              str(r["collectives_inside_attention"]), f"{r['message_bytes']:,.0f}"]
             for r in rows
@@ -249,7 +316,10 @@ def tables(prediction: list[dict], rows: list[dict]) -> str:
     lines.append("")
     for win in crossovers(rows):
         where = f"from {win['from']:,} tokens on" if win["from"] else "at no context measured"
-        lines.append(f"- {win['side']}, {win['case']}, batch {win['batch']}: faster than Megatron {where}.")
+        what = f"{win['side']}, {win['case']}, {win['mode']}, batch {win['batch']}"
+        lines.append(f"- {what}: faster than Megatron {where}.")
+    if {r["mode"] for r in rows} == {"eager"}:
+        lines.append(f"- Graphs: {NO_GPU}.")
     worst = max((r for r in rows if r["side"] == "Helix auto"), key=lambda r: r["time_ratio"])
     lines.append(
         f"- Helix auto takes at most {worst['time_ratio']:.3f} of Megatron's time ({worst['case']}, "
@@ -268,12 +338,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=11, help="timed repetitions of every side")
     parser.add_argument("--layers", type=int, default=4, help="decode steps of the layer in one sample")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--flash-attention-version", type=int, choices=[2, 3], help="of both sides, on GPUs")
     parser.add_argument("--out", help="also write the JSON document here, and the tables beside it (.md)")
     options = parser.parse_args()
     cases = list(CASES) if options.case == "all" else [options.case]
     rows: list[dict] = []
     for case in cases:
-        given = (case, options.contexts, options.batches, options.turns, options.layers, options.dtype)
+        given = (case, options.contexts, options.batches, options.turns, options.layers, options.dtype,
+                 options.flash_attention_version)  # fmt: skip
         rows += bench.rows_of(worker, TP, *given, timeout_s=1800)
     if int(os.environ.get("RANK", "0")):
         return
@@ -286,6 +358,9 @@ def main() -> None:
         "hardware": bench.hardware(),
         "torch": torch.__version__,
         "dtype": options.dtype,
+        "graph": "measured; " + NO_GRAPH if any(r["mode"] == "graph" for r in rows) else NO_GPU,
+        "attends with": attends_with(not torch.cuda.is_available(), bench.DTYPES[options.dtype],
+                                      options.flash_attention_version),
         "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "block": BLOCK, "KV heads": CASES},
         "prediction": prediction,
         "Helix wins": crossovers(rows),

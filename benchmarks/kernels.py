@@ -132,14 +132,12 @@ def measure(shape: Shape, turns: int) -> dict[str, Any]:
         return paged_attention(query, keys, values, requests, visible, singles=True)
 
     def first_layer() -> tuple[Tensor, Tensor]:
-        requests.kept.clear()
+        requests.refill()
         return layer()
 
     check("triton", shape, *layer(), drawn)
     row: dict[str, Any] = asdict(shape) | {"triton": 1e6 * seconds(captured(layer), turns)}
     row["triton_first_layer"] = 1e6 * seconds(captured(first_layer), turns)
-    requests.kept.clear()  # the plan lay in the graph's memory
-    layer()
     row["triton_no_graph"] = 1e6 * seconds(layer, turns)
     for name, kind in flash.FLASH.items():
         fault = flash.find(name)[1] if flash.find(name)[0] is None else None

@@ -26,7 +26,8 @@ import torch
 import yaml
 
 from helix_megatron.compare import paper as paper_numbers
-from helix_megatron.models.presets import ModelShape, find
+from helix_megatron.models.presets import find
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, memory, probe, report
 from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
@@ -86,11 +87,11 @@ def _sliced(grid: HelixGrid, placement: str, size: int) -> Layout:
 
 def measure(jobs: list[list[Problem]], folder: str, names: list[str]) -> None:
     """A rank: medians of all layouts of each problem; rank 0 writes one file a problem."""
-    from helix_megatron.measure.machine import pin
+    from helix_megatron.measure.machine import pin_to_core
     from helix_megatron.plan import trial
 
     rank = int(os.environ["RANK"])
-    pin(rank)
+    pin_to_core(rank)
     torch.distributed.init_process_group("nccl")
     for name, job in zip(names, jobs, strict=True):
         samples: list[list[float]] = [[] for _ in job]
@@ -142,7 +143,7 @@ def paper() -> list[str]:
         train, prefill, decode = (_of_paper(shape, layout, kind) for kind in ("train", "prefill", "decode"))
         rates[name] = [tokens / predict(p, PAPER_CLUSTER).seconds for p, tokens in (train, prefill, decode)]
         shown = " | ".join(f"{float(f'{rate:.3g}'):,.0f}" for rate in rates[name])
-        held = " | ".join(f"{memory.fullest(p)[1].total / 1e9:.3g}" for p, _ in (train, decode))
+        held = " | ".join(f"{memory.fullest_stage(p)[1].total / 1e9:.3g}" for p, _ in (train, decode))
         lines.append(f"| predicted: {name} | {shown} | {_communication(decode[0]) * 1e3:.2g} | {held} |")
     base, new = (rates[name] for name in list(rates)[:2])
     train, prefill, decode = (b / a for a, b in zip(base, new, strict=True))
@@ -165,7 +166,7 @@ def _of_paper(shape: ModelShape, layout: Layout, kind: str) -> tuple[Problem, in
         Problem(shape, replace(layout, micro_batch=size, sequence_parallel=kind == "train"), work)
         for size in sizes
     ]
-    fit = [p for p in problems if memory.fullest(p)[1].total <= PAPER_CLUSTER.capacity]
+    fit = [p for p in problems if memory.fullest_stage(p)[1].total <= PAPER_CLUSTER.capacity]
     return min(fit, key=lambda p: predict(p, PAPER_CLUSTER).seconds), report.tokens_of_step(work)
 
 

@@ -94,7 +94,7 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
     import torch
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from helix_megatron.generate.engine import CacheSize, block_bytes, build, cancel, tokens_of
+    from helix_megatron.generate.engine import CacheSize, block_bytes, build, cancel, generated_tokens
 
     wanted = requests(count, seed, longest)
     margins: dict[int, list[float]] = {}
@@ -125,13 +125,13 @@ def soak(tp: int, count: int, seed: int, longest: int, blocks: int) -> dict[str,
                 following += 1
             for number in due.pop(step, []):
                 if number in engine.requests:
-                    answers[number] = tokens_of(engine.requests[number].record)
+                    answers[number] = generated_tokens(engine.requests[number].record)
                     cancelled.append(number)
                     cancel(engine, number)
             if engine.has_unfinished_requests():
                 result = engine.step_modern()
                 for record in result["finished_request_records"]:
-                    answers[record.request_id] = tokens_of(record)
+                    answers[record.request_id] = generated_tokens(record)
                 paused = max(paused, context.paused_request_count)
                 running = slice(0, context.total_request_count)
                 state.update(context.request_ids[running].numpy().tobytes())

@@ -28,8 +28,8 @@ def pytest_report_header():
 
 # Files go to the workers of `-n 2` as a whole (their fixtures are shared), in this order: what takes long
 # starts first, so that the workers end together.
-LONG = """features real_models slurm checkpoint faults kv_cache training generate compare_harness
-    attention_exact launch""".split()
+LONG = """slurm real_models checkpoint features faults training launch generate kv_cache compare_harness
+    attention_exact""".split()
 
 
 def pytest_collection_modifyitems(items):

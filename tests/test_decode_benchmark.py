@@ -18,6 +18,7 @@ def test_the_benchmark_counts_what_it_should(tmp_path):
         document == json.loads(out.read_text())
         and out.with_suffix(".md").read_text().splitlines() == printed[:-1]
     )
+    assert document["graph"].startswith("skipped") and document["attends with"]["Helix"]
     rows = {(r["side"], r["context"]): r for r in document["rows"]}
     total = 2 * 2 * 128 * 4  # K and V of both KV heads, bytes per token
     for context in (300, 512):
@@ -26,7 +27,8 @@ def test_the_benchmark_counts_what_it_should(tmp_path):
         assert ours["kv_bytes_per_rank"] == 3 * context * total // 8
         assert theirs["collectives_inside_attention"] == 1 and ours["collectives_inside_attention"] == 2
         assert ours["message_bytes"] == rows["Helix sequence", 300]["message_bytes"]
-        tokens, heads, slice_dim, m = 8, 8, 32, 4  # 3 requests are padded to 8 tokens
+        tokens, heads, slice_dim, m = 64, 8, 32, 4  # 3 requests are padded as Megatron pads them
+        assert theirs["tokens"] == ours["tokens"] == tokens and theirs["mode"] == ours["mode"] == "eager"
         gathered, returned = (heads + 2) * slice_dim, heads // m * (128 + 1)
         assert ours["message_bytes"] == (m - 1) * tokens * (gathered + returned) * 4
         sliced, auto = rows["Helix dim", context], rows["Helix auto", context]
@@ -44,11 +46,12 @@ def test_where_helix_starts_to_win(monkeypatch):
 
     def rows(*ratios):
         return [
-            {"case": "mqa", "batch": 1, "side": side, "context": 10**k, "time_ratio": ratio}
+            {"case": "mqa", "mode": "eager", "batch": 1, "side": side, "context": 10**k, "time_ratio": ratio}
             for k, ratio in enumerate(ratios)
             for side in ("Megatron", "Helix")
         ]
 
-    assert decode.chosen(2, 6144) == "Helix dim" and decode.chosen(2, 6145) == "Helix sequence"
+    assert [decode.chosen(2, context, True) for context in (6144, 6145)] == ["Helix dim", "Helix sequence"]
+    assert decode.chosen(2, 128, False) == "Helix sequence"  # on GPUs
     for ratios, start in [((0.9, 1.1, 0.5), 100), ((0.9, 0.8), 1), ((0.9, 1.0), None)]:
         assert [win["from"] for win in decode.crossovers(rows(*ratios))] == [start]

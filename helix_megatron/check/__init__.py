@@ -6,8 +6,10 @@
     worker.py       that process
     rows.py         what a section writes while it runs; where its ranks run
     results.py      check.json, check.md and the screen
-    exactness.py, training.py, generation.py, kernels.py, layers.py, collectives.py    the sections
+    exactness.py, training.py, generation.py, kernels.py, graphs.py, layers.py,
+    collectives.py    the sections
     reference.py    attention in float64 straight from the formula; tests compare with it too
+    kernel_times.py the operations and kernels of a step, counted and by class
     layer.py        one attention layer of Megatron's with the weights of such a case
     paged.py        requests over a paged cache, and their attention in float64
     tiny_model.py   a tiny Llama as a Hugging Face folder

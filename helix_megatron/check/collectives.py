@@ -70,12 +70,12 @@ def rank_measure(path: str, place: Place) -> None:
         add_rates(rows, {kind: tuple(asdict(rate).values()) for kind, rate in cluster.rates.items()})
         add_lines(rows, dict(cluster.links), "links")
     world = torch.distributed.get_world_size()
-    for layout in layouts_of(world):
+    for layout in make_layouts(world):
         measure_with_communication(rows, layout, place)
     torch.distributed.destroy_process_group()
 
 
-def layouts_of(world: int) -> list[Layout]:
+def make_layouts(world: int) -> list[Layout]:
     """A model of 64 query and 8 KV heads on all ranks: Megatron's layer, and Helix's with slices."""
     found = [Layout(MODEL, world)] if 64 % world == 0 else []
     if world % 2 == 0 and 8 % (world // 2) == 0:

@@ -46,13 +46,13 @@ def run(options: argparse.Namespace) -> int:
     """What the options ask for; returns the exit code."""
     from helix_megatron.check import results, runner
     from helix_megatron.check.rows import Place
-    from helix_megatron.check.sections import chosen
+    from helix_megatron.check.sections import select_sections
 
-    sections, quick = chosen(options.only), not options.full
+    sections, quick = select_sections(options.only), not options.full
     if options.time_limit is not None and not 0 < options.time_limit < float("inf"):
         raise ValueError(f"--time-limit is {options.time_limit}; seconds, more than 0.")
     place = Place(_usable_gpus(), 0, quick, 0.0)
-    supervisor = runner.supervisor()
+    supervisor = runner.make_supervisor()
     with tempfile.TemporaryDirectory(prefix="helix-check-") as private:
         folder = options.out if supervisor.first else Path(private)
         document = None
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         supervisor.end()
     if document is None:
         return 0
-    print(document.screen())
+    print(document.render_screen())
     return 1 if document.failed else 0
 
 

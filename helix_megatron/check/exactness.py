@@ -123,7 +123,7 @@ def check(rows: Rows, place: Place) -> None:
         rows.add("Transformer Engine's layers", "skipped", f"{why}; Megatron's local layers ran")
     jobs = [number for number, job in enumerate(JOBS) if job.quick or not place.quick]
     alone = {_key(JOBS[number], ",".join(JOBS[number].kinds), ""): number for number in jobs}
-    yardsticks: dict[str, float] = place.run(rank_yardsticks, 1, list(alone.values()), place, te)[0]
+    yardsticks: dict[str, float] = place.run(rank_vanilla_errors, 1, list(alone.values()), place, te)[0]
     for ranks in sorted({JOBS[number].ranks for number in jobs}):
         mine = [number for number in jobs if JOBS[number].ranks == ranks]
         place.run(rank_jobs, ranks, rows.path, mine, place, te, yardsticks)
@@ -133,7 +133,7 @@ def _key(job: Job, kind: str, dtype: str) -> str:
     return f"{job.shape} {sorted(job.case.items(), key=str)} {kind} {dtype}"
 
 
-def rank_yardsticks(numbers: list[int], place: Place, te: bool) -> dict[str, float]:
+def rank_vanilla_errors(numbers: list[int], place: Place, te: bool) -> dict[str, float]:
     """In a rank: vanilla Megatron's own error at T = 1; cases that it cannot run alone are left out."""
     from helix_megatron.check import layer as layers
 

@@ -48,16 +48,16 @@ BATCHES, CONTEXTS = (1, 8, 64), (8192, 131072)
 def check(rows: Rows, place: Place) -> None:
     """Right first; then, on a GPU, how fast."""
     if place.on_host:
-        right(rows, "torch", "cpu", place.quick)
-        interpreted(rows, place)
+        check_exactness(rows, "torch", "cpu", place.quick)
+        check_interpreted(rows, place)
         rows.add("speed", "skipped", "no GPU: a host's times say nothing about kernels")
         return
     for name in ("triton", "torch", ""):
-        right(rows, name, "cuda", place.quick)
-    speed(rows, place)
+        check_exactness(rows, name, "cuda", place.quick)
+    check_speed(rows, place)
 
 
-def interpreted(rows: Rows, place: Place) -> None:
+def check_interpreted(rows: Rows, place: Place) -> None:
     """The Triton kernel in a process that imports Triton with its interpreter on."""
     try:
         import triton  # noqa: F401
@@ -69,7 +69,7 @@ def interpreted(rows: Rows, place: Place) -> None:
     subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
 
 
-def cases(device: str, quick: bool) -> list[dict[str, Any]]:
+def draw_cases(device: str, quick: bool) -> list[dict[str, Any]]:
     """What is drawn: every step with every head shape in turn, the other choices in rotation."""
     found = []
     for number, ((step, (lengths, new)), heads) in enumerate(itertools.product(STEPS.items(), HEADS)):
@@ -84,16 +84,16 @@ def cases(device: str, quick: bool) -> list[dict[str, Any]]:
     return found[:: 3 if quick and device == "cpu" else 1]
 
 
-def right(rows: Rows, name: str, device: str, quick: bool) -> None:
+def check_exactness(rows: Rows, name: str, device: str, quick: bool) -> None:
     """One row for each dtype: all cases by the backend `name`, or by the one chosen when it is empty."""
     worst: dict[str, float] = {}
-    for case in cases(device, quick):
+    for case in draw_cases(device, quick):
         label = f"{name or 'as chosen'}, {str(case['dtype'])[6:]}"
         what = (
             f"{case['step']} {case['heads']} d={case['dim']} window {case['left']} of {case['ranks']} ranks"
         )
         try:
-            error = error_of(name, device, case)
+            error = measure_error(name, device, case)
         except Exception as failure:
             rows.add(label, "failed", f"{what}: {type(failure).__name__}: {str(failure)[:200]}")
             return
@@ -107,7 +107,7 @@ def right(rows: Rows, name: str, device: str, quick: bool) -> None:
         rows.add(label, "ok", f"at most {error:.1e} off the formula", error=error, device=device)
 
 
-def error_of(name: str, device: str, case: dict[str, Any]) -> float:
+def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
     """The greatest difference of outputs and log-sum-exp over all shards, and of the merged whole."""
     scale, dim = case["dim"] ** -0.5, case["dim"]
     outs, lses, wants = [], [], []
@@ -129,11 +129,11 @@ def error_of(name: str, device: str, case: dict[str, Any]) -> float:
         singles = all(new == 1 for new in case["new"])
         out, lse = attend(name, *(x.to(device) for x in (query, keys, values)), moved, visible, singles)
         want, want_lse = expected(query, requests, kept, scale, case["left"])
-        errors += [_apart(out, want), _apart(lse, want_lse)]
+        errors += [_largest_difference(out, want), _largest_difference(lse, want_lse)]
         outs.append(out), lses.append(lse), wants.append((want, want_lse))
     merged = merge_partials(torch.stack(outs), torch.stack(lses))
     exact = merge_partials(*(torch.stack(parts) for parts in zip(*wants)))  # in float64
-    return max(*errors, *(_apart(mine, want) for mine, want in zip(merged, exact)))
+    return max(*errors, *(_largest_difference(mine, want) for mine, want in zip(merged, exact)))
 
 
 def attend(
@@ -152,7 +152,7 @@ def attend(
             os.environ[backend.OVERRIDE] = before
 
 
-def _apart(mine: torch.Tensor, want: torch.Tensor) -> float:
+def _largest_difference(mine: torch.Tensor, want: torch.Tensor) -> float:
     """inf where one is finite and the other is not."""
     mine, want = mine.double().cpu(), want.double()
     if not torch.equal(torch.isfinite(mine), torch.isfinite(want)):
@@ -162,7 +162,7 @@ def _apart(mine: torch.Tensor, want: torch.Tensor) -> float:
 
 
 # ---- on a GPU ----
-def speed(rows: Rows, place: Place) -> None:
+def check_speed(rows: Rows, place: Place) -> None:
     """Decode at the shapes of real ranks: the backend chosen, beside FlashAttention."""
     bandwidth = copy_bandwidth()
     rows.add("copy", "measured", f"{bandwidth / 1e9:.0f} GB/s", copy_gb_per_s=bandwidth / 1e9)
@@ -170,7 +170,7 @@ def speed(rows: Rows, place: Place) -> None:
         if place.quick and (name != SPEEDS[0][0] or batch == 64):
             continue
         try:
-            found = timed(heads, ranks, batch, context // ranks, bandwidth)
+            found = time_decode_step(heads, ranks, batch, context // ranks, bandwidth)
         except torch.cuda.OutOfMemoryError:
             rows.add(f"{name}, batch {batch}, context {context}", "skipped", "not enough memory")
             continue
@@ -184,10 +184,10 @@ def copy_bandwidth() -> float:
     """Bytes/s of a copy, read and written."""
     x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
-    return 2 * x.numel() / seconds_of(lambda: y.copy_(x))
+    return 2 * x.numel() / measure_seconds(lambda: y.copy_(x))
 
 
-def timed(heads: int, ranks: int, batch: int, slots: int, bandwidth: float) -> dict[str, Any]:
+def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: float) -> dict[str, Any]:
     """A decode step of `batch` requests, of each of which this rank keeps `slots` slots."""
     page, dim, dtype = max(32, 256 // ranks), 128, torch.bfloat16
     pages = batch * slots // page
@@ -198,7 +198,7 @@ def timed(heads: int, ranks: int, batch: int, slots: int, bandwidth: float) -> d
     requests = Requests(torch.arange(batch + 1, device="cuda", dtype=torch.int32), lengths, table)
     visible = VisibleSlots(dim**-0.5, None, KvInterleave(ranks, min(32, page)), 0)
     once = lambda: backend.attend(query, keys, values, requests, visible, True)  # noqa: E731
-    eager, graph = seconds_of(once), seconds_of(captured(once))
+    eager, graph = measure_seconds(once), measure_seconds(capture_graph(once))
     moved = 2 * keys.nbytes
     found: dict[str, Any] = {
         "backend": backend.choose("cuda", dtype, page, False, os.environ.get(backend.OVERRIDE)).singles,
@@ -213,8 +213,8 @@ def timed(heads: int, ranks: int, batch: int, slots: int, bandwidth: float) -> d
     whole = [x.reshape(batch, slots, 1, dim) for x in (keys, values)]
     filled = torch.full((batch,), slots, device="cuda", dtype=torch.int32)
     q = query[:, None]
-    theirs = captured(lambda: flash(q, *whole, cache_seqlens=filled, causal=False))
-    return {**found, "flash_attention": why, "flash_microseconds": 1e6 * seconds_of(theirs)}
+    theirs = capture_graph(lambda: flash(q, *whole, cache_seqlens=filled, causal=False))
+    return {**found, "flash_attention": why, "flash_microseconds": 1e6 * measure_seconds(theirs)}
 
 
 def flash_attention() -> tuple[Callable[..., Any] | None, str]:
@@ -228,7 +228,7 @@ def flash_attention() -> tuple[Callable[..., Any] | None, str]:
     return None, "not installed"
 
 
-def captured(once: Callable[[], Any]) -> Callable[[], None]:
+def capture_graph(once: Callable[[], Any]) -> Callable[[], None]:
     """The replay of a CUDA graph of it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -241,7 +241,7 @@ def captured(once: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def seconds_of(once: Callable[[], Any], calls: int = 20, turns: int = 7) -> float:
+def measure_seconds(once: Callable[[], Any], calls: int = 20, turns: int = 7) -> float:
     """Median seconds of one call, on the GPU."""
     for _ in range(3):
         once()
@@ -258,4 +258,4 @@ def seconds_of(once: Callable[[], Any], calls: int = 20, turns: int = 7) -> floa
 
 
 if __name__ == "__main__":
-    right(Rows(sys.argv[1]), "triton", "cpu", bool(int(sys.argv[2])))
+    check_exactness(Rows(sys.argv[1]), "triton", "cpu", bool(int(sys.argv[2])))

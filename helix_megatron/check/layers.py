@@ -3,25 +3,22 @@
 On a GPU: microseconds of kernels by class, forward and backward, launches and peak memory of an attention
 layer, Helix beside Megatron, and a decode step. On a host, at small sizes: the operations, counted; its times
 say nothing about kernels.
-
-Note [Classes of kernels]
-    gemm        matrix products of linear_qkv and linear_proj
-    attention   the fused or flash core, by the names of its kernels; an unfused core's products are gemm
-    norm        of the layer's input, forward and backward
-    packing     everything else: RoPE, splitting and packing q, k and v, copies, small kernels
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from helix_megatron.check.kernel_times import (
+    count_operations,
+    measure_seconds,
+    profile_kernels,
+    sum_by_class,
+)
 from helix_megatron.check.rows import Place, Rows
 from helix_megatron.megatron import integrate
 from helix_megatron.models import presets
@@ -100,7 +97,7 @@ def check(rows: Rows, place: Place) -> None:
         run_ranks(function, 1, rows.path, place, host_mode=False, **how)
 
 
-def start_alone(on_host: bool, world: int = WORLD) -> None:
+def start_fake_world(on_host: bool, world: int = WORLD) -> None:
     """Be rank 0 of `world`: every process group is torch's fake one, whose collectives do nothing."""
     from torch.distributed import distributed_c10d
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -121,7 +118,7 @@ def start_alone(on_host: bool, world: int = WORLD) -> None:
     initialize(backend="fake", store=FakeStore(), rank=0, world_size=world)
 
 
-def share_of(tp: int) -> None:
+def make_tensor_parallel_groups(tp: int) -> None:
     """Tensor-parallel groups of `tp` ranks, in place of those before."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -132,7 +129,7 @@ def share_of(tp: int) -> None:
 
 def rank_layouts(path: str, place: Place) -> None:
     """In the one rank: every layout; what fails of one is its row."""
-    start_alone(place.on_host)
+    start_fake_world(place.on_host)
     rows = Rows(path)
     for layout in LAYOUTS:
         if place.quick and not layout.quick:
@@ -142,7 +139,7 @@ def rank_layouts(path: str, place: Place) -> None:
         except Exception as error:
             rows.add(layout.name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
         else:
-            rows.add(layout.name, "measured", said(place.on_host), **measured)
+            rows.add(layout.name, "measured", describe_limits(place.on_host), **measured)
             if "unfused" in measured["core"] and not place.on_host:
                 rows.add(
                     layout.name, "warning", f"attention ran {measured['core']}: a fused one was expected"
@@ -165,7 +162,7 @@ def measure_layout(layout: Layout, on_host: bool) -> dict[str, Any]:
         dim, hidden, length = 16, 256, 64
     case = Case(shape.num_attention_heads, shape.num_query_groups, dim, hidden, length, 1, bias=False)
     helix, groups = None, None
-    share_of(layout.tp)
+    make_tensor_parallel_groups(layout.tp)
     if layout.grid is not None:
         helix = HelixConfig(*layout.grid, query_placement=layout.placement)
         groups = layers.Groups().of(helix.resolve(case.heads, case.groups, dim, layout.tp).grid)
@@ -191,9 +188,9 @@ def measure_layout(layout: Layout, on_host: bool) -> dict[str, Any]:
     if on_host:
         return {**found, "operations": count_operations(step), "core": attention_core(layer, te)}
     torch.cuda.reset_peak_memory_stats()
-    seconds = wall_seconds(step)
-    kernels = kernels_of(step)
-    classes = by_class(kernels)
+    seconds = measure_seconds(step)
+    kernels = profile_kernels(step)
+    classes = sum_by_class(kernels)
     return {
         **found,
         "us": {name: us for name, (us, _) in classes.items()},
@@ -208,7 +205,7 @@ def rank_decodes(path: str, place: Place) -> None:
     """In the one rank: every decode step."""
     from megatron.core.inference.utils import InferenceMode
 
-    start_alone(place.on_host, 8)
+    start_fake_world(place.on_host, 8)
     rows = Rows(path)
     for decode in DECODES:
         if place.quick and not decode.quick:
@@ -221,7 +218,7 @@ def rank_decodes(path: str, place: Place) -> None:
         except Exception as error:
             rows.add(decode.name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
         else:
-            rows.add(decode.name, "measured", said(place.on_host), **measured)
+            rows.add(decode.name, "measured", describe_limits(place.on_host), **measured)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -229,11 +226,11 @@ def rank_decodes(path: str, place: Place) -> None:
 def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     """One decode step of one layer on a cache whose contents are whatever memory held."""
     from helix_megatron.check import layer as layers
-    from helix_megatron.check.decode_step import new_context, put_into_step
+    from helix_megatron.check.decode_step import new_context, set_decode_step
     from helix_megatron.check.reference import Case
 
     case = Case(16, decode.kv_heads, 128, 1024, 1, bias=False)
-    share_of(8)
+    make_tensor_parallel_groups(8)
     helix = HelixConfig(kv_cache=decode.cache)
     plan = helix.resolve(16, decode.kv_heads, 128, 8)
     half: dict[str, Any] = dict(params_dtype=torch.bfloat16, bf16=True)
@@ -246,7 +243,7 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
         context, table = new_context(config, blocks, block_bytes, decode.context, decode.batch, BLOCK)
     finally:
         integrate.disable()
-    put_into_step(context, table, decode.batch, decode.context, BLOCK)
+    set_decode_step(context, table, decode.batch, decode.context, BLOCK)
     rope_case = Case(16, 1, 128, seq=decode.context)
     device = torch.cuda.current_device()
     rope = rope_case.rope_table()
@@ -260,7 +257,7 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"context": decode.context, "batch": decode.batch, "cache": plan.kv_cache}
     if on_host:
         return {**found, "operations": count_operations(step)}
-    seconds, kernels = wall_seconds(step), kernels_of(step)
+    seconds, kernels = measure_seconds(step), profile_kernels(step)
     return {
         **found,
         "us": {"kernels": sum(us for _, us, _ in kernels)},
@@ -271,79 +268,6 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     }
 
 
-def said(on_host: bool) -> str:
+def describe_limits(on_host: bool) -> str:
     """What is not as in a real run."""
     return "collectives skipped" + ("; small sizes, operations counted, nothing timed" if on_host else "")
-
-
-# ---- instruments ----
-_NO_KERNEL = {
-    f"aten::{name}"
-    for name in """view _unsafe_view as_strided _reshape_alias alias detach lift_fresh empty empty_strided
-    empty_like resolve_conj resolve_neg unfold set_ result_type""".split()
-}
-
-
-def count_operations(step: Callable[[], None]) -> int:
-    """Operators of one step that compute or copy: about what a GPU would launch."""
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    return sum(
-        event.name.startswith("aten::") and event.name not in _NO_KERNEL and not event.cpu_children
-        for event in profile.events()
-    )
-
-
-def wall_seconds(step: Callable[[], None], turns: int = 10) -> float:
-    """Median seconds of one step, host time included."""
-    for _ in range(3):
-        step()
-    found = []
-    for _ in range(turns):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(found)
-
-
-def kernels_of(step: Callable[[], None], steps: int = 3) -> list[tuple[str, float, int]]:
-    """(name, microseconds, launches) of the kernels of one step, by torch.profiler."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    return [
-        (event.key, event.self_device_time_total / steps, event.count // steps)
-        for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-
-
-_ATTENTION, _GEMM = ("attn", "flash", "fmha", "sdpa"), ("gemm", "cutlass", "nvjet", "cublas", "xmma")
-
-
-def class_of(kernel: str) -> str:
-    """See Note [Classes of kernels]."""
-    name = kernel.lower()
-    if any(word in name for word in _ATTENTION):
-        return "attention"
-    if any(word in name for word in _GEMM):
-        return "gemm"
-    return "norm" if "norm" in name else "packing"
-
-
-def by_class(kernels: list[tuple[str, float, int]]) -> dict[str, tuple[float, int]]:
-    """Microseconds and launches of each class."""
-    seconds: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    for name, us, count in kernels:
-        seconds[class_of(name)] += us  # type: ignore[assignment]
-        launches[class_of(name)] += count
-    return {
-        name: (round(seconds[name], 1), launches[name]) for name in ("gemm", "attention", "norm", "packing")
-    }

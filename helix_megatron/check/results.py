@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helix_megatron.check.rows import Place
-from helix_megatron.check.runner import Ended
+from helix_megatron.check.runner import Outcome
 from helix_megatron.check.sections import Section
 
 FORMAT = "helix check 1"
@@ -46,7 +46,7 @@ class Results:
         }
         self._write()
 
-    def add(self, section: Section, ended: Ended) -> None:
+    def add(self, section: Section, ended: Outcome) -> None:
         """Take one section and write both files."""
         self.document["sections"][section.name] = {
             "status": ended.status,
@@ -68,18 +68,18 @@ class Results:
     def _write(self) -> None:
         for name, text in (
             ("check.json", json.dumps(self.document, indent=1) + "\n"),
-            ("check.md", page(self.document)),
+            ("check.md", render_page(self.document)),
         ):
             partial = self.folder / f"{name}.partial"
             partial.write_text(text, encoding="utf-8")
             partial.replace(self.folder / name)
 
-    def screen(self) -> str:
-        """See screen()."""
-        return screen(self.document, self.folder)
+    def render_screen(self) -> str:
+        """See render_screen()."""
+        return render_screen(self.document, self.folder)
 
 
-def screen(document: dict[str, Any], folder: Path) -> str:
+def render_screen(document: dict[str, Any], folder: Path) -> str:
     """What a user reads: a line a section, then what failed, what to look at, what was skipped and why."""
     lines = ["", f"helix check --{document['selection']}: {document['where']}", _provenance(document), ""]
     notes: dict[str, list[str]] = {"failed": [], "warning": [], "skipped": []}
@@ -175,7 +175,7 @@ def _layer_line(row: dict[str, Any]) -> str:
     return f"{row['case']}: {row['operations']} operations"
 
 
-def page(document: dict[str, Any]) -> str:
+def render_page(document: dict[str, Any]) -> str:
     """check.md."""
     hardware, revision = document["hardware"], document["revision"]
     text = [
@@ -196,14 +196,15 @@ def page(document: dict[str, Any]) -> str:
         if section["rows"]:
             text += ["| case | | |", "| --- | --- | --- |"]
             text += [
-                f"| {_cell(row['case'])} | {row['status']} | {_cell(_told(row))} |" for row in section["rows"]
+                f"| {_cell(row['case'])} | {row['status']} | {_cell(_describe_row(row))} |"
+                for row in section["rows"]
             ]
         if section["output"]:
             text += ["", "```", section["output"].replace("```", "'''"), "```"]
     return "\n".join(text) + "\n"
 
 
-def _told(row: dict[str, Any]) -> str:
+def _describe_row(row: dict[str, Any]) -> str:
     """A row's detail, and what was measured but for long lists."""
     rest = {k: v for k, v in row.items() if k not in ("case", "status", "detail")}
     found = [

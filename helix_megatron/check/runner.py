@@ -32,7 +32,7 @@ _TAIL = 1500  # characters of a dead section's output that are kept
 
 
 @dataclass
-class Ended:
+class Outcome:
     """How a section ended: `status` is passed, failed or skipped, `reason` why, empty when it passed."""
 
     status: str
@@ -46,7 +46,7 @@ class Ended:
 
 def run_section(
     section: Section, place: Place, folder: Path, environment: Mapping[str, str] | None = None
-) -> Ended:
+) -> Outcome:
     """Run it here.
 
     Args:
@@ -77,7 +77,7 @@ def run_section(
     found = read_rows(rows)
     status, reason = judge(code, found, place.seconds)
     tail = log.read_text(errors="replace")[-_TAIL:] if status == "failed" else ""
-    return Ended(status, reason, seconds, place.seconds, found, tail)
+    return Outcome(status, reason, seconds, place.seconds, found, tail)
 
 
 def judge(code: int | None, rows: list[dict[str, Any]], limit_s: float) -> tuple[str, str]:
@@ -98,19 +98,19 @@ def judge(code: int | None, rows: list[dict[str, Any]], limit_s: float) -> tuple
     return "passed", ""
 
 
-class Alone:
+class SingleSupervisor:
     """One supervisor, without torchrun."""
 
     first, world, local = True, 0, 0
 
-    def run(self, section: Section, place: Place, folder: Path) -> Ended | None:
+    def run(self, section: Section, place: Place, folder: Path) -> Outcome | None:
         return run_section(section, place, folder)
 
     def end(self) -> None:
         pass
 
 
-class Torchrun:
+class TorchrunSupervisor:
     """One of torchrun's processes; see Note [Under torchrun]."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Torchrun:
             host, port, is_master=self.first and not agent, timeout=long, wait_for_workers=False
         )
 
-    def run(self, section: Section, place: Place, folder: Path) -> Ended | None:
+    def run(self, section: Section, place: Place, folder: Path) -> Outcome | None:
         """What the first supervisor found; None in the others."""
         self.number += 1
         key = f"helix-check-{self.number}"
@@ -138,7 +138,7 @@ class Torchrun:
         environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         return self._meet(key, run_section(section, place, folder, environment))
 
-    def _meet(self, key: str, ended: Ended | None) -> Ended | None:
+    def _meet(self, key: str, ended: Outcome | None) -> Outcome | None:
         """All: wait until every supervisor has ended the section. A failure on any rank is the section's."""
         words = f"{ended.status}\n{ended.reason}" if ended else "\n"
         self._store.set(f"{key}-{self.rank}", words)
@@ -158,9 +158,10 @@ class Torchrun:
             self._store.wait([f"helix-check-left-{rank}" for rank in range(self.world)])
 
 
-def supervisor() -> Alone | Torchrun:
+def make_supervisor() -> SingleSupervisor | TorchrunSupervisor:
     """This process's part."""
-    return Torchrun() if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys() else Alone()
+    under_torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    return TorchrunSupervisor() if under_torchrun else SingleSupervisor()
 
 
 def _free_port() -> int:

@@ -34,13 +34,14 @@ SECTIONS = (
     Section("training", "losses are vanilla's, also saved and loaded at other grids", 240, 1800),
     Section("generation", "greedy tokens are those of transformers", 180, 900),
     Section("kernels", "attention over a paged cache equals the formula; GB/s on a GPU", 180, 900),
+    Section("graphs", "replays of CUDA graphs of decode steps equal eager steps", 180, 600),
     Section("layers", "what one rank of a large group computes: kernels, launches, memory", 180, 1200),
     Section("collectives", "latency and bandwidth of the grid's collectives, rates", 180, 1200, True),
 )
 BY_NAME = {section.name: section for section in SECTIONS}
 
 
-def chosen(names: list[str] | None) -> tuple[Section, ...]:
+def select_sections(names: list[str] | None) -> tuple[Section, ...]:
     """The sections of --only, in the table's order. ValueError for a name that is none."""
     unknown = [name for name in names or () if name not in BY_NAME]
     if unknown:

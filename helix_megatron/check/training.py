@@ -116,20 +116,20 @@ def _check_precision(rows: Rows, place: Place, precision: str, te: bool, folder:
             continue
         series[run.name] = losses
         detail = " ".join(f"{loss:.5f}" for loss in losses.values())
-        wrong = bad_series(losses, saves="--exit-interval" in run.flags, loads="--load" in run.flags)
+        wrong = find_bad_losses(losses, saves="--exit-interval" in run.flags, loads="--load" in run.flags)
         if wrong:
             rows.add(name, "failed", f"{wrong}: {detail}", losses=list(losses.values()))
         elif not run.against:
             rows.add(name, "ok", detail, losses=list(losses.values()))
         else:
-            apart = difference(losses, series[run.against])
+            apart = largest_difference(losses, series[run.against])
             noise = max(noise, apart) if run.noise else noise
             status, told = judge(apart, precision, noise, run.noise)
             given = f"{told}; {place.words(run.ranks)}; {detail}"
             rows.add(name, status, given, difference=apart, losses=list(losses.values()))
 
 
-def bad_series(losses: dict[int, float], saves: bool = False, loads: bool = False) -> str:
+def find_bad_losses(losses: dict[int, float], saves: bool = False, loads: bool = False) -> str:
     """What is wrong with a loss series whatever it is compared with; empty: nothing."""
     first, last = SAVED + 1 if loads else 1, SAVED if saves else STEPS
     if list(losses) != list(range(first, last + 1)):
@@ -139,7 +139,7 @@ def bad_series(losses: dict[int, float], saves: bool = False, loads: bool = Fals
     return ""
 
 
-def difference(losses: dict[int, float], others: dict[int, float]) -> float:
+def largest_difference(losses: dict[int, float], others: dict[int, float]) -> float:
     """The greatest, over the steps of the first."""
     return max(abs(loss - others[step]) for step, loss in losses.items())
 

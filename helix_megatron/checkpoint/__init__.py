@@ -3,5 +3,5 @@
 layout.py         a rank's rows and columns as pieces of the standard tensors
 integrity.py      reads a checkpoint's tensors once each, comparing checksums
 compatibility.py  whether a checkpoint's weights mean this run's model
-model_arguments.py  which of Megatron's arguments change what weights compute, and which do not
+model_arguments.py  which of Megatron's arguments change what weights compute
 """

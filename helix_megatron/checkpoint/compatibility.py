@@ -133,7 +133,7 @@ def _all_meanings(args: Namespace) -> Namespace:
     return found
 
 
-def effective(args: Namespace) -> dict[str, Any]:
+def effective_arguments(args: Namespace) -> dict[str, Any]:
     """The function-changing arguments that are read, name → meaning.
 
     Args:
@@ -155,7 +155,7 @@ def non_default_arguments(args: Namespace) -> dict[str, Any]:
     found = _all_meanings(args)
     return {
         name: value
-        for name, value in effective(args).items()
+        for name, value in effective_arguments(args).items()
         if name not in _SIZES | {_VOCABULARY} and value != _meaning(name, None, found)
     }
 
@@ -219,7 +219,7 @@ def differences(saved: Namespace, ours: Namespace) -> tuple[dict[str, str], dict
     Returns:
         ({argument: the difference in words}, the same for those that an incomplete checkpoint leaves unsaid).
     """
-    theirs, mine = effective(saved), effective(ours)
+    theirs, mine = effective_arguments(saved), effective_arguments(ours)
     complete = not missing_arguments(saved)
     known: dict[str, str] = {}
     unsaid: dict[str, str] = {}

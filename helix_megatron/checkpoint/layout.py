@@ -67,14 +67,14 @@ def standard_layout(
 
     @torch.no_grad()
     def merge(pieces: list[torch.Tensor]) -> torch.Tensor:
-        axes = pieces[0].ndim - sharded.data.ndim  # of a GPT's layers too, see with_pieces
+        axes = pieces[0].ndim - sharded.data.ndim  # of a GPT's layers too, see accept_pieces
         pieces = [piece[(0,) * axes] for piece in pieces]
         return _joined_in_place(pieces) if dim == 0 and _adjacent(pieces) else torch.cat(pieces, dim=dim)
 
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, sharded.replica_id)
 
 
-def with_pieces(original: Callable) -> Callable:
+def accept_pieces(original: Callable) -> Callable:
     """Megatron's `_prepend_gpt_layer_axis`, taught such pieces.
 
     It gives a hybrid model's tensors the layer axis that they have in a GPT's checkpoint, and supposes a

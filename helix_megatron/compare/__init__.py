@@ -7,6 +7,7 @@ their ranks measured (statistics), and writes what can be said of them for termi
 run         command.py      the flags of `helix compare`, and what they make of the file
             config.py       what a comparison is (YAML → dataclass)
             variants.py     ways to run one model
+            tasks.py        what is run: references, flags, what a rank is asked for
             harness.py      runs the variants in turn, and keeps what each run gave
             records.py      one file for each run, and what may be put together
             launch.py       starts the ranks of one run; keeps several machines in step
@@ -24,7 +25,8 @@ statistics  summary.py      from the samples of the ranks to the numbers of a va
 report      overview.py     the five points that a report may open with
             expectations.py what to expect on GPUs: predicted, and measured on one H200
             findings.py     what the numbers say, in sentences
-            tables.py       the tables, and one model of a table for every form
+            table.py        one model of a table for every form
+            tables.py       the tables
             figures.py      the figures, and drawing.py what they share
             report.py       results.json, report.md, report.html (report.html.j2), the terminal
 """

@@ -26,9 +26,9 @@ _MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200"
 
 def predict_layouts() -> list[dict[str, Any]]:
     """Of each piece of work: ms of Megatron and Helix at TP (None: refused), and of the fastest layout."""
-    cluster, found = replace(inputs.cluster(CLUSTER), nodes=NODES), []
+    cluster, found = replace(inputs.load_cluster(CLUSTER), nodes=NODES), []
     for name, workload, words in WORK:
-        shape = inputs.model(name)
+        shape = inputs.load_model(name)
         at_tp, every = (search(shape, cluster, workload, **only).candidates for only in ({"tp": TP}, {}))
         own, theirs = (next((c for c in at_tp if c.layout.sliced is helix), None) for helix in (True, False))
         found.append(

@@ -12,11 +12,9 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
-import logging
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,18 +27,9 @@ from rich.markup import escape
 from helix_megatron.compare import kept, launch, predictions, records, report, summary
 from helix_megatron.compare.config import CompareConfig, to_json
 from helix_megatron.compare.rank import Task
-from helix_megatron.compare.variants import PP, TP, Variant, per_slice_grid, smaller_heads
+from helix_megatron.compare.tasks import RunPlan, plan_runs
+from helix_megatron.compare.variants import Variant
 from helix_megatron.measure import machine
-from helix_megatron.megatron import yaml_config
-from helix_megatron.models import data
-
-_DATA_FLAGS = (
-    *("--data-path", "--mock-data", "--data-args-path", "--train-data-path", "--per-split-data-args-path"),
-)
-_NOT_ON_ONE_RANK = (
-    *("--bf16", "--fp16", "--fp8-format", "--sequence-parallel"),
-    *("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"),
-)
 
 
 @dataclass(frozen=True)
@@ -78,13 +67,10 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
     if config.cluster:
         predictions.find_cluster(config)  # refuse a name that is none
     nodes = launch.Nodes(config.nnodes, options.node_rank, options.rdzv_endpoint)
-    known = megatron_flags()
-    references = reference_variants(config) if config.reference else {}
-    plan = {v.name: v for v in (*references.values(), *config.variants)}
-    flags = {name: build_argv(config, v, out, known) for name, v in plan.items()}  # refuse before running
-    for variant in plan.values():
+    plan = plan_runs(config, out)  # which refuses before anything runs
+    for variant in plan.variants.values():
         launch.nodes_of(config, config.ranks(variant))
-    comparison = Comparison(config, out, console, options, nodes, plan, flags, references)
+    comparison = Comparison(plan, console, options, nodes)
     if not nodes.leads:
         return comparison.follow()
     keeper = records.Records(out)
@@ -96,40 +82,22 @@ def compare(config: CompareConfig, out: Path, console: Console, options: Options
     return report.exit_code(results)
 
 
-def reference_variants(config: CompareConfig) -> dict[str, Variant]:
-    """model key → the variant that runs it on one rank in fp32.
-
-    Of a per-slice model that is Megatron with m times as many heads of 1/m of the dimension; there is none
-    where the flags do not say the heads.
-    """
-    found: dict[str, Variant] = {}
-    off = dict.fromkeys(_NOT_ON_ONE_RANK, False)
-    single = {TP: 1, PP: 1, "--context-parallel-size": 1, "--skip-train": True}
-    for variant in config.variants:
-        given = {**config.model_args, **variant.args}
-        grid = per_slice_grid(given, variant.attention_impl)
-        heads = smaller_heads(given, grid[1]) if grid else {}
-        key = config.model_key(variant)
-        if key not in found and heads is not None:
-            flags = {k: v for k, v in variant.args.items() if not k.startswith("--helix-")}
-            name = f"fp32 reference of {variant.name}"
-            found[key] = Variant(name, args={**flags, **off, **single, **heads}, may_fail=True, ranks=1)
-    return found
-
-
 @dataclass
 class Comparison:
     """One call of `compare` on one machine."""
 
-    config: CompareConfig
-    out: Path
+    plan: RunPlan
     console: Console
     options: Options
     nodes: launch.Nodes
-    plan: dict[str, Variant]
-    """Name → what is run: the variants and their references."""
-    flags: dict[str, list[str]]
-    references: dict[str, Variant]
+
+    @property
+    def config(self) -> CompareConfig:
+        return self.plan.config
+
+    @property
+    def out(self) -> Path:
+        return self.plan.out
 
     def lead(self, keeper: records.Records) -> None:
         """Check what is on disk against the options, then run what is missing, run by run."""
@@ -150,7 +118,7 @@ class Comparison:
         for number, (run, variant) in enumerate(self._schedule(done), 1):
             self.nodes.send_order([variant.name, run])
             record = self._run(variant, run, f"{number} of {total}: ")
-            record |= {"identity": identity, "settings": self._settings(variant)}
+            record |= {"identity": identity, "settings": self.plan.settings(variant)}
             keeper.save(record)
             done[variant.name, run] = record
             self._say_end(record)
@@ -163,10 +131,10 @@ class Comparison:
         def save(
             name: str, run: int, status: str, cause: str, seconds: float, ranks: list[Any] | None
         ) -> None:
-            variant = self.plan[name]
+            variant = self.plan.variants[name]
             record = {"variant": name, "run": run, "status": status, "started": started, "cause": cause}
-            record |= {"seconds": round(seconds, 2), "argv": self.flags[name], "identity": identity}
-            record |= {"settings": self._settings(variant)} | ({"ranks": ranks} if ranks else {})
+            record |= {"seconds": round(seconds, 2), "argv": self.plan.flags[name], "identity": identity}
+            record |= {"settings": self.plan.settings(variant)} | ({"ranks": ranks} if ranks else {})
             keeper.save(record)
             if run == 1:
                 self._say_end(record)
@@ -175,7 +143,7 @@ class Comparison:
         for group in kept.group_by_model(self.config):
             with runs.ending():
                 for variant in group:
-                    task = self._task(variant, 1)
+                    task = self.plan.task(variant, 1)
                     self._make_folders(Path(task.folder))
                     with self._status(f"{next(numbers)} of {len(self.config.variants)}: {variant.name}"):
                         ranks = self.config.ranks(variant)
@@ -200,13 +168,13 @@ class Comparison:
         """Another machine than the first: run what it says until it says no more."""
         while (order := self.nodes.receive_order()) is not None:
             name, run = order
-            self._run(self.plan[name], run)
+            self._run(self.plan.variants[name], run)
         self.nodes.wait_for_all()
         return 0
 
     def _schedule(self, done: dict[tuple[str, int], dict[str, Any]]) -> Iterator[tuple[int, Variant]]:
         """What is to run, in order; looks at `done` again for every run, so failures end their variant."""
-        rounds = [(1, list(self.references.values()))]
+        rounds = [(1, list(self.plan.references.values()))]
         if self.config.processes == "fresh":
             rounds += [(run, list(self.config.variants)) for run in range(1, self.config.runs + 1)]
         for run, variants in rounds:
@@ -237,55 +205,23 @@ class Comparison:
                 keeper.path(*key).unlink()
                 del found[key]
         if not options.allow_mixed:
-            settings = {} if options.report_only else {v.name: self._settings(v) for v in self.plan.values()}
-            here = None if options.report_only else identity
+            here, settings = None, {}
+            if not options.report_only:
+                here = identity
+                settings = {name: self.plan.settings(v) for name, v in self.plan.variants.items()}
             records.check_comparable(list(found.values()), here, settings, self.out)
-
-    def _work(self, variant: Variant) -> dict[str, Any]:
-        """What a rank does in every run of this variant."""
-        return {
-            "host": self.config.host,
-            "workloads": {w.name: [w.warmup_iterations, w.iterations] for w in self.config.workloads},
-            "prompt_length": self.config.prompt_length,
-            "batch_size": self.config.batch_size,
-            "mixed_decode_steps": self.config.mixed_decode_steps,
-            "slow_down": variant.slow_down,
-        }
-
-    def _settings(self, variant: Variant) -> dict[str, Any]:
-        """What decides the numbers of a run of this variant."""
-        flags = {k: v for k, v in self.config.flags(variant).items() if v is not False}
-        ranks = self.config.ranks(variant)
-        return {"flags": flags, "ranks": ranks, "env_vars": self.config.env_vars} | self._work(variant)
-
-    def _task(self, variant: Variant, run: int) -> Task:
-        config, of = self.config, variant
-        key = next((k for k, v in self.references.items() if v.name == variant.name), None)
-        if key is not None:  # this run is a reference itself, of the model of `of`
-            of = next(v for v in config.variants if config.model_key(v) == key)
-        grid = key and per_slice_grid({**config.model_args, **of.args}, of.attention_impl)
-        reference = self.references.get(key or config.model_key(variant))
-        path = self.out / "reference" / f"{records.file_name(reference.name)}.npy" if reference else None
-        return Task(
-            argv=self.flags[variant.name],
-            folder=str(self.out / "work" / f"{records.file_name(variant.name)}.run-{run}"),
-            reference=str(path) if path else None,
-            reference_of=_dtype(config, of) if key is not None else None,
-            reference_grid=list(grid) if grid else None,
-            **self._work(variant),
-        )
 
     def _run(self, variant: Variant, run: int, which: str = "") -> dict[str, Any]:
         """Launch one run and read what its ranks wrote: status, cause, seconds, and their raw samples.
 
         Machine 0 alone touches the run's folder: ranks start only when all machines have met.
         """
-        task, config = self._task(variant, run), self.config
+        task, config = self.plan.task(variant, run), self.config
         ranks, folder = config.ranks(variant), Path(task.folder)
         if self.nodes.leads:
             self._make_folders(folder)
         started, start = _now(), time.monotonic()
-        rest = "" if variant in self.references.values() else f", run {run} of {config.runs}"
+        rest = "" if variant in self.plan.references.values() else f", run {run} of {config.runs}"
         with self._status(f"{which}{variant.name}{rest}"):
             if config.host:
                 status, cause = launch.run_on_host(config, task, ranks)
@@ -324,7 +260,7 @@ class Comparison:
             "mixed": records.list_differences(list(found.values()), None),
             "config": to_json(self.config),
         }
-        summary.add_variants(results, self.config, found, self.references)
+        summary.add_variants(results, self.config, found, self.plan.references)
         predictions.add_predictions(self.config, results)
         return results
 
@@ -335,31 +271,3 @@ def _with_turns(task: Task, turns: dict[str, Any]) -> Task:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _dtype(config: CompareConfig, variant: Variant) -> str:
-    flags = config.flags(variant)
-    return "bfloat16" if flags.get("--bf16") else "float16" if flags.get("--fp16") else "float32"
-
-
-def megatron_flags() -> list[str]:
-    """Every flag that Megatron's parser knows with Helix in it."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA on a host, it says
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron names the optional packages that are missing
-        from helix_megatron.megatron import integrate
-
-        integrate.install()
-        return yaml_config.known_flags()
-
-
-def build_argv(config: CompareConfig, variant: Variant, out: Path, known: list[str]) -> list[str]:
-    """The variant's command line; writes the byte data set first when the model names no data of its own."""
-    flags = config.flags(variant)
-    if not any(flags.get(flag) for flag in _DATA_FLAGS):
-        prefix = out / "data" / "text"
-        data.write(prefix)
-        tokens = {f"--{name}": value for name, value in data.TOKENIZER_ARGS.items()}
-        flags = {**tokens, "--split": "99,1,0", **flags, "--data-path": str(prefix)}
-        flags.setdefault("--data-cache-path", str(out / "data" / "cache"))
-    return yaml_config.to_argv(flags, f"variant {variant.name}", known)

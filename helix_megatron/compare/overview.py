@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from helix_megatron.compare import expectations
 from helix_megatron.compare.comparisons import finished_variants
 from helix_megatron.compare.findings import compare_losses, compare_tokens, format_bound, format_tiny
-from helix_megatron.compare.tables import Column, Record, Table, look_up, tabulate
+from helix_megatron.compare.table import Column, Record, Table, look_up, tabulate
 from helix_megatron.models import presets
 from helix_megatron.models.support import find_support
 

@@ -34,9 +34,8 @@ _NOT_MODELLED = {
 def find_cluster(config: CompareConfig) -> Cluster:
     """The cluster that `config` names, by default this machine. ValueError for one that is not known."""
     cores = config.host and not config.cluster  # a host's ranks do not use its GPUs
-    return replace(
-        machine.host_cluster() if cores else inputs.cluster(config.cluster or "this"), nodes=config.nnodes
-    )
+    cluster = machine.host_cluster() if cores else inputs.load_cluster(config.cluster or "this")
+    return replace(cluster, nodes=config.nnodes)
 
 
 def add_predictions(config: CompareConfig, results: dict[str, Any]) -> None:
@@ -72,7 +71,7 @@ def predict_variant(
             raise ValueError(f"the planner does not model {name}.")
     if flags.get("--helix-softmax") == "per-slice":
         raise ValueError("the planner does not model per-slice softmax.")
-    shape = inputs.model_of_flags(flags, variant.name, config.name)
+    shape = inputs.shape_from_flags(flags, variant.name, config.name)
     layout = _find_layout(measured, flags)
     found: dict[str, Any] = {"workloads": {}, "memory_bytes": {}}
     for name, work in _find_workloads(config, measured, flags).items():
@@ -122,7 +121,7 @@ def _find_workloads(
 def _predict_bytes(problem: Problem) -> dict[str, float]:
     """Bytes of the fullest rank in `measured`'s names, each part's own; activations of one micro-batch."""
     stages = range(problem.layout.pp)
-    held = [memory.of_stage(problem, stage) for stage in stages]
+    held = [memory.stage_memory(problem, stage) for stage in stages]
     if problem.workload.kind == "decode":
         parts = {"kv_cache": [one.kv_cache for one in held]}
     elif problem.workload.kind == "train":

@@ -25,7 +25,7 @@ from helix_megatron.compare import accuracy, workloads
 from helix_megatron.compare.turns import TurnClient
 from helix_megatron.measure import memory, nvml
 from helix_megatron.measure.comm import CommMeter
-from helix_megatron.measure.machine import pin
+from helix_megatron.measure.machine import pin_to_core
 from helix_megatron.measure.start import same_weights_at_any_layout
 from helix_megatron.megatron import entry
 
@@ -79,7 +79,7 @@ def run(task: Task) -> None:
     """Measure this rank's part of a run and write it to the task's folder; raises what went wrong."""
     rank = int(os.environ["RANK"])
     if task.host:
-        pin(rank)
+        pin_to_core(rank)
     folder = Path(task.folder)
     try:
         result, repeat = measure(task)
@@ -225,7 +225,9 @@ def grid_of(model: list[torch.nn.Module]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def record_training(recorder: Recorder, meter: CommMeter, watch: nvml.Watch | None = None) -> Iterator[None]:
+def record_training(
+    recorder: Recorder, meter: CommMeter, watch: nvml.GpuSampler | None = None
+) -> Iterator[None]:
     """Wrap Megatron's `train_step` while entered: each call is one iteration of the recorder's samples.
 
     `watch` begins anew with the first measured one.

@@ -17,6 +17,7 @@ from helix_megatron.compare import comparisons, drawing, figures, overview, pape
 from helix_megatron.compare.comparisons import finished_variants
 from helix_megatron.compare.findings import describe_findings, format_tiny
 from helix_megatron.compare.records import write_atomically
+from helix_megatron.compare.table import Table, look_up
 
 HOST_WARNING = (
     "These ranks share a few CPU cores and exchange through their memory. Their times measure collectives of "
@@ -70,12 +71,9 @@ def show_overview(results: dict[str, Any], out: Path, console: Console) -> None:
         console.print()
         console.print(f"{point.title} ({point.tag})", style="bold", highlight=False, markup=False)
         for part in (*point.before, point.table, *point.after):
-            if isinstance(part, tables.Table):
-                part = padding.Padding(part.to_plain(), (0, 0, 0, 1), expand=False)
-            elif part:
-                part = text.Text(f" {part}")
             if part:
-                console.print(part, highlight=False, markup=False)
+                shown = part.to_plain() if isinstance(part, Table) else text.Text(part)
+                console.print(padding.Padding(shown, (0, 0, 0, 1), expand=False), highlight=False)
     console.print(f"\nAll tables and figures: {out / 'report.html'}, {out / 'report.md'}", highlight=False)
 
 
@@ -147,7 +145,7 @@ def headline_numbers(results: dict[str, Any]) -> list[tuple[str, str]]:
         worst = max((check["max_abs_difference"] or 0.0) for check in checked)
         agree = all(check["agrees"] for check in checked)
         found.append((format_tiny(worst) if agree else "LOSSES DISAGREE", "largest difference of losses"))
-    errors = [e for v in done if (e := tables.look_up(v, "measured.error.relative")) is not None]
+    errors = [e for v in done if (e := look_up(v, "measured.error.relative")) is not None]
     if errors:
         found.append((format_tiny(max(errors)), "largest relative error against fp32 on one rank"))
     for workload, words in (("train", "training"), ("decode", "decode")):

@@ -46,7 +46,7 @@ def _convert(options: argparse.Namespace) -> int:
             Path(source), Path(target), options.dtype, options.make_vocab_size_divisible_by, progress=True
         )
         flags = families.flags(args, args.params_dtype)
-        shown = " ".join(families.words(families.not_restored(flags)))
+        shown = " ".join(families.format_flags(families.not_restored(flags)))
         print(f"{target}: load it with --load {target} --helix-config {Path(target) / command.FLAGS_FILE}")
         print(f"or with Megatron's own flags: --load {target} --use-checkpoint-args {shown}")
     elif (kind, target_kind) == ("megatron", "hf"):

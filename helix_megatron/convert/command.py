@@ -94,7 +94,7 @@ def to_hf(
         ValueError: it is not a torch_dist checkpoint, not a model of the Llama family, or not the one `like`
             describes; or `out` is not empty.
     """
-    hf.need("transformers", "safetensors")
+    hf.require_packages("transformers", "safetensors")
     from transformers import AutoConfig
 
     source = torch_dist.Checkpoint(checkpoint)
@@ -106,7 +106,7 @@ def to_hf(
     # The rows that a training run has: padding depends on its tensor-parallel size.
     args.padded_vocab_size = embedding.size[0]
     own = checkpoint / HF_FOLDER
-    like = like or (own if (own / files.CONFIG).is_file() else _origin(args))
+    like = like or (own if (own / files.CONFIG).is_file() else _described_in(args))
     tokenizer = like or trained_tokenizer(args)
     if like is not None:
         config = AutoConfig.from_pretrained(like)
@@ -114,7 +114,7 @@ def to_hf(
         config.dtype = dtype
     else:
         if tokenizer is not None:
-            _take_tokens(args, tokenizer)
+            _set_special_tokens(args, tokenizer)
         config = families.to_hf(args, dtype)
     vocab_size = config.vocab_size
     wanted = list(mapping.entries(args, vocab_size))
@@ -145,7 +145,7 @@ def trained_tokenizer(args: Namespace) -> Path | None:
     return Path(model) if there else None
 
 
-def _origin(args: Namespace) -> Path | None:
+def _described_in(args: Namespace) -> Path | None:
     """The folder, still there, whose config.json describes the model: its tokenizer's, or that of the
     converted checkpoint from which its training began.
     """
@@ -163,7 +163,7 @@ def _origin(args: Namespace) -> Path | None:
     return None
 
 
-def _take_tokens(args: Namespace, folder: Path) -> None:
+def _set_special_tokens(args: Namespace, folder: Path) -> None:
     """Set the beginning, end, padding and number of tokens in `args` from the tokenizer in a folder."""
     from transformers import AutoTokenizer
 

@@ -243,7 +243,7 @@ def not_restored(found: dict[str, Any]) -> dict[str, Any]:
     return {flag: value for flag, value in found.items() if flag in _NOT_RESTORED}
 
 
-def words(found: dict[str, Any]) -> list[str]:
+def format_flags(found: dict[str, Any]) -> list[str]:
     """`flags` as a command line."""
     return [
         word for flag, value in found.items() for word in ([flag] if value is True else [flag, str(value)])

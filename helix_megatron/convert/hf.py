@@ -33,7 +33,7 @@ _GGUF_WHOLE = {
 _LONG = 1000  # entries of metadata that are a vocabulary, not something of every layer
 
 
-def need(*names: str) -> None:
+def require_packages(*names: str) -> None:
     """ValueError naming the packages to install when one of `names` is missing."""
     from importlib.util import find_spec
 
@@ -54,7 +54,7 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path):
-        need("transformers", "safetensors")
+        require_packages("transformers", "safetensors")
         self.folder = folder
         config = folder / files.CONFIG
         if (folder / files.ADAPTER).is_file():
@@ -138,7 +138,7 @@ class GgufFile:
     """
 
     def __init__(self, file: Path):
-        need("transformers", "gguf")
+        require_packages("transformers", "gguf")
         self.file = file
         reader = self._reader()
         self._fields = {

@@ -139,24 +139,15 @@ def all_to_all(
     ]
 
 
-def gather_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """gather_slices for the few new tokens of an inference step; has no backward.
-
-    ONE all-gather.
+def gather_tokens(packed: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-gather of the few new tokens of an inference step: [m, *shape], rank by rank; has no backward.
 
     Args:
-        tensors: local tensors of any shapes, equally typed.
-    Returns:
-        for each, [m, *shape]: the tensor of every rank of the group.
+        packed: of the same shape on every rank.
     """
-    m, sizes = group.size(), [tensor.numel() for tensor in tensors]
-    packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    gathered = packed.new_empty(m * packed.numel())
-    dist.all_gather_into_tensor(gathered, packed, group=group)
-    return [
-        part.reshape(m, *tensor.shape)
-        for part, tensor in zip(gathered.view(m, -1).split(sizes, dim=1), tensors, strict=True)
-    ]
+    gathered = packed.new_empty(group.size(), *packed.shape)
+    dist.all_gather_into_tensor(gathered.view(-1), packed.contiguous().view(-1), group=group)
+    return gathered
 
 
 def gather_uneven(
@@ -186,24 +177,23 @@ def gather_uneven(
 
 
 class AsyncAllToAll:
-    """All-to-all of pieces, under way: [m, ...], one for each rank, to [m, ...], one from each.
+    """All-to-all under way, one piece for each rank of the group and one from each; no backward.
 
-    The pieces of different ranks may differ in shape; they are then a list. It starts here and ends in
-    wait(); on a GPU, what is computed meanwhile runs beside it. No backward.
+    It starts here and ends in wait(); on a GPU, what is computed meanwhile runs beside it.
+
+    Args:
+        send: the pieces, flat, one after another.
+        received: [m, piece], equal pieces for what arrives.
+        sizes: of the pieces that are sent, where they differ.
     """
 
-    def __init__(self, pieces: Tensor | Sequence[Tensor], group: dist.ProcessGroup):
-        splits: tuple = ()
-        if isinstance(pieces, Tensor):
-            self._sent, shape = pieces.contiguous(), pieces.shape  # it must live until the exchange has ended
-        else:
-            self._sent = torch.cat([piece.reshape(-1) for piece in pieces])
-            own, m = pieces[group.rank()], group.size()
-            shape = torch.Size((m, *own.shape))
-            splits = [own.numel()] * m, [piece.numel() for piece in pieces]
-        self._received = torch.empty(shape, dtype=self._sent.dtype, device=self._sent.device)
+    def __init__(
+        self, send: Tensor, received: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None
+    ):
+        self._sent, self._received = send, received  # they must live until the exchange has ended
+        splits = () if sizes is None else ([received.shape[1]] * group.size(), sizes)
         self._work = dist.all_to_all_single(
-            self._received.view(-1), self._sent.view(-1), *splits, group=group, async_op=True
+            received.view(-1), send.view(-1), *splits, group=group, async_op=True
         )
 
     def wait(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Positions and KV heads that ranks share; slices of whole query heads where scores are summed.
+"""Positions, KV heads and sinks that ranks share; slices of whole query heads where scores are summed.
 
 S sequence, B batch, N query heads of the head group (hq), K KV heads (hk), D head dimension, d_s = D/m.
 Where slices are uneven d_s is the rank's own.
@@ -51,6 +51,28 @@ def repeat_heads(tensor: Tensor, repeats: Sequence[int]) -> Tensor:
     """
     heads = tensor.split(1, dim=2)
     return torch.cat([head.expand(-1, -1, n, -1) for head, n in zip(heads, repeats, strict=True)], dim=2)
+
+
+def share_of_sinks(sinks: Tensor, layout: HelixLayout, rank: int) -> Tensor:
+    """What a rank adds to the sinks of all heads: the sum over the dim group has each head's once.
+
+    Args:
+        sinks: of the query heads that this rank attends with, as HelixCoreAttention.sinks.
+        rank: this one in its dim group.
+    Returns:
+        [N] fp32.
+    """
+    share = sinks.new_zeros(layout.query_heads, dtype=torch.float32)
+    first = first_head_of_sinks(len(sinks), layout, rank)
+    if first is not None:
+        share.narrow(0, first, len(sinks)).copy_(sinks)
+    return share
+
+
+def first_head_of_sinks(number: int, layout: HelixLayout, rank: int) -> int | None:
+    """The first of the `number` heads whose sinks this rank of a dim group counts; None: another does."""
+    ranks = 1 if layout.query_placement == "heads" else layout.position_parts  # that have the same heads
+    return rank // ranks * number if rank % ranks == 0 else None
 
 
 def query_slices(query: Tensor, layout: HelixLayout, group: dist.ProcessGroup) -> Tensor:

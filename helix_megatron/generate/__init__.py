@@ -4,7 +4,8 @@
     model.py      a model on disk (Hugging Face, GGUF, Megatron) as a checkpoint, and its flags
     engine.py     the dynamic engine around a loaded model; everything here that knows Megatron's engine
     prompts.py    prompts of the command line or a file, and text that streams token by token
-    generate.py   what the ranks of `helix generate` do, and the report
+    generate.py   what the ranks of `helix generate` do
+    report.py     the text of answers as it comes, and the report after them
     ranks.py      starting the ranks, or being one of torchrun's
     check.py      a real model against transformers: tokens and logits
     requests.py   every field that a request to the server may have; all else is refused

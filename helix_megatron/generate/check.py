@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helix_megatron.generate import generate, model
+from helix_megatron.generate import generate, model, report
 from helix_megatron.generate.engine import build, default_block_tokens, size_for
 
 LENGTHS = (2, 5, 9, 16, 23, 31, 40, 57)
@@ -90,7 +90,7 @@ class _Comparison:
             self.tokens[request].append(int(row.argmax()))
 
 
-def dynamic(loaded: tuple[Any, Any], job: generate.Job, expected: Reference) -> dict[str, Any]:
+def run_dynamic_engine(loaded: tuple[Any, Any], job: generate.Job, expected: Reference) -> dict[str, Any]:
     """In a rank: the batch through the dynamic engine."""
     comparison = _Comparison(expected)
     network, tokenizer = loaded
@@ -99,12 +99,12 @@ def dynamic(loaded: tuple[Any, Any], job: generate.Job, expected: Reference) -> 
     with torch.inference_mode():
         engine = build(network, tokenizer, size, comparison.see)
         answers, seconds, _ = generate.serve_all(engine, job)
-    generate.agree(answers)
+    generate.refuse_disagreement(answers)
     return {
         "tokens": [answer.tokens for answer in answers],
         "max_difference": comparison.worst,
         "seconds": seconds,
-        "kv_bytes_per_token": generate.kv_report(engine, 0)["bytes_per_token_per_rank"],
+        "kv_bytes_per_token": report.kv_report(engine, 0)["bytes_per_token_per_rank"],
     }
 
 
@@ -114,7 +114,7 @@ def rank_check(job: generate.Job, expected: Reference | None, kind: str) -> dict
     if kind == "needle":
         return {"tokens": [output["tokens"] for output in generate.answer(*loaded, job)["outputs"]]}
     assert expected is not None
-    return dynamic(loaded, job, expected)
+    return run_dynamic_engine(loaded, job, expected)
 
 
 def check(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Results:
             partial.replace(self._path)
 
 
-def finding(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
+def judge(job: generate.Job, expected: Reference | None, kind: str) -> dict[str, Any]:
     """check(), and whether it is what it should be; of a needle, Results says that."""
     row = {"tp": job.layout.tensor_parallel, "kind": kind, **check(job, expected, kind)}
     if expected is not None:
@@ -250,10 +250,10 @@ def main(argv: list[str] | None = None) -> int:
             if kind == "needle":
                 hidden = needle_prompts(tokenizer, text, options.needle_tokens)
                 job = replace(jobs_for(checkpoint, tp, hidden, NEEDLE_TOKENS), at_once=1)
-                row = finding(job, None, kind)
+                row = judge(job, None, kind)
                 row["answers"] = [tokenizer.detokenize(tokens) for tokens in row["tokens"]]
             else:
-                row = finding(
+                row = judge(
                     jobs_for(checkpoint, tp, prompts, options.new_tokens, kind == "dim"), expected, kind
                 )
             results.add(row)

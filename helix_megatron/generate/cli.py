@@ -74,11 +74,11 @@ def add_generate(subparsers: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     from helix_megatron.generate import ranks
 
-    ranks.quiet()
+    ranks.silence_warnings()
     from helix_megatron.generate import generate, model
     from helix_megatron.generate.generate import Job, Sampling
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
-    from helix_megatron.generate.prompts import read_prompts
+    from helix_megatron.generate.prompts import read_prompts, refuse_too_long, refuse_vocabulary
 
     for name in ("max_new_tokens", "max_batch_size"):
         if getattr(options, name) < 1:
@@ -89,9 +89,9 @@ def _generate(options: argparse.Namespace) -> int:
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     tokenizer = open_tokenizer(checkpoint, options.tokenizer)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
-    generate.refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
+    refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
     limit = Checkpoint(checkpoint).args.max_position_embeddings
-    generate.refuse_too_long(tokens, options.max_new_tokens, limit)
+    refuse_too_long(tokens, options.max_new_tokens, limit)
     job = Job(
         model=str(options.model),
         checkpoint=checkpoint,
@@ -133,12 +133,12 @@ def add_serve(subparsers: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     import tempfile
 
-    from helix_megatron.convert.hf import need
+    from helix_megatron.convert.hf import require_packages
     from helix_megatron.generate import ranks, serve
     from helix_megatron.generate.model import Checkpoint, default_cache, open_tokenizer, prepare_checkpoint
 
-    ranks.quiet()
-    need("zmq", "msgpack", "quart", "hypercorn")
+    ranks.silence_warnings()
+    require_packages("zmq", "msgpack", "quart", "hypercorn")
     for name in ("max_sequence_length", "max_batch_size", "max_queue"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
@@ -167,5 +167,5 @@ def _serve(options: argparse.Namespace) -> int:
             block_tokens=options.kv_block_size,
         )
         if not ranks.under_torchrun():
-            serve.stop_gently(server.pid_file)
+            serve.stop_on_signals(server.pid_file)
         return ranks.run(serve.rank_serve, layout.tensor_parallel, layout.on_host, server)

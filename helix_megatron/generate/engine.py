@@ -57,7 +57,7 @@ def _plan(config: Any) -> Any:
     return plan_for(integrate._active, config, config.tensor_model_parallel_size)
 
 
-def slices(config: Any) -> int:
+def dim_parallel_size(config: Any) -> int:
     """m of a loaded model's grid; 1 without Helix."""
     plan = _plan(config)
     return 1 if plan is None else plan.grid.dim_parallel_size
@@ -71,7 +71,7 @@ def refuse_without_flash_attention(config: Any) -> None:
     from megatron.core import utils
     from megatron.core.transformer import attention
 
-    if slices(config) > 1 or attention.HAVE_FA3 or attention.HAVE_FA4:
+    if dim_parallel_size(config) > 1 or attention.HAVE_FA3 or attention.HAVE_FA4:
         return
     try:
         found = str(utils.get_fa_version())
@@ -88,7 +88,7 @@ def refuse_without_flash_attention(config: Any) -> None:
 def default_block_tokens(config: Any, on_host: bool) -> int:
     """Tokens of a block: a multiple of m, so that its ranks share a block evenly; flash-attn wants pages of
     256 on each rank."""
-    m = slices(config)
+    m = dim_parallel_size(config)
     return -(-64 // m) * m if on_host else 256 * m
 
 
@@ -164,7 +164,7 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
 
 
-def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
+def end_at_tokens(engine: Any, tokens: tuple[int, ...]) -> None:
     """Let requests end at any of these tokens, but those that asked not to end (termination_id -1).
 
     Megatron's requests have one such token. At another the request ends as at a stop word, and keeps it, as
@@ -188,7 +188,7 @@ def stop_at(engine: Any, tokens: tuple[int, ...]) -> None:
     engine._add_request, engine._check_stop_words_for_request_post_append = add_request, check
 
 
-def tokens_of(record: Any) -> list[int]:
+def generated_tokens(record: Any) -> list[int]:
     """The tokens generated so far; a request that was evicted goes on as a new one in its record."""
     return [int(token) for request in record.requests for token in request.generated_tokens]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from helix_megatron.generate import requests
 from helix_megatron.generate.messages import check_messages
-from helix_megatron.generate.requests import CHAT, COMPLETIONS, HEALTH, Asked, Limits, Refused
+from helix_megatron.generate.requests import CHAT, COMPLETIONS, HEALTH, Limits, Refused, RequestOptions
 from helix_megatron.generate.stops import Stops, decoder
 
 GONE = "the engine has failed; the server ends, its output says why"
@@ -92,7 +92,7 @@ class EngineClient:
         future = self._client.add_request(tokens, params)
         return asyncio.ensure_future(self._ended(future, asked, number))
 
-    async def _ended(self, future: Any, asked: Asked, number: int) -> dict[str, Any]:
+    async def _ended(self, future: Any, asked: RequestOptions, number: int) -> dict[str, Any]:
         reply = await future
         if reply.get("status") != "FAILED":
             asked.finished[number] = cut_answer(reply, asked.stop, self._ends, self._tokenizer)
@@ -128,7 +128,7 @@ def _keep_chosen(reply: dict[str, Any], tokenizer: Any) -> None:
             row[text] = max(row[text], own)
 
 
-def complete_answer(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
+def complete_answer(document: dict[str, Any], asked: RequestOptions) -> dict[str, Any]:
     """A handler's answer, with the true reason of each end, and as many log-probabilities as tokens."""
     for choice, reason in zip(document["choices"], asked.finished, strict=True):
         choice["finish_reason"] = reason
@@ -140,7 +140,7 @@ def complete_answer(document: dict[str, Any], asked: Asked) -> dict[str, Any]:
     return document
 
 
-def blueprint(limits: Limits, ends: frozenset[int], engine_lives: tuple[int, int]) -> Any:
+def make_blueprint(limits: Limits, ends: frozenset[int], engine_lives: tuple[int, int]) -> Any:
     """What is registered with Megatron's app.
 
     Args:
@@ -220,11 +220,11 @@ async def _check_body(limits: Limits) -> None:
     chat, count = request.path in CHAT, 1
     body = requests.check_fields(requests.parse(await request.get_data()), limits, chat)
     if not chat:
-        count = requests.prompts_of(body, limits, tokenizer.tokenize)
+        count = requests.check_prompts(body, limits, tokenizer.tokenize)
     elif getattr(tokenizer, "chat_template", None) is None:
         raise Refused(400, "this model's tokenizer has no chat template; use /v1/completions")
     else:
         check_messages(body, limits)
     requests.check_room(count, client.waiting, limits)
-    g.asked = Asked(requests.stops_of(body))
+    g.asked = RequestOptions(requests.stop_texts(body))
     request._cached_json = {False: body, True: body}  # what get_json() gives, whatever the Content-Type

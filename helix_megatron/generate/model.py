@@ -113,7 +113,7 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
         ValueError: the checkpoint has a feature that this command does not serve.
     """
     args = Checkpoint(checkpoint).args
-    own = compatibility.format_flags(_served(checkpoint, args))
+    own = compatibility.format_flags(_checked_arguments(checkpoint, args))
     half = {"bfloat16": ["--bf16"], "float16": ["--fp16"]}.get(layout.dtype, [])
     local = layout.on_host or find_spec("transformer_engine") is None
     return [
@@ -131,7 +131,7 @@ def flags(checkpoint: Path, layout: Layout, sequence: int) -> list[str]:
     ]
 
 
-def _served(checkpoint: Path, args: Namespace) -> dict[str, Any]:
+def _checked_arguments(checkpoint: Path, args: Namespace) -> dict[str, Any]:
     """What is unlike Megatron's defaults in a checkpoint's arguments. ValueError for what is not served."""
     if unsaid := compatibility.missing_arguments(args):
         raise ValueError(

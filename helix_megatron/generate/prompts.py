@@ -52,6 +52,36 @@ def _json_prompt(line: str, where: str) -> str:
     return found
 
 
+def refuse_vocabulary(prompts: list[list[int]], top_k: int, vocabulary: int) -> None:
+    """ValueError for a prompt with a token that the model has not, or for more top tokens than it has."""
+    if top_k >= vocabulary:
+        raise ValueError(f"--top-k {top_k}: this model has {vocabulary} tokens; give fewer, or 0 for all.")
+    for number, tokens in enumerate(prompts):
+        if tokens and not 0 <= max(tokens) < vocabulary:
+            raise ValueError(
+                f"prompt {number} has token {max(tokens)}, this model has {vocabulary}: the tokenizer is "
+                "another model's (--tokenizer)."
+            )
+
+
+def refuse_too_long(prompts: list[list[int]], new_tokens: int, limit: int) -> None:
+    """ValueError for the first prompt of no token, or one that leaves no room in the model's positions.
+
+    Args:
+        prompts: their tokens.
+        new_tokens: of each answer.
+        limit: positions that the model knows.
+    """
+    for number, tokens in enumerate(prompts):
+        if not tokens:
+            raise ValueError(f"prompt {number} has no tokens; a model needs one to go on from.")
+        if len(tokens) + new_tokens > limit:
+            raise ValueError(
+                f"prompt {number} has {len(tokens)} tokens, with --max-new-tokens {new_tokens} more than the "
+                f"{limit} positions this model knows; shorten the prompt or generate fewer."
+            )
+
+
 class TextStream:
     """The text of tokens as they come: what is printed is never taken back.
 

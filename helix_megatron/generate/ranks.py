@@ -16,7 +16,7 @@ from helix_megatron.megatron import entry
 _TAIL = 6000  # characters of a rank's output that are shown when it fails
 
 
-def quiet() -> None:
+def silence_warnings() -> None:
     """No warnings of what Megatron would like to be installed, in this process and those it starts."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -84,7 +84,7 @@ def _as_a_rank(function: Callable[..., None], ranks: int, host: bool, *args: Any
 
 def _rank(function: Callable[..., None], *args: Any) -> None:
     """One rank's work; a refusal becomes SystemExit(message)."""
-    with own_output() as terminal:
+    with redirect_output() as terminal:
         try:
             function(terminal, *args)
         except (ValueError, AssertionError) as error:
@@ -95,7 +95,7 @@ def _rank(function: Callable[..., None], *args: Any) -> None:
 
 
 @contextlib.contextmanager
-def own_output() -> Iterator[TextIO]:
+def redirect_output() -> Iterator[TextIO]:
     """Send what Megatron prints into a file, and give the real stdout; a failure shows the file's end."""
     sys.stdout.flush()
     sys.stderr.flush()

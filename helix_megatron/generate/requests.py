@@ -40,7 +40,7 @@ class Limits:
 
 
 @dataclass
-class Asked:
+class RequestOptions:
     """What a request asks for beyond what Megatron's handlers read, and how its answers ended.
 
     Args:
@@ -183,7 +183,7 @@ def _fields(limits: Limits, chat: bool) -> dict[str, _Field]:
 def check_fields(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, Any]:
     """The fields of a request that mean something, every one of them of a type and range that is served.
 
-    A null is a field left out. `prompt` and `messages` are checked by prompts_of and messages.check_messages.
+    A null is a field left out. `prompt` and `messages` are checked by check_prompts and check_messages.
     """
     fields, kept = _fields(limits, chat), {}
     for name, value in body.items():
@@ -192,10 +192,10 @@ def check_fields(body: dict[str, Any], limits: Limits, chat: bool) -> dict[str, 
             continue
         if known is None:
             raise Refused(
-                400, f"{short(name)} is no field of this server; it takes {', '.join(sorted(fields))}"
+                400, f"{shorten(name)} is no field of this server; it takes {', '.join(sorted(fields))}"
             )
         if not known.fits(value):
-            raise Refused(400, f"{name!r} is {short(value)}; it must be {known.kind}")
+            raise Refused(400, f"{name!r} is {shorten(value)}; it must be {known.kind}")
         if name in fields:
             kept[name] = value
     _check_together(kept, chat)
@@ -217,13 +217,13 @@ def _check_together(body: dict[str, Any], chat: bool) -> None:
         raise Refused(400, "'max_tokens' and 'max_completion_tokens' differ; give one of them")
 
 
-def stops_of(body: dict[str, Any]) -> list[str]:
+def stop_texts(body: dict[str, Any]) -> list[str]:
     """The texts that end an answer."""
     stop = body.get("stop", [])
     return [stop] if isinstance(stop, str) else stop
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value in an error message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -244,7 +244,7 @@ def check_tokens(tokens: list[int], what: str, limits: Limits) -> None:
         )
 
 
-def prompts_of(body: dict[str, Any], limits: Limits, tokenize: Callable[[str], list[int]]) -> int:
+def check_prompts(body: dict[str, Any], limits: Limits, tokenize: Callable[[str], list[int]]) -> int:
     """Number of prompts in a completion request, every one of them fit to be served."""
     given = body.get("prompt")
     if isinstance(given, str) or (isinstance(given, list) and given and all(is_int(t) for t in given)):

@@ -81,7 +81,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     lives = os.pipe()
     limits = Limits(server.sequence, vocabulary, server.queue)
     ends = models.stop_tokens(server.checkpoint, tokenizer, server.tokenizer)
-    endpoints.__all__.append(front_end.blueprint(limits, frozenset(ends), lives))
+    endpoints.__all__.append(front_end.make_blueprint(limits, frozenset(ends), lives))
     default = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in the coordinator, which starts now
     llm = MegatronAsyncLLM(
         model=model,
@@ -89,7 +89,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
-    engines.stop_at(llm.engine, ends)
+    engines.end_at_tokens(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
     stops.end_at_stop_texts(llm.engine, tokenizer)
     asyncio.run(_serve(llm, server, terminal, lives[1]))
@@ -108,7 +108,7 @@ async def _serve(llm: Any, server: Server, terminal: TextIO, life: int) -> None:
     await llm.serve(ServeConfig(server.host, server.port, frontend_replicas=1), blocking=False)
     for number in (signal.SIGTERM, signal.SIGINT):  # after the front end, a fork, has been started
         loop.add_signal_handler(number, stop.set if llm.is_primary_rank else lambda: None)
-    watch = Watch(llm)
+    watch = FailureWatch(llm)
     failed = asyncio.create_task(watch.failure())
     if llm.is_primary_rank:
         server.pid_file.write_text(str(os.getpid()))
@@ -127,7 +127,7 @@ async def _serve(llm: Any, server: Server, terminal: TextIO, life: int) -> None:
     raise RuntimeError(failed.result()) from watch.cause
 
 
-class Watch:
+class FailureWatch:
     """Sees that the engine of some rank, its coordinator or the front end has ended unasked.
 
     Megatron's loop prints the exception, ends its thread and tells nobody. Ranks tell one another by a key of
@@ -206,7 +206,7 @@ async def _announce(server: Server, terminal: TextIO) -> None:
         return
 
 
-def stop_gently(pid_file: Path) -> None:
+def stop_on_signals(pid_file: Path) -> None:
     """From now on the first SIGTERM or SIGINT of this process goes to the server, the next one ends it."""
 
     def told(number: int, frame: Any) -> None:

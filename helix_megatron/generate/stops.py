@@ -62,7 +62,7 @@ class Stops:
         return low, text[:end]
 
 
-class Search:
+class StopSearch:
     """Looks for the first stop while the tokens of an answer come."""
 
     def __init__(self, stops: Stops, decode: Decode):
@@ -91,9 +91,9 @@ def end_at_stop_texts(engine: Any, tokenizer: Any) -> None:
 
     No token is taken away: whoever reads the answer cuts it. Ranks ask nobody, their tokens are the same.
     """
-    from helix_megatron.generate.engine import tokens_of
+    from helix_megatron.generate.engine import generated_tokens
 
-    searches: dict[int, Search] = {}
+    searches: dict[int, StopSearch] = {}
     before = engine._check_stop_words_for_request_post_append
 
     def stopped(request: Any) -> tuple[bool, int]:
@@ -104,10 +104,10 @@ def end_at_stop_texts(engine: Any, tokenizer: Any) -> None:
         if number not in searches:
             for ended in set(searches) - set(engine.requests):
                 del searches[ended]
-            searches[number] = Search(Stops.of(words, tokenizer), decoder(tokenizer))
+            searches[number] = StopSearch(Stops.of(words, tokenizer), decoder(tokenizer))
         record = engine.requests[number].record
         one = len(record.requests) == 1  # it was never evicted
-        if searches[number].found(request.generated_tokens if one else tokens_of(record)):
+        if searches[number].found(request.generated_tokens if one else generated_tokens(record)):
             return True, 0
         return before(request)
 

@@ -10,21 +10,13 @@ autograd state reach them, and they share the imported pages. Who ends whom: the
 what they have started (each rank leads a process group); a rank whose caller is gone kills its own group.
 SIGTERM is for the caller, and the fork server ignores it: batch systems and service managers send it to every
 process of a job at once, and ranks die with the server that they are forked from.
-
-Note [Several ranks on one GPU]
-    NCCL refuses two ranks on one device of one host. With a NCCL_HOSTID of its own every rank is a host of
-    its own, and the ranks meet over the loopback interface. What they compute is what several GPUs compute;
-    how long it takes means nothing, since they take turns on the device. Such ranks are fresh interpreters:
-    a CUDA context does not survive a fork.
 """
 
-import argparse
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import runpy
 import shutil
 import signal
 import socket
@@ -32,12 +24,11 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 
-from helix_megatron.host.processes import die_with_parent
+from helix_megatron.host.rank import run_rank
 
-_PRELOAD = ["helix_megatron.host.preload", "helix_megatron.host.launcher"]
+_PRELOAD = ["helix_megatron.host.preload", "helix_megatron.host.rank"]
 _GRACE_S = 1.0  # how long, after one failure, reports of earlier ones may still arrive
 _LOOK_S = 0.5  # how often it is asked whether to stop
 _TAIL_BYTES = 4000
@@ -84,7 +75,7 @@ def run_ranks(
         host_mode: call `enable_host_mode()` in every rank first.
         log_dir: folder for rank_k.log, the output of rank k. Default: kept only until the ranks are done.
         show_rank0: leave rank 0's output on this terminal instead.
-        share_gpu: all ranks use device 0 with real NCCL; see Note [Several ranks on one GPU].
+        share_gpu: all ranks use device 0 with real NCCL; see Note [Several ranks on one GPU] in rank.py.
         stop: a threading.Event; when another thread sets it, the time is out.
         fresh: ranks are fresh interpreters, as they are with a shared GPU; slower, and safe with CUDA.
 
@@ -128,7 +119,7 @@ class _Rank:
         self.connection, theirs = context.Pipe()
         self.report = None  # ("ok", pickled value) or ("error", time, traceback or None, exit code, message)
         self.died = False
-        self.process = context.Process(target=_rank_main, args=(rank, theirs, log, *job), name=f"rank {rank}")
+        self.process = context.Process(target=run_rank, args=(rank, theirs, log, *job), name=f"rank {rank}")
         self.process.start()
         theirs.close()
 
@@ -294,128 +285,3 @@ def _rank_environment(world_size, port, env) -> dict:
         else:
             variables[name] = str(value)
     return variables
-
-
-def shared_gpu_environment(rank: int) -> dict[str, str]:
-    """What makes NCCL take ranks on one device for ranks of different hosts."""
-    return {
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "NCCL_HOSTID": f"helix-rank-{rank}",
-        "NCCL_NET": "Socket",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "NCCL_IB_DISABLE": "1",
-        "NCCL_P2P_DISABLE": "1",
-        "NCCL_SHM_DISABLE": "1",
-        "NCCL_MAX_NCHANNELS": "2",  # every channel of every rank takes multiprocessors of the one device
-        "NCCL_MAX_CTAS": "2",
-    }
-
-
-def _rank_main(rank, connection, log, payload, environment, host_mode, share_gpu) -> None:
-    """The whole life of one rank."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the fork server ignores
-    die_with_parent()
-    os.setpgid(0, 0)
-    released = _watch_caller(connection)
-    multiprocessing.set_start_method("fork", force=True)  # what a rank would have without a fork server
-    os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    if share_gpu:
-        os.environ.update(shared_gpu_environment(rank))
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it when TP > 1
-    if log is not None:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.close(file)
-    import torch
-
-    torch.set_num_threads(1)
-    try:
-        if host_mode:
-            from helix_megatron.host.mode import enable_host_mode
-
-            enable_host_mode()
-        function, args = pickle.loads(payload)
-        report = ("ok", pickle.dumps(function(*args)))
-    except SystemExit as stop:
-        message = stop.code if isinstance(stop.code, str) else None
-        code = 1 if message is not None else int(stop.code or 0)
-        report = ("ok", pickle.dumps(None))
-        if code:
-            report = ("error", time.monotonic(), None, code, message)
-    except BaseException:
-        report = ("error", time.monotonic(), traceback.format_exc(), 1, None)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    released.expected = True
-    with contextlib.suppress(OSError):
-        connection.send(report)
-        if report[0] == "ok":  # peers may still need this rank's store and connections
-            released.wait()
-
-
-def _watch_caller(connection) -> threading.Event:
-    """Kill this process group when the caller is gone, unless `expected` is set on the event returned."""
-    released = threading.Event()
-    released.expected = False
-
-    def watch():
-        with contextlib.suppress(EOFError, OSError):
-            connection.recv()  # nothing is ever sent: this ends when the caller closes its end, or dies
-        if not released.expected:
-            os.killpg(0, signal.SIGKILL)
-        released.set()
-
-    threading.Thread(target=watch, daemon=True, name="caller watch").start()
-    return released
-
-
-def _run_target(module, target, arguments) -> None:
-    """Run a module or script as __main__, as `python -m` and `python` would."""
-    if "--helix-host-mode" in arguments:
-        from helix_megatron.host.mode import enable_host_mode
-
-        enable_host_mode()
-    sys.argv = [target, *arguments]
-    if module:
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
-        runpy.run_path(target, run_name="__main__")
-
-
-def main(argv=None) -> int:
-    """The command line; returns the exit code of the first rank that failed, 124 after a time-out, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helix_megatron.launch", description="Start ranks on this machine, like torchrun."
-    )
-    add = parser.add_argument
-    add("--nproc-per-node", "--nproc_per_node", type=int, required=True, metavar="N", help="number of ranks")
-    add("--timeout", type=float, default=86400, metavar="S", help="kill all ranks after S seconds")
-    add("--log-dir", metavar="DIR", help="rank k > 0 writes DIR/rank_k.log")
-    add("--share-gpu", action="store_true",
-        help="all ranks use the one GPU 0: for whether it is right, not for how long it takes")  # fmt: skip
-    add("-m", dest="module", action="store_true", help="TARGET is a module, not a script")
-    add("target", metavar="TARGET", help="script, or module with -m")
-    add("arguments", nargs=argparse.REMAINDER, help="arguments of TARGET")
-    options = parser.parse_args(argv)
-    if not options.module and not os.path.isfile(options.target):
-        parser.error(f"there is no script {options.target!r}; a module is started with -m {options.target}")
-    if options.share_gpu:
-        if "--helix-host-mode" in options.arguments:
-            parser.error("--share-gpu and --helix-host-mode were both given; a host has no GPU to share")
-        ranks = options.nproc_per_node
-        print(f"{parser.prog}: {ranks} ranks share GPU 0; their times mean nothing", file=sys.stderr)
-    try:
-        run_ranks(
-            _run_target, options.nproc_per_node, options.module, options.target, options.arguments,
-            timeout_s=options.timeout, host_mode=False, log_dir=options.log_dir, show_rank0=True,
-            share_gpu=options.share_gpu,
-        )  # fmt: skip
-    except RankError as error:
-        print(error.message if error.message is not None else error, file=sys.stderr)
-        return error.exit_code
-    return 0

@@ -123,9 +123,22 @@ def _patch_kernels() -> None:
     attention.flash_attn_with_kvcache = kernels.flash_attn_with_kvcache
     megatron_utils._fa_version = Version("2.8.0")  # attention.py asks for 2.7.3 or newer
     dynamic_context.triton_append_key_value_cache = None
+    if compat.megatron().dynamic_engine:
+        _patch_speculation()
 
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
         # all-to-all takes split sizes as lists or arrays; Megatron converts those that are `is_cuda`
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _patch_speculation() -> None:
+    # Megatron verifies speculative tokens by Triton kernels, and has their torch versions beside them
+    from megatron.core.inference.text_generation_controllers import (
+        mtp_utils_pytorch,
+        text_generation_controller,
+    )
+
+    for name in ("mamba_state_selective_copy", "prepare_next_forward_pass", "verify_speculative_tokens"):
+        setattr(text_generation_controller, name, getattr(mtp_utils_pytorch, name))

@@ -16,28 +16,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core import parallel_state
 from torch import Tensor
 
 from helix_megatron import compat
-from helix_megatron.exchange.groups import HelixGroups
-from helix_megatron.exchange.slices import query_slices, whole_outputs
+from helix_megatron.exchange.slices import query_slices, share_of_sinks, whole_outputs
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
+    Prepare,
     SequenceStep,
+    Step,
     attend_with_shards,
-    local_slots,
 )
+from helix_megatron.inference.prompts import attend_among_themselves
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
-from helix_megatron.kernels.paged_attention import Requests
+from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import derived_config, plan_for, slices_for
 from helix_megatron.partition.grid import HelixConfigError
-from helix_megatron.partition.kv_layout import interleave_of_block, interleave_of_sequence
+from helix_megatron.partition.kv_layout import KvInterleave, interleave_of_block, interleave_of_sequence
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
 
 
 def forward_with_shards(
@@ -61,7 +66,7 @@ def forward_with_shards(
         hidden_states: [s, b, h]; with the dynamic engine, packed tokens [s, 1, h].
         attention_mask: a causal one, or None.
         context: Megatron's static or dynamic inference context.
-        rope: RoPE tables of queries and keys, cut to this rank's dimensions; or None.
+        rope: RoPE tables of queries and keys, those of a "dim" cache cut to this rank's dimensions; or None.
         (others): None. Megatron's attention has them, this cache does not serve them.
     Returns:
         what Megatron's attention returns: output [s, b, h] and the bias of linear_proj.
@@ -80,41 +85,97 @@ def forward_with_shards(
     }
     if layer.config.context_parallel_size > 1:
         others["context parallelism"] = True
-    if getattr(layer.config, "attention_output_gate", False):
-        others["an output gate (--attention-output-gate)"] = True
-    if layer.core_attention.has_sinks:
-        others["attention sinks (--softmax-type)"] = True
-    if layer.config.cuda_graph_impl == "local":
-        others["CUDA graphs (--cuda-graph-impl local)"] = True
+    if layer.config.cuda_graph_impl == "local" and context.is_static_batching():
+        others["CUDA graphs (--cuda-graph-impl local) of the static context"] = True
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise NotImplementedError(
             f"Helix grid {layer.helix_plan.grid}: attention with a sharded KV cache was given "
             f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
-    plan, groups, core = layer.helix_plan, layer.helix_groups, layer.core_attention
-    attention = _attention_of(core, plan)
+    plan, core = layer.helix_plan, layer.core_attention
+    attention = _attention_of(core, plan, getattr(layer.config, "flash_attention_version", None))
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
-    query, key, value = layer.get_query_key_value_tensors(hidden_states)
+    gated = getattr(layer.config, "attention_output_gate", False)
+    if plan.kv_cache == "dim":
+        out, *gate = _over_slices(layer, context, attention, hidden_states, rope, gated)
+        return _projected(layer, out.flatten(-2), *gate)
+    query, key, value, *gate = layer.project(hidden_states, gated)
+    heads, rows = (query, key, value), _rows_of(rope, context, query.shape[0])
     if context.is_static_batching():
-        _check_mask(core, attention_mask, context.sequence_len_offset, query.shape[0])
-        query, key = _rotated(layer, query, key, rope, context)
+        start, new = context.sequence_len_offset, query.shape[0]
+        _check_mask(core, attention_mask, start, new)
         step = _static_step(layer, context, attention, key)
+        if start == 0 and new > 1 and core.serves_prompts(packed=False):
+            out = attend_among_themselves(layer, *heads, rows, step, None)
+        else:
+            out = _with_shards(layer, heads, rows, step)
     else:
-        if rope is not None:
-            cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
-            query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
-            key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
-        if plan.kv_cache == "dim":
-            out = _over_slices(layer, context, attention, query, key, value)
-            return layer.linear_proj(out.flatten(-2))
-        step = _dynamic_step(layer, context, attention, plan, groups)
-    out = attend_with_shards(query, key, value, plan.layout, groups.dim_group, step, plan.overlap_chunks)
-    return layer.linear_proj(out.flatten(-2))
+        out = _dynamic_attention(layer, context, attention, heads, rows)
+    return _projected(layer, out, *gate)
 
 
-def _attention_of(core: Any, plan: HelixPlan) -> Attention:
+def _dynamic_attention(layer: Any, context: Any, attention: Attention, heads: Heads, rows: Any) -> Tensor:
+    """Whole prompts among themselves, other tokens over the cache: [tokens, 1, N * d_s]."""
+    step, core = _dynamic_step(layer, context, attention), layer.core_attention
+    prompts = context.helix_step.prompts
+    if prompts is None or not core.serves_prompts(packed=len(prompts.host_ends) > 2):
+        return _with_shards(layer, heads, rows, step)
+
+    def part(start: int, stop: int, **changed: Any) -> tuple[Heads, Any, PagedStep]:
+        query, key, value = (x[start:stop] for x in heads)
+        q_rows = None if rows[0] is None else rows[0][start:stop]
+        k_rows = q_rows if rows[0] is rows[1] else rows[1][start:stop]
+        places = dict(blocks=step.blocks[start:stop], slots=step.slots[start:stop])
+        return (query, key, value), (q_rows, k_rows), replace(step, **places, **changed)
+
+    outs = []
+    if prompts.first:
+        mine = part(0, prompts.first, requests=prompts.others, singles=prompts.singles)
+        outs.append(_with_shards(layer, *mine))
+    own, own_rows, kept = part(prompts.first, prompts.stop)
+    packed = prompts.packed(on_host=core.core_is_local)
+    outs.append(attend_among_themselves(layer, *own, own_rows, kept, packed))
+    padding = heads[0].shape[0] - prompts.stop
+    if padding:
+        outs.append(outs[-1].new_zeros(padding, *outs[-1].shape[1:]))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _with_shards(layer: Any, heads: Heads, rows: Any, step: Step) -> Tensor:
+    """Attention of new tokens over what all ranks keep: [S, B, N * d_s]."""
+    plan, groups, sinks = layer.helix_plan, layer.helix_groups, layer.core_attention.sinks
+    prepare, chunks = _prepare(layer, rows), plan.overlap_chunks
+    return attend_with_shards(*heads, plan.layout, groups.dim_group, prepare, step, chunks, sinks).flatten(-2)
+
+
+def _projected(layer: Any, out: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """linear_proj of the output, gated where there is a gate of its elements."""
+    return layer.linear_proj(out if gate is None else layer._apply_output_gate(out, gate))
+
+
+def _rows_of(rope: Any, context: Any, new: int) -> Any:
+    """The rows of RoPE's tables that belong to the step's tokens; of one table one selection."""
+    if rope is None:
+        return None, None
+    if context.is_static_batching():
+        start = context.sequence_len_offset
+        rows = [table[start : start + new] for table in rope]
+    else:
+        positions = context.gpu_view.token_to_position_in_request[:new]
+        rows = [table.index_select(0, positions) for table in rope[: 1 if rope[0] is rope[1] else 2]]
+    return rows[0], rows[0] if rope[0] is rope[1] else rows[1]
+
+
+def _prepare(layer: Any, rows: Any) -> Prepare:
+    plain = layer.q_layernorm is None and layer.k_layernorm is None
+    return Prepare(
+        functools.partial(layer.prepare_new_tokens, tables=rows), together=plain and rows[0] is rows[1]
+    )
+
+
+def _attention_of(core: Any, plan: HelixPlan, flash_version: int | None) -> Attention:
     if not core.is_causal:
         raise NotImplementedError(
             f"Helix grid {plan.grid}: KV cache '{plan.kv_cache}' holds for causal attention, and this "
@@ -126,7 +187,7 @@ def _attention_of(core: Any, plan: HelixPlan) -> Attention:
             f"Helix grid {plan.grid}: sliding window {core.window_size} looks {right} positions ahead; an "
             "inference cache holds for windows that end at the query, (left, 0)"
         )
-    return Attention(core.softmax_scale, left if left >= 0 else None)
+    return Attention(core.softmax_scale, left if left >= 0 else None, flash_version)
 
 
 # ---- static context ----
@@ -142,24 +203,6 @@ def _check_mask(core: Any, mask: Tensor | None, start: int, new: int) -> None:
             f"{list(mask.shape)} for positions {start} to {stop - 1} is not the causal one; leave the mask "
             "out, or use --helix-kv-cache dim"
         )
-
-
-def _rotated(layer: Any, query: Tensor, key: Tensor, rope: Any, context: Any) -> tuple[Tensor, Tensor]:
-    if rope is None:
-        return query, key
-    start = context.sequence_len_offset
-    rotated = []
-    for tensor, table in ((query, rope[0]), (key, rope[1])):
-        rotated.append(
-            apply_rotary_pos_emb(
-                tensor,
-                table[start : start + tensor.shape[0]],
-                config=layer.config,
-                mscale=compat.yarn_scale(layer.config),
-                cp_group=layer.pg_collection.cp,
-            )
-        )
-    return rotated[0], rotated[1]
 
 
 def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) -> SequenceStep:
@@ -178,9 +221,12 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
     if layer.layer_number not in caches:
         slots = interleave.count(rank, length)
         shape = (slots, context.max_batch_size, layout.kv_heads, layout.shape.kv_channels)
-        caches[layer.layer_number] = tuple(key.new_empty(shape) for _ in range(2))
+        caches[layer.layer_number] = tuple(key.new_zeros(shape) for _ in range(2))
     keys, values = (cache[:, first:last] for cache in caches[layer.layer_number])
-    return SequenceStep(keys, values, interleave, rank, attention, start)
+    step = (start, first, *key.shape[:2])
+    if getattr(context, "helix_step", (None,))[0] != step:
+        context.helix_step = step, {}  # what the step's first layer makes
+    return SequenceStep(keys, values, interleave, rank, attention, start, context.helix_step[1])
 
 
 # ---- dynamic engine ----
@@ -199,9 +245,12 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
+            self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
         original(self, model_config, inference_config)
         if sliced:
-            self.initialize_attention_state = _next_step(self, self.initialize_attention_state)
+            self.helix_step = _step_tokens(plan, model_config, inference_config)
+        if sliced and self.helix_step is not None:
+            self.transfer_bookkeeping_to_gpu = _then_begin(self, self.transfer_bookkeeping_to_gpu)
 
     return __init__
 
@@ -215,7 +264,7 @@ def no_handoff(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def setup_kv_transfer(self: Any, role: str, *args: Any, **kwargs: Any) -> None:
-        if hasattr(self.context, "helix_tokens"):
+        if hasattr(self.context, "helix_step"):
             raise HelixConfigError(
                 f"an engine that hands KV caches over (prefill and decode apart; this one's role: {role}) is "
                 "not supported with sliced heads (m > 1): a rank's pages hold positions or slices of heads, "
@@ -227,34 +276,59 @@ def no_handoff(original: Callable) -> Callable:
     return setup_kv_transfer
 
 
-def _next_step(context: Any, original: Callable) -> Callable:
-    """initialize_attention_state, after which what was computed for the last step's tokens is gone."""
+def _zeroed_memory(context: Any, original: Callable) -> Callable:
+    """_allocate_memory_buffer, after which the cache holds zeros.
+
+    A kernel may read what nobody wrote of a page in use, with a weight of 0 (flash.py); 0 times NaN is NaN.
+    """
 
     @functools.wraps(original)
-    def initialize_attention_state(*args: Any, **kwargs: Any) -> Any:
-        context.helix_tokens = None
-        return original(*args, **kwargs)
+    def _allocate_memory_buffer() -> None:
+        original()
+        context.memory_buffer.zero_()
 
-    context.helix_tokens = None
-    return initialize_attention_state
+    return _allocate_memory_buffer
+
+
+def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
+    """None where the cache is Megatron's own, of slices that are heads of the derived model."""
+    if plan.kv_cache == "none":
+        return None
+    m, interleave = plan.grid.dim_parallel_size, KvInterleave(1, 1)
+    if plan.kv_cache == "dim":
+        return StepTokens(interleave, 0, graphs=False)
+    interleave = interleave_of_block(m, plan.kv_interleave_size, inference_config.block_size_tokens)
+    groups = inference_config.pg_collection
+    tp_rank = groups.tp.rank() if groups is not None else parallel_state.get_tensor_model_parallel_rank()
+    return StepTokens(interleave, tp_rank % m, graphs=model_config.cuda_graph_impl == "local")
+
+
+def _then_begin(context: Any, original: Callable) -> Callable:
+    """transfer_bookkeeping_to_gpu, the last before layers run or are replayed; then StepTokens.begin."""
+
+    @functools.wraps(original)
+    def transfer_bookkeeping_to_gpu(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        context.helix_step.begin(context)
+        return done
+
+    return transfer_bookkeeping_to_gpu
 
 
 def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) -> None:
     """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
     exact = not plan.layout.per_slice
-    speculative = inference_config.num_speculative_tokens > 0
+    graphs = model_config.cuda_graph_impl == "local"
     invariant = getattr(model_config, "batch_invariant_mode", False)
-    sinks = getattr(model_config, "softmax_type", "vanilla")
     reasons = {
-        "CUDA graphs (--cuda-graph-impl local)": model_config.cuda_graph_impl == "local",
-        "speculative tokens (num_speculative_tokens > 0)": exact and speculative,
+        "CUDA graphs (--cuda-graph-impl local) with --helix-kv-cache dim, which asks the device for lengths "
+        "(sequence has graphs)": graphs and plan.kv_cache == "dim",
+        "CUDA graphs without a step before the capture (--cuda-graph-warmup-steps 0), in which kernels are "
+        "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
             inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
-        "attention output gates (--attention-output-gate)": exact
-        and getattr(model_config, "attention_output_gate", False),
-        f"softmax type {sinks!r} (--softmax-type)": exact and sinks != "vanilla",
         "context parallelism (--context-parallel-size > 1)": exact and model_config.context_parallel_size > 1,
         "the states of Mamba layers, which were never tried beside it": (
             inference_config.mamba_inference_state_config is not None
@@ -292,7 +366,7 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
     expected = (plan.layout.kv_heads, plan.paged_dim)
     found = tuple(context.memory_buffer.shape[-2:])
-    if found != expected or not hasattr(context, "helix_tokens"):
+    if found != expected or not hasattr(context, "helix_step"):
         raise HelixConfigError(
             f"the dynamic inference context caches {found[0]} heads of dimension {found[1]} per rank, but "
             f"grid {plan.grid} needs {expected[0]} of {expected[1]}; build the context while Helix is on "
@@ -300,26 +374,25 @@ def check_dynamic(context: Any, plan: HelixPlan) -> None:
         )
 
 
-def _dynamic_step(
-    layer: Any, context: Any, attention: Attention, plan: HelixPlan, groups: HelixGroups
-) -> PagedStep:
+def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
+    plan, step = layer.helix_plan, context.helix_step
     keys, values = _memory(layer, context)
-    m, block = plan.grid.dim_parallel_size, context.block_size_tokens
-    interleave = interleave_of_block(m, plan.kv_interleave_size, block)
-    if context.helix_tokens is None:  # the same for every layer of a step
-        blocks, places, requests = _new_tokens(context)
-        spare_block = context.kv_block_allocator.dummy_block_idx
-        kept = local_slots(interleave, groups.dim_rank, blocks, places, spare_block)
-        context.helix_tokens = (*kept, requests)
-    page = (block // m, plan.layout.kv_heads, plan.layout.shape.kv_channels)
+    page = (
+        context.block_size_tokens // plan.grid.dim_parallel_size,
+        plan.layout.kv_heads,
+        plan.layout.shape.kv_channels,
+    )
     return PagedStep(
         _pages(keys, page),
         _pages(values, page),
-        interleave,
-        groups.dim_rank,
+        step.interleave,
+        step.rank,
         attention,
-        *context.helix_tokens,
-        singles=context.is_decode_only(),
+        step.blocks,
+        step.slots,
+        step.requests,
+        step.singles,
+        step.in_graph,
     )
 
 
@@ -329,31 +402,31 @@ def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
 
 
 def _over_slices(
-    layer: Any, context: Any, attention: Attention, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    """KV cache "dim": Megatron's pages hold slices as they are."""
+    layer: Any, context: Any, attention: Attention, hidden_states: Tensor, rope: Any, gated: bool
+) -> list[Tensor]:
+    """KV cache "dim": Megatron's pages hold slices as they are; slices are normed and rotated as such.
+
+    Returns:
+        the output, and the gate where the layer is `gated`.
+    """
+    query, key, value, *gate = layer.get_query_key_value_tensors(hidden_states, output_gate=gated)
+    if rope is not None:
+        cp, mscale = layer.pg_collection.cp, compat.yarn_scale(layer.config)
+        query = context.apply_rotary_emb_query(query, rope[0], layer.config, None, cp, mscale=mscale)
+        key = context.apply_rotary_emb_key(key, rope[1], layer.config, cp, mscale=mscale)
     layout, group = layer.helix_plan.layout, layer.helix_groups.dim_group
     keys, values = _memory(layer, context)
-    if context.helix_tokens is None:
-        blocks, places, requests = _new_tokens(context)
-        context.helix_tokens = (blocks.long(), places.long(), requests)
-    own = layout.slice_dims(layer.helix_groups.dim_rank)
-    pages = SlicedPages(keys[..., :own], values[..., :own], attention, *context.helix_tokens)
-    if layout.query_placement == "dims":
-        return attend_over_slices(query, key, value, pages, group)
-    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group)
-    return whole_outputs(out, layout, group)
-
-
-def _new_tokens(context: Any) -> tuple[Tensor, Tensor, Requests]:
-    """Block and place of each new token of a step, padding included, and whose they are."""
-    tokens, view = context.padded_active_token_count, context.gpu_view
-    metadata = context.active_attn_metadata["mha_metadata"].state_data
-    return (
-        view.token_to_block_idx[:tokens],
-        view.token_to_local_position_within_kv_block[:tokens],
-        Requests(metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]),
+    sinks = layer.core_attention.sinks
+    if sinks is not None:
+        sinks = share_of_sinks(sinks, layout, group.rank())
+    own, step = layout.slice_dims(layer.helix_groups.dim_rank), context.helix_step
+    pages = SlicedPages(
+        keys[..., :own], values[..., :own], attention, step.blocks, step.slots, step.requests
     )
+    if layout.query_placement == "dims":
+        return [attend_over_slices(query, key, value, pages, group, sinks), *gate]
+    out = attend_over_slices(query_slices(query, layout, group), key, value, pages, group, sinks)
+    return [whole_outputs(out, layout, group), *gate]
 
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:

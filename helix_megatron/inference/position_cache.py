@@ -1,18 +1,22 @@
 """Inference with a KV cache whose positions are spread over the dim group (no knowledge of Megatron).
 
 Note [A step with a cache sharded by sequence]
-    1. ONE all-gather hands every rank the new tokens' queries, keys and values, as whole heads.
+    1. ONE all-gather hands every rank the new tokens' queries, keys and values, as whole heads, which are
+       normed and rotated there: as one rank would, with its kernels.
     2. A rank keeps the keys and values of its own positions (kv_layout.py) and attends over what it keeps,
        for all query heads of the head group.
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
-       its whole heads ("heads"). Their log-sum-exps travel along, so they combine exactly (merge.py).
-    Prompts and single tokens take the same way. Positions are absolute, so a key at p is visible to a query
-    at p or later (and inside its sliding window), however the rank's part of the sequence looks.
+       its whole heads ("heads"). Their log-sum-exps travel along (partial_exchange.py), so one kernel
+       combines them exactly (merge.py).
+    Single tokens, several of a request and prompts with history take this way; whole prompts have another
+    where they can (prompts.py). Positions are absolute, so a key at p is visible to a query at p or later
+    (and inside its sliding window), however the rank's part of the sequence looks. An attention sink counts
+    once: in the merge of a rank's own heads, with "dims" in the part of the rank whose core has it.
 
     received per rank     elements of the model's dtype, for t new tokens
     all-gather            (m-1) t (hq + 2 hk) d_s
     all-to-all            (m-1) t hq (d_s + e), with "heads" (m-1) t hq/m (d + e); e = 1 fp32 log-sum-exp,
-                          2 elements in half precision
+                          2 elements in half precision; outputs and log-sum-exps padded to 16 bytes
     Neither depends on the context's length. Uneven slices: D - d_s for (m-1) d_s in the first, d_s its own.
 
 S new positions, B batch, N query heads of the head group (hq), K its KV heads (hk), D head dimension,
@@ -21,7 +25,8 @@ m ranks, d_s = D/m.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -29,11 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.exchange.collectives import AsyncAllToAll, gather_tokens, gather_uneven
-from helix_megatron.exchange.slices import slice_shapes
-from helix_megatron.exchange.views import merge_slices
+from helix_megatron.exchange.collectives import gather_tokens, gather_uneven
+from helix_megatron.exchange.slices import first_head_of_sinks, slice_shapes
+from helix_megatron.exchange.views import Pieces, aligned_views
+from helix_megatron.inference.partial_exchange import PartialExchange, Views
 from helix_megatron.kernels.backend import attend
-from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
@@ -48,11 +53,25 @@ class Step(Protocol):
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """Keep those of the new tokens' [S, B, K, D] that are this rank's."""
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """Attention of rows start ... stop - 1 along `dim`, given by `query`, over all that the rank keeps.
 
-        Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32.
+        Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32; or None, when it has
+            put them `into` the pieces that travel.
         """
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """What becomes of whole heads before they are kept and attended with: norm and rotation.
+
+    Args:
+        function: [query and key in one tensor [S, B, N + K, D]], or [query, key], to query and key.
+        together: they are wanted in one tensor.
+    """
+
+    function: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
+    together: bool
 
 
 def attend_with_shards(
@@ -61,8 +80,10 @@ def attend_with_shards(
     value: Tensor,
     layout: HelixLayout,
     group: dist.ProcessGroup,
+    prepare: Prepare,
     step: Step,
     chunks: int = 1,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of new tokens over a cache whose positions are spread over the dim group.
 
@@ -70,79 +91,108 @@ def attend_with_shards(
     while the next chunk attends. All ranks cut the tokens alike, so they start the exchanges in one order.
 
     Args:
-        query: [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement; rotated.
-        key, value: [S, B, K, d_s], the key rotated.
+        query: [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement; neither normed nor rotated.
+        key, value: [S, B, K, d_s], the like.
+        prepare: whole heads.
         step: keeps, and attends over what this rank keeps.
         chunks: into how many parts the rows are cut, at most one a row.
+        sinks: of the query heads that this rank attends with in training, as HelixCoreAttention.sinks.
     Returns:
         [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement.
     """
-    query, key, value = gather_new_tokens(query, key, value, layout, group)
+    heads, value = gather_new_tokens(query, key, value, layout, group, prepare.together)
+    query, key = prepare.function(heads)
     step.write_new_tokens(key, value)
     rows = query.shape[step.dim]
     chunks = max(1, min(chunks, rows))
     bounds = [rows * chunk // chunks for chunk in range(chunks + 1)]
-    on_their_way = []
+    on_their_way, receives_own_heads = [], layout.query_placement == "heads"
     for start, stop in pairwise(bounds):
-        partial = step.attend(query.narrow(step.dim, start, stop - start), start, stop)
-        on_their_way.append(send_partials(*partial, layout, group))
-    outs = [receive_partials(*sent, query.dtype) for sent in on_their_way]
+        part = query.narrow(step.dim, start, stop - start)
+        exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group)
+        adds = sinks is not None and not receives_own_heads
+        partial = step.attend(part, start, stop, None if adds else exchange.target)
+        if adds and partial is not None:
+            _add_own_sinks(*partial, sinks, layout, group.rank())
+        exchange.send(partial)
+        on_their_way.append(exchange)
+    outs = [exchange.merged(sinks if receives_own_heads else None) for exchange in on_their_way]
     return outs[0] if chunks == 1 else torch.cat(outs, dim=step.dim)
 
 
 def gather_new_tokens(
-    query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One collective over `group`: attend_with_shards' shapes to [S, B, N, D], [S, B, K, D], [S, B, K, D].
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: HelixLayout,
+    group: dist.ProcessGroup,
+    together: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """One collective over `group`: attend_with_shards' shapes to whole heads.
 
     Received: (m-1) S B (N + 2K) d_s elements, for either placement.
+
+    Returns:
+        [query [S, B, N, D], key [S, B, K, D]], or `together` [[S, B, N + K, D]]; and value [S, B, K, D].
     """
-    whole_heads = layout.query_placement == "heads"
-    if layout.is_even:
-        queries, keys, values = gather_tokens([query, key, value], group)  # [m, *shape]
+    (s, b), n, k, dim = key.shape[:2], layout.query_heads, layout.kv_heads, layout.shape.kv_channels
+    heads = [key.new_empty(s, b, n + k, dim)] if together else [key.new_empty(s, b, x, dim) for x in (n, k)]
+    whole = heads[0].split([n, k], dim=2) if together else heads
+    whole_value = key.new_empty(s, b, k, dim)
+    if layout.is_even and layout.query_placement == "dims":
+        gathered = gather_tokens(torch.cat([query, key, value], dim=2), group)  # [m, S, B, N + 2K, d_s]
+        *slices, values = gathered.split([n + k, k] if together else [n, k, k], dim=3)
+        _join(zip(slices, heads, strict=True), layout, True)
     else:
-        q_shapes = [tuple(query.shape)] * group.size() if whole_heads else slice_shapes(query, layout)
-        kv_shapes = slice_shapes(key, layout)
-        queries, keys, values = gather_uneven([query, key, value], [q_shapes, kv_shapes, kv_shapes], group)
-    if whole_heads and layout.is_even:
-        query = queries.movedim(0, 2).flatten(2, 3)  # rank j's heads come j-th
-    elif whole_heads:
-        query = torch.cat(queries, dim=2)
-    else:
-        query = merge_slices(queries, layout, of_keys=True)
-    return query, merge_slices(keys, layout, True), merge_slices(values, layout, False)
+        queries, keys, values = _gather(query, key, value, layout, group)
+        if layout.query_placement == "dims":
+            _join([(queries, whole[0])], layout, True)
+        else:  # rank j's heads come j-th
+            by_rank = whole[0].unflatten(2, (group.size(), -1)).movedim(2, 0)
+            if isinstance(queries, Tensor):
+                by_rank.copy_(queries)
+            else:
+                torch._foreach_copy_(list(by_rank), list(queries))
+        _join([(keys, whole[1])], layout, True)
+    _join([(values, whole_value)], layout, False)
+    return heads, whole_value
 
 
-def send_partials(
-    out: Tensor, lse: Tensor, layout: HelixLayout, group: dist.ProcessGroup
-) -> tuple[AsyncAllToAll, int]:
-    """Start the all-to-all over `group` that gives a rank its share of all partial outputs.
+def _add_own_sinks(out: Tensor, lse: Tensor, sinks: Tensor, layout: HelixLayout, rank: int) -> None:
+    """Count the sinks of some heads in this rank's part, in place; those of others in another rank's.
 
     Args:
-        out: [S, B, N, D], this rank's partial output.
-        lse: [S, B, N] fp32. Its bits travel as elements of out's dtype.
-    Returns:
-        for receive_partials: the pieces under way, and how many of their last elements are log-sum-exps.
-        Received: (m-1) times the returned size and its log-sum-exps.
+        out, lse: [S, B, N, D], [S, B, N] fp32.
+        sinks: of the heads that this rank attends with in training.
     """
-    m = group.size()
-    bits = lse.unsqueeze(-1).contiguous().view(out.dtype)  # [S, B, N, 1 or 2]
-    if layout.query_placement == "heads":
-        outs, bits = (x.unflatten(2, (m, -1)).movedim(2, 0) for x in (out, bits))
-    elif layout.is_even:
-        outs, bits = out.unflatten(-1, (m, -1)).movedim(-2, 0), bits.expand(m, *bits.shape)
-    else:
-        pieces = [torch.cat([piece, bits], dim=-1) for piece in out.split(layout.all_slice_dims, dim=-1)]
-        return AsyncAllToAll(pieces, group), bits.shape[-1]
-    return AsyncAllToAll(torch.cat([outs, bits], dim=-1), group), bits.shape[-1]
+    first = first_head_of_sinks(len(sinks), layout, rank)
+    if first is not None:
+        own, own_lse = out.narrow(2, first, len(sinks)), lse.narrow(2, first, len(sinks))
+        sinks = sinks.float()
+        own.mul_(torch.sigmoid(own_lse - sinks).unsqueeze(-1))  # exp(lse) / (exp(lse) + exp(sink))
+        torch.logaddexp(own_lse, sinks, out=own_lse)
 
 
-def receive_partials(pieces: AsyncAllToAll, lse_elements: int, dtype: torch.dtype) -> Tensor:
-    """Wait for what send_partials started, merge it in fp32: [S, B, N, d_s] or [S, B, N/m, D] in `dtype`."""
-    received = pieces.wait()  # [m, S, B, ...]
-    outs, bits = received.split([received.shape[-1] - lse_elements, lse_elements], dim=-1)
-    lses = bits.contiguous().view(torch.float32).squeeze(-1)
-    return merge_partials(outs, lses)[0].to(dtype)
+def _gather(
+    query: Tensor, key: Tensor, value: Tensor, layout: HelixLayout, group: dist.ProcessGroup
+) -> list[Pieces]:
+    """Queries, keys and values of every rank: [m, ...], or m tensors where slices are uneven."""
+    if layout.is_even:
+        packed = torch.cat([x.flatten(2) for x in (query, key, value)], dim=-1)
+        columns = gather_tokens(packed, group).split([x[0, 0].numel() for x in (query, key, value)], dim=-1)
+        return [x.unflatten(-1, y.shape[2:]) for x, y in zip(columns, (query, key, value), strict=True)]
+    whole_heads = layout.query_placement == "heads"
+    q_shapes = [tuple(query.shape)] * group.size() if whole_heads else slice_shapes(query, layout)
+    kv_shapes = slice_shapes(key, layout)
+    return list(gather_uneven([query, key, value], [q_shapes, kv_shapes, kv_shapes], group))
+
+
+def _join(pairs: Iterable[tuple[Pieces, Tensor]], layout: HelixLayout, of_keys: bool) -> None:
+    """Slices into the whole heads beside them."""
+    for slices, whole in pairs:
+        for source, target in aligned_views(slices, whole, layout, of_keys):
+            if source.numel():
+                target.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -152,10 +202,12 @@ class Attention:
     Args:
         softmax_scale: of the scores.
         left: how many positions before its own a query sees; None for all.
+        flash_version: the FlashAttention to take; None for the newest.
     """
 
     softmax_scale: float
     left: int | None = None
+    flash_version: int | None = None
 
     def over(self, interleave: KvInterleave, rank: int) -> VisibleSlots:
         """What a token sees of the positions that `rank` keeps."""
@@ -172,6 +224,8 @@ class SequenceStep:
         rank: this rank in its dim group.
         attention: of the layer.
         start: positions that are cached already.
+        requests: of the layers of this step, by their sequences (start, stop); what one layer makes, others
+            find here.
     """
 
     keys: Tensor
@@ -180,50 +234,51 @@ class SequenceStep:
     rank: int
     attention: Attention
     start: int
+    requests: dict[tuple[int, int], Requests] = field(default_factory=dict)
     dim = 1
 
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """As Step."""
         first = self.interleave.count(self.rank, self.start)
         last = self.interleave.count(self.rank, self.start + key.shape[0])
-        slots = torch.arange(first, last, device=key.device)
-        own = self.interleave.position(self.rank, slots) - self.start
-        self.keys[first:last] = key[own]
-        self.values[first:last] = value[own]
+        if last == first:
+            return
+        if len(key) > 1:
+            slots = torch.arange(first, last, device=key.device)
+            own = self.interleave.position(self.rank, slots) - self.start
+            key, value = key[own], value[own]
+        self.keys[first:last] = key
+        self.values[first:last] = value
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """As Step; the rows are sequences."""
         new, batch = query.shape[:2]
-        integers = dict(dtype=torch.int32, device=query.device)
-        requests = Requests(  # of one page each
-            torch.arange(0, (batch + 1) * new, new, **integers),
-            torch.full((batch,), self.start + new, **integers),
-            torch.arange(start, stop, **integers)[:, None],
-        )
-        out, lse = attend(
+        partial = attend(
             query.transpose(0, 1).flatten(0, 1),
             self.keys.transpose(0, 1),
             self.values.transpose(0, 1),
-            requests,
+            self._requests(new, start, stop, query.device),
             self.attention.over(self.interleave, self.rank),
             singles=new == 1,
+            flash_version=self.attention.flash_version,
+            into=into if new == 1 else None,  # else tokens of a sequence come after each other here
         )
+        if partial is None:
+            return None
+        out, lse = partial
         return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
 
-
-def local_slots(
-    interleave: KvInterleave, rank: int, blocks: Tensor, places: Tensor, spare_block: int
-) -> tuple[Tensor, Tensor]:
-    """Where `rank` keeps new tokens, without asking the device how many of them are its own.
-
-    Args:
-        blocks, places: [tokens] logical block of each and its place in there, 0 ... B-1.
-        spare_block: a block that belongs to no sequence; it takes the tokens of other ranks.
-    Returns:
-        [tokens] block and slot in there.
-    """
-    own = interleave.owner(places) == rank
-    return torch.where(own, blocks, spare_block).long(), torch.where(own, interleave.slot(places), 0).long()
+    def _requests(self, new: int, start: int, stop: int, device: torch.device) -> Requests:
+        """Sequences start ... stop - 1, of one page each; made by the first layer of a step."""
+        length = self.start + new
+        if (start, stop) not in self.requests:
+            integers = dict(dtype=torch.int32, device=device)
+            self.requests[start, stop] = Requests(
+                torch.arange(0, (stop - start + 1) * new, new, **integers),
+                torch.full((stop - start,), length, **integers),
+                torch.arange(start, stop, **integers)[:, None],
+            )
+        return self.requests[start, stop]
 
 
 @dataclass(frozen=True)
@@ -237,9 +292,10 @@ class PagedStep:
         interleave: how positions are dealt; whole cycles fill a block.
         rank: this rank in its dim group.
         attention: of the layer.
-        blocks, slots: [tokens] where each new token is kept, as local_slots says.
+        blocks, slots: [tokens] where each new token is kept, int64: what is another rank's, in a spare block.
         requests: whose tokens they are; tokens past the last request are padding.
         singles: row r is the only new token of request r.
+        graph: the step is captured in a CUDA graph, or may be.
     """
 
     keys: Tensor
@@ -251,6 +307,7 @@ class PagedStep:
     slots: Tensor
     requests: Requests
     singles: bool
+    graph: bool = False
     dim = 0
 
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
@@ -259,10 +316,13 @@ class PagedStep:
         self.keys[self.blocks, self.slots] = key[:tokens, 0]
         self.values[self.blocks, self.slots] = value[:tokens, 0]
 
-    def attend(self, query: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
         """As Step; the rows are tokens, query [tokens, 1, N, D]."""
         cut = self.requests.single_rows if self.singles else self.requests.rows
         requests = cut(start, stop)
         visible = self.attention.over(self.interleave, self.rank)
-        out, lse = attend(query[:, 0], self.keys, self.values, requests, visible, self.singles)
-        return out[:, None], lse[:, None]
+        partial = attend(
+            query[:, 0], self.keys, self.values, requests, visible, self.singles,
+            self.attention.flash_version, self.graph, into,
+        )  # fmt: skip
+        return None if partial is None else (partial[0][:, None], partial[1][:, None])

@@ -17,6 +17,7 @@ d_s = D/m, B positions of a block, L positions of a request.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from helix_megatron.exchange.collectives import all_reduce_sum
 from helix_megatron.inference.position_cache import Attention
+from helix_megatron.kernels.merge import softmax_with_sinks
 from helix_megatron.kernels.paged_attention import Requests
 
 SCORE_BYTES = 2**26  # fp32 scores of a part; about four times as much exists while it is computed
@@ -62,16 +64,22 @@ class _Part:
 
 
 def attend_over_slices(
-    query: Tensor, key: Tensor, value: Tensor, pages: SlicedPages, group: dist.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: SlicedPages,
+    group: dist.ProcessGroup,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Keep the new tokens and attend over everything their requests have.
 
     Collectives over `group`, for each SCORE_BYTES of scores: one all-reduce of N * (pairs of a new token and
-    a position) fp32, received 2 (m-1)/m of that; no backward is meant.
+    a position) fp32, and of N sinks where there are any, received 2 (m-1)/m of that; no backward is meant.
 
     Args:
         query: [T, 1, N, d_s], rotated.
         key, value: [T, 1, K, d_s], the key rotated.
+        sinks: [N] fp32, a summand of the sinks of all heads (share_of_sinks); None for none.
     Returns:
         [T, 1, N, d_s]; 0 for padding.
     """
@@ -80,19 +88,27 @@ def attend_over_slices(
     pages.values[pages.blocks, pages.places] = value[:tokens, 0]
     out = torch.zeros_like(query)
     how = (pages.attention.left, query.shape[2], pages.keys.shape[1], SCORE_BYTES)
-    if how not in requests.kept:  # the same for every layer of a step
-        requests.kept[how] = [
-            [_attention_work(alike, requests, how[2]) for alike in _group_by_length(parts)]
-            for parts in _batches(requests, *how[:2])
-        ]
-    for batch in requests.kept[how]:
+    for batch in requests.keep(how, list, functools.partial(_deal, requests, how)):
         partial = [work.scores(query[work.rows, 0], pages) for work in batch]
         flat = [scores.flatten() for scores in partial]
+        if sinks is not None:
+            flat.append(sinks)
         summed = all_reduce_sum(torch.cat(flat) if len(flat) > 1 else flat[0], group)
-        pieces = summed.split([scores.numel() for scores in partial])
+        *pieces, last = summed.split([scores.numel() for scores in flat])
+        of_heads = last.view(pages.keys.shape[2], -1) if sinks is not None else None  # [K, N/K]
+        if sinks is None:
+            pieces.append(last)
         for work, like, scores in zip(batch, partial, pieces, strict=True):
-            out[work.rows, 0] = work.output(scores.view_as(like), pages).to(out.dtype)
+            out[work.rows, 0] = work.output(scores.view_as(like), pages, of_heads).to(out.dtype)
     return out
+
+
+def _deal(requests: Requests, how: tuple, batches: list[list[_Singles | _Prompt]]) -> None:
+    """The step's work in parts; the same for every layer, and asked of the device."""
+    batches[:] = (
+        [_attention_work(alike, requests, how[2]) for alike in _group_by_length(parts)]
+        for parts in _batches(requests, *how[:2])
+    )
 
 
 def _is_single_token(part: _Part) -> bool:
@@ -180,13 +196,14 @@ class _Singles:
         self._shape = scores.shape
         return scores.masked_select(self._seen)
 
-    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
-        """Summed scores to this rank's slice of the output, [R, N, d_s]."""
+    def output(self, scores: Tensor, pages: SlicedPages, sinks: Tensor | None) -> Tensor:
+        """Summed scores, and sinks [K, N/K], to this rank's slice of the output, [R, N, d_s]."""
         value = self._all(pages.values)
         if self._seen is not None:  # what is not seen may be memory that nobody wrote: no number
             scores = scores.new_full(self._shape, float("-inf")).masked_scatter(self._seen, scores)
             value = value.masked_fill(~self._seen[:, 0, 0, :, None, None], 0.0)
-        return torch.einsum("rkgl,rlkd->rkgd", torch.softmax(scores, dim=-1), value).flatten(1, 2)
+        probs = softmax_with_sinks(scores, None if sinks is None else sinks[:, :, None])
+        return torch.einsum("rkgl,rlkd->rkgd", probs, value).flatten(1, 2)
 
 
 class _Prompt:
@@ -213,13 +230,14 @@ class _Prompt:
         scaled = (query.float() * pages.attention.softmax_scale).unflatten(1, (key.shape[1], -1))
         return torch.einsum("skrd,lkd->krsl", scaled, key)
 
-    def output(self, scores: Tensor, pages: SlicedPages) -> Tensor:
-        """Summed scores to this rank's slice of the output, [rows, N, d_s]."""
+    def output(self, scores: Tensor, pages: SlicedPages, sinks: Tensor | None) -> Tensor:
+        """Summed scores, and sinks [K, N/K], to this rank's slice of the output, [rows, N, d_s]."""
         part, left = self._part, pages.attention.left
         positions = torch.arange(part.first, part.last, device=scores.device)
         own = torch.arange(part.position, part.last, device=scores.device)[:, None]
         hidden = positions > own
         if left is not None:
             hidden |= positions < own - left
-        probs = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        probs = softmax_with_sinks(scores, None if sinks is None else sinks[:, :, None, None])
         return torch.einsum("krsl,lkd->skrd", probs, self._all(pages.values)).flatten(1, 2)

@@ -1,5 +1,6 @@
 """Attention over a rank's part of a paged cache, with log-sum-exp: torch and kernels for GPUs, no Megatron.
 
+placement.py               where a rank keeps the new tokens of a step
 merge.py                   partial attention with log-sum-exp, and its stable combination
 paged_attention.py         attention over a rank's pages, in torch
 paged_attention_triton.py  the same as Triton kernels

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.merge import write_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
 from helix_megatron.partition.grid import HelixConfigError
 
@@ -52,7 +53,9 @@ def attend(
     visible: VisibleSlots,
     singles: bool,
     flash_version: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    graph: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
     """paged_attention by the chosen backend.
 
     Args:
@@ -60,8 +63,11 @@ def attend(
         keys, values: [pages, page, K, D].
         singles: row r is the only new token of request r; rows past the last request are padding.
         flash_version: Megatron's --flash-attention-version.
+        graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
+        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
+        None with `into`.
     """
     device = query.device
     on_gpu = device.type == "cuda"
@@ -74,10 +80,19 @@ def attend(
         dim=query.shape[-1],
         major=_major(device) if on_gpu else None,
         flash_version=flash_version,
-        graph=on_gpu and torch.cuda.is_current_stream_capturing(),
+        graph=graph or (on_gpu and torch.cuda.is_current_stream_capturing()),
     )
-    backend = _BACKENDS[choice.singles if singles else choice.others]
-    return backend(query, keys, values, requests, visible, singles)
+    name = choice.singles if singles else choice.others
+    if into is not None and name == "triton":
+        from helix_megatron.kernels import paged_attention_triton
+
+        paged_attention_triton.attend_into(*into, query, keys, values, requests, visible, singles)
+        return None
+    found = _BACKENDS[name](query, keys, values, requests, visible, singles)
+    if into is None:
+        return found
+    write_partials(*found, *into)
+    return None
 
 
 @functools.cache
@@ -105,7 +120,8 @@ def choose(
         compare: FlashAttention's kernels with a known answer, and log what is chosen.
 
     Raises:
-        HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported.
+        HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported; or what
+            is chosen waits for the device, which a CUDA graph cannot.
     """
     if override:
         choice = _overridden(override, device, dtype, page, dim, compare)
@@ -127,9 +143,20 @@ def choose(
         else:
             reason = f"{others} ({why}){not_those}"
         choice = Choice(taken or others, others, reason)
+    if graph and device == "cuda":
+        _refuse_in_graph(choice)
     if compare:
         logger.info("attention over a rank's part of the KV cache: %s", choice.reason)
     return choice
+
+
+def _refuse_in_graph(choice: Choice) -> None:
+    for name in (choice.singles, choice.others):
+        if name == "torch" or (name in FLASH and FLASH[name].waits):
+            raise HelixConfigError(
+                f"CUDA graphs (--cuda-graph-impl local) cannot hold attention by {name}, which waits for the "
+                f"device ({choice.reason}); install Triton, leave {OVERRIDE} out, or leave the graphs out"
+            )
 
 
 def _overridden(
@@ -210,6 +237,8 @@ def warm_up(
     dtype: torch.dtype,
     visible: VisibleSlots,
     flash_version: int | None = None,
+    graph: bool = False,
+    piece: tuple[int, int] | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -220,6 +249,8 @@ def warm_up(
         dtype: of the queries.
         visible: of a layer with a window, or of one without: they are apart.
         flash_version: Megatron's --flash-attention-version.
+        graph: for steps that CUDA graphs are captured of.
+        piece: heads and dimensions of a piece, where attention writes `into` pieces.
     """
     on_gpu = keys.device.type == "cuda"
     choice = choose(
@@ -231,12 +262,13 @@ def warm_up(
         dim=keys.shape[-1],
         major=_major(keys.device) if on_gpu else None,
         flash_version=flash_version,
+        graph=graph,
     )
     waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, visible)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece)
     return choice
 
 

@@ -154,12 +154,18 @@ def attend(
 
 def _of_step(requests: Requests, visible: VisibleSlots) -> tuple[Tensor, Tensor, Tensor]:
     """[rows] slots kept, [rows, 1] whether there are none, and the table; int32, for all layers of a step."""
-    key = ("flash", visible.interleave, visible.rank)
-    if key not in requests.kept:
-        given = requests.for_kernels()
-        kept = visible.last(given.lengths - 1).to(torch.int32)
-        requests.kept[key] = kept, (kept == 0)[:, None], given.table
-    return requests.kept[key]
+    given = requests.for_kernels()
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        kept = torch.empty_like(given.lengths)
+        return kept, torch.empty(len(kept), 1, dtype=torch.bool, device=kept.device), given.table
+
+    def fill(made: tuple[Tensor, Tensor, Tensor]) -> None:
+        kept, empty, _ = made
+        kept.copy_(visible.last(given.lengths - 1))
+        torch.eq(kept[:, None], 0, out=empty)
+
+    return requests.keep(("flash", visible.interleave, visible.rank), make, fill)
 
 
 def _known_case(dtype: torch.dtype, page: int, dim: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:

@@ -6,11 +6,15 @@ For one query, with scores x_p of the keys p in part j:
     out   = sum_j w_j out_j / sum_j w_j,   w_j = exp(lse_j - max_j lse_j)
 
 An empty part has out_j = 0 and lse_j = -inf, hence weight 0. When all parts are empty so is the result.
+An attention sink, a logit per head of which nothing is read, is one more part: output 0, the logit its lse.
 
 S queries, L keys, B batch, N query heads, K KV heads (K divides N), D head dimension.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -18,40 +22,83 @@ from torch import Tensor
 _SCORE_BYTES = 256 * 2**20  # scores that exist at a time
 
 
-def merge_partials(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+def runs_triton(device: torch.device) -> bool:
+    """Whether small kernels are Triton's there: on a GPU where it is installed, or under its interpreter."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return importlib.util.find_spec("triton") is not None
+
+
+def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Combine attention over disjoint parts of the keys.
 
     Args:
-        outs: [parts, ..., D], any floating type; 0 where a part is empty.
-        lses: [parts, ...] fp32; -inf where a part is empty.
+        outs: [parts, ..., N, D], any floating type; 0 where a part is empty.
+        lses: [parts, ..., N] fp32; -inf where a part is empty.
+        sinks: [N], any floating type, counted here once whatever the number of parts; None for none.
     Returns:
-        output [..., D] fp32 and log-sum-exp [...] fp32 over all parts.
+        output [..., N, D] fp32 and log-sum-exp [..., N] fp32 over all parts and the sink.
     """
     top = lses.amax(dim=0)
-    weights = torch.exp(lses - top.masked_fill(top.isneginf(), 0.0))  # all parts empty: exp(-inf) = 0
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
+    finite = top.masked_fill(top.isneginf(), 0.0)  # all parts empty: exp(-inf) = 0
+    weights = torch.exp(lses - finite)
     total = weights.sum(dim=0)
+    if sinks is not None:
+        total = total + torch.exp(sinks - finite)
     shares = weights / total.masked_fill(total == 0, 1.0)
     out = (outs.float() * shares.unsqueeze(-1)).sum(dim=0)
     return out, top + torch.log(total)  # -inf + -inf when all are empty
 
 
-def combine_partials(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> Tensor:
+def write_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor) -> None:
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
+
+    Args:
+        out: [T, N, D].
+        lse: [T, N] fp32.
+        outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
+            heads (D' = D/m), with the log-sum-exps of all.
+    """
+    if outs.shape[2] < out.shape[1]:
+        outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
+        lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))
+    else:
+        outs.copy_(out.unflatten(2, (len(outs), -1)).movedim(2, 0))
+        lses.copy_(lse.expand_as(lses))
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, whose sum counts a sink too.
+
+    Args:
+        scores: [..., L] fp32.
+        sinks: broadcast to [..., 1]; None for none.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sinks = sinks.expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+
+
+def combine_partials(
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, sinks: Tensor | None = None
+) -> Tensor:
     """merge_partials' output in the layer's dtype: what the ranks of a dim group sent. One kernel on a GPU.
 
     Args:
         outs: [m, T, N, D], a strided view of what arrived.
         lses: [m, T, N] fp32, the like: they may lie in a block of their own behind the outputs of each rank.
+        sinks: [N] contiguous, as merge_partials.
     Returns:
         [T, N, D] contiguous: flattened to [T, N*D] it is what linear_proj reads.
     """
-    if outs.device.type == "cuda":
-        try:
-            from helix_megatron.kernels import triton_merge
-        except ImportError:  # no Triton
-            pass
-        else:
-            return triton_merge.combine_partials(outs, lses, dtype)[0]
-    return merge_partials(outs, lses)[0].to(dtype)
+    if runs_triton(outs.device):
+        from helix_megatron.kernels import triton_merge
+
+        return triton_merge.combine_partials(outs, lses, dtype, sinks=sinks)[0]
+    return merge_partials(outs, lses, sinks)[0].to(dtype)
 
 
 def partial_attention(

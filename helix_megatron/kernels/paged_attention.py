@@ -17,9 +17,9 @@ cache, `page` slots.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,21 +61,48 @@ class VisibleSlots:
         return self.interleave.count(self.rank, position + 1)
 
 
+Kept = TypeVar("Kept")
+
+
 @dataclass(frozen=True)
 class Requests:
     """Where the new tokens of packed requests are, and their pages.
+
+    A CUDA graph of a layer reads these tensors and what is kept beside them where they are: before a replay
+    they are given the step's values and `refill` is called.
 
     Args:
         query_ends: [requests + 1] cumulative numbers of new tokens; they are the last of their request.
         lengths: [requests] tokens of each request, the new ones included; 0 for padding.
         table: [requests, pages] numbers of each request's pages, in order of its slots.
-        kept: what was worked out for one layer and holds for all of a step.
     """
 
     query_ends: Tensor
     lengths: Tensor
     table: Tensor
-    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[Any, tuple[Any, Callable[[Any], None]]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+
+    def keep(self, key: Any, make: Callable[[], Kept], fill: Callable[[Kept], None]) -> Kept:
+        """What all layers of a step need: the first that asks has it made and filled, others find it.
+
+        Args:
+            key: of what depends on more than the requests.
+            make: allocates tensors.
+            fill: puts into them what the requests say; asks the device for nothing.
+        """
+        if key not in self._kept:
+            made = make()
+            fill(made)
+            self._kept[key] = made, fill
+        return self._kept[key][0]
+
+    def refill(self) -> None:
+        """The tensors have been given the values of another step: so is what was kept, where it is."""
+        vars(self).pop("host_ends_and_lengths", None)
+        for made, fill in self._kept.values():
+            fill(made)
 
     @functools.cached_property
     def host_ends_and_lengths(self) -> tuple[list[int], list[int]]:
@@ -84,21 +111,59 @@ class Requests:
 
     def for_kernels(self) -> Requests:
         """The same in int32, contiguous but for the distance of the table's rows: what kernels take."""
-        ends, lengths = (x.to(torch.int32).contiguous() for x in (self.query_ends, self.lengths))
-        table = self.table.to(torch.int32)
-        return Requests(ends, lengths, table if table.stride(-1) == 1 else table.contiguous())
+
+        def make() -> Requests:
+            ends, lengths = (_as_int32(x, x.dim() == 1) for x in (self.query_ends, self.lengths))
+            return Requests(ends, lengths, _as_int32(self.table, self.table.stride(-1) == 1))
+
+        def fill(given: Requests) -> None:
+            for mine, theirs in zip(given.tensors, self.tensors, strict=True):
+                if mine is not theirs:
+                    mine.copy_(theirs)
+
+        return self.keep("for kernels", make, fill)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query_ends, lengths, table."""
+        return self.query_ends, self.lengths, self.table
 
     def rows(self, start: int, stop: int) -> Requests:
         """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
-        ends = self.query_ends.clamp(start, stop)
-        return Requests(ends - start, self.lengths - (self.query_ends - ends)[1:], self.table)
+
+        def make() -> Requests:
+            return Requests(torch.empty_like(self.query_ends), torch.empty_like(self.lengths), self.table)
+
+        def fill(part: Requests) -> None:
+            ends = self.query_ends.clamp(start, stop)
+            torch.sub(ends, start, out=part.query_ends)
+            torch.sub(self.lengths, (self.query_ends - ends)[1:], out=part.lengths)
+            part.refill()
+
+        return self.keep(("rows", start, stop), make, fill)
 
     def single_rows(self, start: int, stop: int) -> Requests:
         """rows(start, stop) where row r is the only new token of request r."""
         if start == 0 and stop >= len(self.lengths):
             return self
         own = slice(start, stop)
-        return Requests(self.query_ends[start : stop + 1] - start, self.lengths[own], self.table[own])
+
+        def make() -> Requests:
+            ends = torch.empty_like(self.query_ends[start : stop + 1])
+            return Requests(ends, self.lengths[own], self.table[own])
+
+        def fill(part: Requests) -> None:
+            torch.sub(self.query_ends[start : stop + 1], start, out=part.query_ends)
+            part.refill()
+
+        return self.keep(("single rows", start, stop), make, fill)
+
+
+def _as_int32(tensor: Tensor, fits: bool) -> Tensor:
+    """The tensor itself where it is of that kind, else memory for a copy."""
+    if tensor.dtype is torch.int32 and fits and (tensor.dim() > 1 or tensor.is_contiguous()):
+        return tensor
+    return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
 
 
 def paged_attention(

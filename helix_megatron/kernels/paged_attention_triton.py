@@ -21,7 +21,7 @@ from torch import Tensor
 
 from helix_megatron.kernels import triton_merge
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
-from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel
+from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel, out_offsets, store_lse
 from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
 from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
 from helix_megatron.partition.grid import HelixConfigError
@@ -85,15 +85,16 @@ def _attend_slots(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["rank", "left", "tiles", "table_r"])
+@triton.jit(do_not_specialize=["rank", "left", "tiles", "out_piece", "lse_piece", "table_r"])
 def attention_kernel(
     query, keys, values, out, lse, parts, logs, starts, owners, ends, lengths, table,
-    scale, rank, left, tiles,
+    scale, rank, left, tiles, out_piece, lse_piece,
     query_t, query_n, keys_p, keys_s, keys_k, values_p, values_s, values_k, table_r,
     N: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, RANKS: tl.constexpr,
     SIZE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, R_PAD: tl.constexpr,
     D_PAD: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr, LEAST: tl.constexpr,
-    PAGED: tl.constexpr, UPCAST: tl.constexpr,
+    PAGED: tl.constexpr, UPCAST: tl.constexpr, OF_N: tl.constexpr, OF_D: tl.constexpr,
+    COPIES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     program, kv_head = tl.program_id(0), tl.program_id(1)
     steps = tl.load(starts + tiles)
@@ -160,9 +161,9 @@ def attention_kernel(
         acc = acc / tl.where(some, total, 1.0)[:, None]
         log = tl.where(some, (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
         if (step == start_of_tile) & (until == stop_of_tile):
-            to = token.to(tl.int64) * N + heads
-            tl.store(lse + to, log, mask=there)
-            tl.store(out + to[:, None] * D + dim[None, :], acc, mask=mask)
+            store_lse(lse, lse_piece, token, heads, log, there, OF_N, COPIES)
+            offsets = out_offsets(out_piece, token[:, None], heads[:, None], dim[None, :], OF_N, OF_D, UNIT)
+            tl.store(out + offsets, acc, mask=mask)
         else:
             place = 2 * program + (step > program * share).to(tl.int32)
             to = (place * tl.num_programs(1) + kv_head).to(tl.int64) * (TOKENS * R_PAD) + row
@@ -199,28 +200,47 @@ def paged_attention(
     singles: bool = False,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """attend_into memory of its own: output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32."""
+    outs = torch.empty(1, *query.shape, dtype=query.dtype, device=query.device)
+    lses = torch.empty(1, *query.shape[:2], dtype=torch.float32, device=query.device)
+    attend_into(outs, lses, query, keys, values, requests, visible, singles, programs)
+    return outs[0], lses[0]
+
+
+def attend_into(
+    outs: Tensor,
+    lses: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    visible: VisibleSlots,
+    singles: bool = False,
+    programs: int | None = None,
+) -> None:
     """Attention of every new token over the slots it sees. Rows that belong to no request give 0 and -inf.
 
-    No value is asked of the device. The plan is kept in `requests`, for the other layers of the step: tensors
-    that are filled anew for the next step want new Requests.
+    No value is asked of the device. The plan is kept in `requests`, for the other layers of the step: when
+    their tensors are filled anew for the next step, Requests.refill makes it anew, where it is.
 
     Args:
+        outs, lses: [pieces, T, N', D'] in the query's dtype and [pieces, T, N'] fp32, what is written: whole
+            heads (N' = N/pieces, D' = D), or slices of all heads (N' = N, D' = D/pieces), whose log-sum-exps
+            every piece has. Pieces are contiguous and a multiple of 16 bytes apart.
         query: [T, N, D].
         keys, values: [pages, page, K, D]; the last dimension contiguous.
         singles: no request has more than one new token.
         programs: that share the work; None to fill the device.
-    Returns:
-        output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32.
     """
     tokens, heads, dim = query.shape
     page, kv_heads = keys.shape[1:3]
     query, keys, values = (_dense_last(x) for x in (query, keys, values))
-    out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=query.device)
     if not tokens:
-        return out, lse
+        return
     if not len(requests.lengths):
-        return out.zero_(), lse.fill_(float("-inf"))
+        outs.zero_(), lses.fill_(float("-inf"))
+        return
+    to, of_pieces = _pieces(outs, lses, heads, dim)
     ratio, dims = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     padded = triton.next_power_of_2(ratio)
     size = max(query.element_size(), keys.element_size())
@@ -234,51 +254,64 @@ def paged_attention(
     for launch, part, log in zip(launches, parts.split(rows), logs.split(rows), strict=True):
         tile = launch.tile
         attention_kernel[(programs, kv_heads)](
-            query, keys, values, out, lse, part, log, launch.starts, launch.owners, given.query_ends,
+            query, keys, values, outs, lses, part, log, launch.starts, launch.owners, given.query_ends,
             given.lengths, given.table, visible.softmax_scale * _LOG2_E, visible.rank, visible.left or 0,
-            launch.tiles,
+            launch.tiles, *to,
             *query.stride()[:2], *keys.stride()[:3], *values.stride()[:3], given.table.stride(0),
             N=heads, R=ratio, D=dim, PAGE=page, RANKS=visible.interleave.ranks, SIZE=visible.interleave.size,
             WINDOW=visible.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
             SLOTS=tile.slots, STAGES=tile.stages, LEAST=tile.least, PAGED=tile.paged,
             UPCAST=INTERPRETED,  # the interpreter cannot multiply bf16
-            num_warps=tile.warps,
+            **of_pieces, num_warps=tile.warps,
         )  # fmt: skip
     few, many = launches[0], launches[-1]
     block = merge_block(tokens * heads, dim)
     merge_programs_kernel[(tokens * heads, triton.cdiv(dim, block["DIMS"]))](
-        parts, logs, plan, given.query_ends, out, lse, len(given.lengths), programs, few.tiles, many.tiles,
-        N=heads, R=ratio, R_PAD=padded, D=dim, FEW=few.tile.rows // padded,
+        parts, logs, plan, given.query_ends, outs, lses, len(given.lengths), programs, few.tiles,
+        many.tiles, *to, N=heads, R=ratio, R_PAD=padded, D=dim, FEW=few.tile.rows // padded,
         MANY=many.tile.rows // padded if len(launches) > 1 else 0,
-        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **block,
+        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **of_pieces, **block,
     )  # fmt: skip
-    return out, lse
+
+
+def _pieces(outs: Tensor, lses: Tensor, heads: int, dim: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """How far the pieces of outputs and of log-sum-exps are apart, in 16 bytes, and what one of them has."""
+    pieces, _, of_n, of_d = outs.shape
+    apart = [x.stride(0) * x.element_size() if pieces > 1 else 0 for x in (outs, lses)]
+    assert outs[0].is_contiguous() and lses[0].is_contiguous() and not any(x % 16 for x in apart)
+    assert (of_n * pieces, of_d) == (heads, dim) or (of_n, of_d * pieces) == (heads, dim)
+    constants = dict(OF_N=of_n, OF_D=of_d, COPIES=1 if of_n < heads else pieces)
+    return (apart[0] // 16, apart[1] // 16), constants | dict(UNIT=16 // outs.element_size())
 
 
 def _plan(
     requests: Requests, visible: VisibleSlots, tokens: int, tiles: tuple[Tile, ...], padded: int
 ) -> tuple[Tensor, list[_Launch], Requests]:
     """Who does what, worked out by a step's first layer: the plan, its launches, the requests in int32."""
-    key = ("plan", visible.interleave, visible.rank, visible.left, tokens, tiles, padded)
-    if key in requests.kept:
-        return requests.kept[key]
     given, number = requests.for_kernels(), len(requests.lengths)
-    numbers = [tokens // (tile.rows // padded) + number for tile in tiles]
-    plan = torch.empty(sum(2 * n + 1 for n in numbers), dtype=torch.int32, device=requests.lengths.device)
-    launches, at = [], 0
-    for tile, n in zip(tiles, numbers, strict=True):
-        starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
-        at += 2 * n + 1
-        plan_kernel[(1,)](
-            given.query_ends, given.lengths, starts, owners, visible.rank, visible.left or 0, number, n,
-            number.bit_length(),
-            RANKS=visible.interleave.ranks, SIZE=visible.interleave.size, WINDOW=visible.left is not None,
-            TOKENS=tile.rows // padded, SLOTS=tile.slots, FEW=tiles[0].rows // padded, MANY=bool(launches),
-            BLOCK=256,
-        )  # fmt: skip
-        launches.append(_Launch(tile, n, starts, owners))
-    requests.kept[key] = plan, launches, given
-    return requests.kept[key]
+
+    def make() -> tuple[Tensor, list[_Launch]]:
+        numbers = [tokens // (tile.rows // padded) + number for tile in tiles]
+        plan = torch.empty(sum(2 * n + 1 for n in numbers), dtype=torch.int32, device=given.lengths.device)
+        launches, at = [], 0
+        for tile, n in zip(tiles, numbers, strict=True):
+            starts, owners = plan[at : at + n + 1], plan[at + n + 1 : at + 2 * n + 1]
+            launches.append(_Launch(tile, n, starts, owners))
+            at += 2 * n + 1
+        return plan, launches
+
+    def fill(made: tuple[Tensor, list[_Launch]]) -> None:
+        for launch in made[1]:
+            plan_kernel[(1,)](
+                given.query_ends, given.lengths, launch.starts, launch.owners, visible.rank,
+                visible.left or 0, number, launch.tiles, number.bit_length(),
+                RANKS=visible.interleave.ranks, SIZE=visible.interleave.size,
+                WINDOW=visible.left is not None, TOKENS=launch.tile.rows // padded, SLOTS=launch.tile.slots,
+                FEW=tiles[0].rows // padded, MANY=launch is not made[1][0], BLOCK=256,
+            )  # fmt: skip
+
+    key = ("plan", visible.interleave, visible.rank, visible.left, tokens, tiles, padded)
+    return *requests.keep(key, make, fill), given
 
 
 @functools.cache
@@ -310,7 +343,14 @@ def _programs(device: torch.device, kv_heads: int) -> int:
     return max(1, 2 * torch.cuda.get_device_properties(device).multi_processor_count // kv_heads)
 
 
-def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, visible: VisibleSlots) -> None:
+def warm_up(
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    dtype: torch.dtype,
+    visible: VisibleSlots,
+    piece: tuple[int, int] | None = None,
+) -> None:
     """Compile what attention over this cache will need, so that no request waits for it.
 
     Args:
@@ -318,6 +358,7 @@ def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, visibl
         heads: N, query heads of this rank.
         dtype: of the queries.
         visible: of one layer; those with a window and those without are apart.
+        piece: N', D' of what attend_into writes; None for paged_attention.
     """
     device = keys.device
     rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
@@ -328,7 +369,12 @@ def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype, visibl
         table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, dtype=torch.int32)
         query = torch.zeros(sum(new), heads, keys.shape[-1], dtype=dtype, device=device)
         requests = Requests(ends.to(device), lengths.to(device), table.to(device))
-        paged_attention(query, keys, values, requests, visible, singles)
+        of_n, of_d = piece or query.shape[1:]
+        shape = (query[0].numel() // (of_n * of_d), sum(new), of_n, of_d)
+        outs = torch.empty(shape, dtype=dtype, device=device)
+        lses = torch.empty(shape[0], -(-sum(new) * of_n // 4) * 4, dtype=torch.float32, device=device)
+        lses = lses[:, : sum(new) * of_n].unflatten(1, (-1, of_n))
+        attend_into(outs, lses, query, keys, values, requests, visible, singles)
 
 
 def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:

@@ -1,7 +1,7 @@
 """Parts of attention merged by one Triton kernel: those of a kernel's programs, and those of a dim group.
 
 The mathematics is merge.merge_partials: weights exp(lse_j - max lse) in fp32, natural logarithms; parts that
-are all empty give 0 and -inf.
+are all empty give 0 and -inf. A sink is where the sums of a dim group start: maximum its logit, total 1.
 
 T tokens, N query heads, D head dimension, m parts.
 """
@@ -19,11 +19,10 @@ MANY_ROWS = 4096  # of tokens times heads: their merge fills the device anyway
 
 
 @triton.jit
-def _merged(outs, lses, number, out_p, lse_p, out_late, lse_late, dim, D: tl.constexpr, PARTS: tl.constexpr,
-            DIMS: tl.constexpr):  # fmt: skip
+def _merged(outs, lses, top, total, number, out_p, lse_p, out_late, lse_late, dim, D: tl.constexpr,
+            PARTS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
     # part k at outs + k * out_p + dim and lses + k * lse_p, part 0 further on by out_late and lse_late
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
+    # top, total [1]: -inf and 0; with a sink its logit and 1
     acc = tl.zeros([DIMS], tl.float32)
     for at in range(0, number, PARTS):
         part = at + tl.arange(0, PARTS)
@@ -49,14 +48,18 @@ def _merged(outs, lses, number, out_p, lse_p, out_late, lse_late, dim, D: tl.con
 
 @triton.jit(do_not_specialize=["number"])
 def combine_kernel(
-    outs, lses, out, lse, number, out_p, out_t, out_n, lse_p, lse_t, lse_n,
-    N: tl.constexpr, D: tl.constexpr, WITH_LSE: tl.constexpr, PARTS: tl.constexpr, DIMS: tl.constexpr,
+    outs, lses, sinks, out, lse, number, out_p, out_t, out_n, lse_p, lse_t, lse_n,
+    N: tl.constexpr, D: tl.constexpr, WITH_SINKS: tl.constexpr, WITH_LSE: tl.constexpr, PARTS: tl.constexpr,
+    DIMS: tl.constexpr,
 ):  # fmt: skip
     token, head = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
     dim = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    if WITH_SINKS:
+        top, total = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32), total + 1
     merged, log = _merged(
-        outs + token * out_t + head * out_n, lses + token * lse_t + head * lse_n, number, out_p, lse_p, 0, 0,
-        dim, D, PARTS, DIMS,
+        outs + token * out_t + head * out_n, lses + token * lse_t + head * lse_n, top, total, number, out_p,
+        lse_p, 0, 0, dim, D, PARTS, DIMS,
     )  # fmt: skip
     row = token * N + head
     tl.store(out + row * D + dim, merged, mask=dim < D)
@@ -65,12 +68,32 @@ def combine_kernel(
         tl.store(lse + row + one, log, mask=tl.program_id(1) + one == 0)
 
 
-@triton.jit(do_not_specialize=["requests", "programs", "tiles_few", "tiles_many"])
+@triton.jit
+def store_lse(lse, lse_piece, token, head, log, mask, OF_N: tl.constexpr, COPIES: tl.constexpr):
+    # pieces [T, OF_N], lse_piece times 16 bytes apart; each of COPIES gets it
+    apart = lse_piece.to(tl.int64) * 4
+    to = (head // OF_N) * apart + token.to(tl.int64) * OF_N + head % OF_N
+    for copy in tl.static_range(COPIES):
+        tl.store(lse + to + copy * apart, log, mask=mask)
+
+
+@triton.jit
+def out_offsets(
+    out_piece, token, head, dim, OF_N: tl.constexpr, OF_D: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    # in pieces [T, OF_N, OF_D], out_piece times 16 bytes apart; UNIT elements are 16 bytes
+    piece = (head // OF_N + dim // OF_D).to(tl.int64) * out_piece * UNIT
+    return piece + (token.to(tl.int64) * OF_N + head % OF_N) * OF_D + dim % OF_D
+
+
+@triton.jit(
+    do_not_specialize=["requests", "programs", "tiles_few", "tiles_many", "out_piece", "lse_piece"]
+)
 def merge_programs_kernel(
-    parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many,
+    parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many, out_piece, lse_piece,
     N: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr,
     MANY: tl.constexpr, LEAST_FEW: tl.constexpr, LEAST_MANY: tl.constexpr, PARTS: tl.constexpr,
-    DIMS: tl.constexpr,
+    DIMS: tl.constexpr, OF_N: tl.constexpr, OF_D: tl.constexpr, COPIES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     # MANY: tokens of a prompt's tile, 0 without prompts. parts [2P, K, rows, D] of few, then of many
     token, head = tl.program_id(0) // N, tl.program_id(0) % N
@@ -92,14 +115,15 @@ def merge_programs_kernel(
         rows = (N // R) * tokens * R_PAD  # of a place
         row = (head // R) * tokens * R_PAD + (token - begin) % tokens * R_PAD + head % R
         at = (2 * part).to(tl.int64) * rows + row + tl.where(many, 2 * programs * (N // R) * FEW * R_PAD, 0)
+        top, sums = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
         merged, log = _merged(
-            parts + at * D, logs + at, number, 2 * rows * D, 2 * rows, late * rows * D, late * rows, dim, D,
-            PARTS, DIMS,
+            parts + at * D, logs + at, top, sums, number, 2 * rows * D, 2 * rows, late * rows * D,
+            late * rows, dim, D, PARTS, DIMS,
         )  # fmt: skip
-        to = tl.program_id(0).to(tl.int64)
-        tl.store(out + to * D + dim, merged, mask=dim < D)
         one = tl.arange(0, 1)
-        tl.store(lse + to + one, log, mask=tl.program_id(1) + one == 0)
+        to = out_offsets(out_piece, token + dim * 0, head, dim, OF_N, OF_D, UNIT)
+        tl.store(out + to, merged, mask=dim < D)
+        store_lse(lse, lse_piece, token + one, head, log, tl.program_id(1) + one == 0, OF_N, COPIES)
 
 
 def merge_block(rows: int, dim: int) -> dict[str, int]:
@@ -109,7 +133,7 @@ def merge_block(rows: int, dim: int) -> dict[str, int]:
 
 
 def combine_partials(
-    outs: Tensor, lses: Tensor, dtype: torch.dtype, with_lse: bool = False
+    outs: Tensor, lses: Tensor, dtype: torch.dtype, with_lse: bool = False, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """merge.combine_partials by one kernel."""
     number, tokens, heads, dim = outs.shape
@@ -120,8 +144,9 @@ def combine_partials(
     if out.numel():
         dims = min(128, triton.next_power_of_2(dim))
         combine_kernel[(tokens * heads, triton.cdiv(dim, dims))](
-            outs, lses, out, lse if with_lse else lses, number, *outs.stride()[:3], *lses.stride(),
-            N=heads, D=dim, WITH_LSE=with_lse, PARTS=min(16, triton.next_power_of_2(number)), DIMS=dims,
+            outs, lses, lses if sinks is None else sinks, out, lse if with_lse else lses, number,
+            *outs.stride()[:3], *lses.stride(), N=heads, D=dim, WITH_SINKS=sinks is not None,
+            WITH_LSE=with_lse, PARTS=min(16, triton.next_power_of_2(number)), DIMS=dims,
             num_warps=1,
         )  # fmt: skip
     return out, lse

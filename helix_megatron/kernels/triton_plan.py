@@ -26,6 +26,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from helix_megatron.partition.kv_layout import KvInterleave
 
 
 @triton.jit
@@ -89,3 +92,35 @@ def plan_kernel(
         tl.store(starts + 1 + tile, total + tl.cumsum(steps, axis=0), mask=tile < tiles)
         tl.store(owners + tile, low, mask=tile < tiles)
         total += tl.sum(steps, axis=0)
+
+
+@triton.jit(do_not_specialize=["rank", "spare", "tokens"])
+def place_kernel(
+    of_tokens, places, blocks, slots, rank, spare, tokens,
+    RANKS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = token < tokens
+    place = tl.load(places + token, mask=there, other=0)
+    own = place // SIZE % RANKS == rank  # KvInterleave.owner, slot
+    slot = place // (RANKS * SIZE) * SIZE + place % SIZE
+    block = tl.load(of_tokens + token, mask=there, other=0).to(tl.int64)
+    tl.store(blocks + token, tl.where(own, block, spare), mask=there)
+    tl.store(slots + token, tl.where(own, slot, 0).to(tl.int64), mask=there)
+
+
+def place_tokens(
+    blocks: Tensor,
+    slots: Tensor,
+    of_tokens: Tensor,
+    places: Tensor,
+    interleave: KvInterleave,
+    rank: int,
+    spare_block: int,
+) -> None:
+    """placement.place_tokens by one kernel."""
+    if len(blocks):
+        place_kernel[(triton.cdiv(len(blocks), 256),)](
+            of_tokens, places, blocks, slots, rank, spare_block, len(blocks),
+            RANKS=interleave.ranks, SIZE=interleave.size, BLOCK=256,
+        )  # fmt: skip

@@ -72,7 +72,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def pin(rank: int) -> None:
+def pin_to_core(rank: int) -> None:
     """Keep this process on one core, neighbours on different ones.
 
     Work goes from neighbour to neighbour in gloo's rings and in pipelines; with 16 ranks on two cores gloo's

@@ -25,14 +25,14 @@ _GIVES = {  # what is asked → what its answer is called
 
 
 @contextmanager
-def watch_gpu(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
+def watch_gpu(result: dict[str, Any], host: bool) -> Iterator[GpuSampler | None]:
     """Sample this rank's GPU while entered; at the end result["gpu"] holds what `Watch.summary` gives.
 
     Yields the watch, whose `restart` forgets what was before (set-up, warm-up). Nothing is added in host
     mode, without nvidia-ml-py, or where NVML does not start.
     """
     try:
-        watch = None if host else Watch(int(os.environ.get("LOCAL_RANK", "0")))
+        watch = None if host else GpuSampler(int(os.environ.get("LOCAL_RANK", "0")))
     except Exception:  # NVML's own errors have no common base before it is imported
         watch = None
     if watch is None:
@@ -49,7 +49,7 @@ def watch_gpu(result: dict[str, Any], host: bool) -> Iterator[Watch | None]:
         watch.close()
 
 
-class Watch:
+class GpuSampler:
     """Samples of one GPU. A query that NVML refuses is not asked again, and what it had given is dropped."""
 
     def __init__(self, index: int) -> None:

@@ -123,7 +123,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-hierarchical-allreduce",
         action="store_true",
         help="Reduce over the tensor-parallel group level by level (dim group, head groups, dim group), for "
-        "grids that span nodes. Local layers only; the overlap with weight gradients is lost.",
+        "grids that span nodes. The overlap with weight gradients is lost.",
     )
     group.add_argument(
         "--helix-adaptive-grad-scaling",

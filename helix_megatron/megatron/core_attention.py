@@ -44,6 +44,7 @@ from helix_megatron.exchange.slices import (
     query_slices,
     repeat_heads,
     restore_positions,
+    share_of_sinks,
     whole_outputs,
 )
 from helix_megatron.megatron.core_names import hide_inner_core
@@ -100,7 +101,11 @@ class HelixCoreAttention(torch.nn.Module):
             parts, part, position_parts, position_part = self.group.size(), groups.dim_rank, 1, 0
         self.cp_group = core_kwargs["pg_collection"].cp if config.context_parallel_size > 1 else None
         self.shares_positions = position_parts > 1 or self.cp_group is not None
-        self.has_sinks = getattr(config, "softmax_type", "vanilla") != "vanilla"
+        self.softmax_type = getattr(config, "softmax_type", "vanilla")
+        self.parts = parts
+        if self.softmax_type == "off-by-one":
+            zeros = torch.zeros(self.layout.query_heads, device=torch.cuda.current_device())
+            self.register_buffer("_zero_sinks", zeros, persistent=False)
         if self.shares_positions and self.window_size is not None and self.window_size[1] != 0:
             raise HelixConfigError(
                 f"sliding window {self.window_size} looks ahead, which a share of the query positions (grid "
@@ -146,6 +151,31 @@ class HelixCoreAttention(torch.nn.Module):
             if config.attention_dropout > 0:
                 add_dim_group_rng(groups)
         hide_inner_core(self)
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """[N/a] logit that each head of this rank adds to its softmax, of which nothing is read; or None.
+
+        "off-by-one" is a logit of 0, and Transformer Engine has no tensor for it.
+        """
+        if self.softmax_type == "off-by-one":
+            return self._zero_sinks[: self.layout.query_heads // self.parts]
+        return None if self.softmax_type == "vanilla" else self.core.softmax_offset
+
+    def serves_prompts(self, packed: bool) -> bool:
+        """Whether it attends over prompts without history, as in training, beside a cache of positions.
+
+        The core needs memory linear in the prompt, and this rank is given every KV head of its head group.
+
+        Args:
+            packed: several of them, one after another.
+        """
+        causal, all_heads = self.attn_mask_type is AttnMaskType.causal, [self.layout.kv_heads]
+        if self.core is None or not causal or self.layout.kv_needed != all_heads * self.group.size():
+            return False
+        core = self.core
+        linear = core.is_fused if isinstance(core, ScaledDotProductAttention) else _is_te(core)
+        return linear and not (packed and self.shares_positions)
 
     @property
     def is_causal(self) -> bool:
@@ -313,10 +343,10 @@ class HelixCoreAttention(torch.nn.Module):
     def _summed_scores(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_type: AttnMaskType
     ) -> Tensor:
-        if self.has_sinks or self.cp_group is not None:
+        if self.cp_group is not None:
             raise NotImplementedError(
-                "Helix: attention sinks (--softmax-type) and context parallelism are not served by summed "
-                "scores, which a cache of slices needs (m > 1)"
+                "Helix: context parallelism is not served by summed scores, which a cache of slices needs "
+                "(m > 1)"
             )
         if self.whole_query_heads:
             query = query_slices(query, self.layout, self.group)
@@ -324,7 +354,10 @@ class HelixCoreAttention(torch.nn.Module):
         sizes = (query.shape[0], key.shape[0])
         hidden = hidden_from_scores(mask, mask_type, self.window_size, sizes, query.device, te)
         dropout = self.attention_dropout if self.training and self.attention_dropout.p > 0 else None
-        out = attend_by_sums(query, key, value, hidden, self.softmax_scale, dropout, self.group)
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = share_of_sinks(sinks, self.layout, self.group.rank())
+        out = attend_by_sums(query, key, value, hidden, self.softmax_scale, dropout, self.group, sinks)
         return whole_outputs(out, self.layout, self.group) if self.whole_query_heads else out
 
 

@@ -241,11 +241,11 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
         from megatron.core.dist_checkpointing import gpt_checkpoint_interop
         from megatron.core.models.hybrid import hybrid_layer_specs
 
-        from helix_megatron.checkpoint.layout import with_pieces
+        from helix_megatron.checkpoint.layout import accept_pieces
 
         attention = hybrid_layer_specs.hybrid_stack_spec.submodules.attention_layer.submodules.self_attention
         _enabled.replace(attention, "module", lambda original: ConfiguredHelixAttention)
-        _enabled.replace(gpt_checkpoint_interop, "_prepend_gpt_layer_axis", with_pieces)
+        _enabled.replace(gpt_checkpoint_interop, "_prepend_gpt_layer_axis", accept_pieces)
     _enabled.replace(Attention, "__init__", only_helix)
     _enabled.replace(TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:

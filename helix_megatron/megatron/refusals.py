@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from helix_megatron import compat
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.tensor_sizes import LINEAR_ATTENTION
@@ -25,7 +26,6 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
     per_slice = plan.layout.per_slice
     value = partial(setting, config)
     softmax_type = value("softmax_type", "vanilla")
-    graphs = value("cuda_graph_impl", "none")
     packed = value("sft") or value("dataloader_inter_document_masking")
     packs = "packed sequences (--sft, --dataloader-inter-document-masking)"
     reasons = {
@@ -44,7 +44,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         ),
         f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
         "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
-        f"CUDA graphs (--cuda-graph-impl {graphs})": graphs != "none",
+        **({} if value("cuda_graph_impl") == "local" else _ungraphed(value, plan, packed)),
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
@@ -63,12 +63,7 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         "gtp_weight_remat_size)": value("gtp_weight_remat_size", 1) > 1,
         "per-slice softmax with muP attention scaling (--use-mup)": per_slice and value("use_mup"),
     }
-    for feature, used in reasons.items():
-        if used:
-            raise HelixConfigError(
-                f"Helix grid {plan.grid} does not support {feature}: heads are sliced (m > 1). "
-                "Turn it off, or choose a grid with m = 1"
-            )
+    _refuse(reasons, plan)
     modules = value("recompute_modules", None) or ["core_attn"]
     selective = value("recompute_granularity", None) == "selective" and "core_attn" in modules
     if plan.recompute_exchange and not (selective and plan.comm_type == "a2a"):
@@ -77,6 +72,51 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
             f"(of core_attn) with --helix-comm-type a2a, which is {plan.comm_type} here; leave it out"
         )
     _refuse_fp8_shapes(value, plan)
+
+
+def refuse_graphs_of_training(config: Any, plan: HelixPlan, packed: bool = False) -> None:
+    """Refuse training steps that cannot be captured; Megatron's local graphs serve inference too."""
+    value = partial(setting, config)
+    packed = packed or value("sft") or value("dataloader_inter_document_masking")
+    _refuse(_ungraphed(value, plan, packed), plan)
+
+
+def _refuse(reasons: dict[str, Any], plan: HelixPlan) -> None:
+    for feature, used in reasons.items():
+        if used:
+            raise HelixConfigError(
+                f"Helix grid {plan.grid} does not support {feature}: heads are sliced (m > 1). "
+                "Turn it off, or choose a grid with m = 1"
+            )
+
+
+def _ungraphed(value: Callable, plan: HelixPlan, packed: bool) -> dict[str, bool]:
+    """What stands in the way of CUDA graphs of training steps, by name.
+
+    Layers may be recorded whose forward and backward ask the device for nothing, make nothing of Python's own
+    numbers and compute the same when they are replayed (tests/megatron_glue/test_cuda_graphs.py).
+    """
+    impl = value("cuda_graph_impl", "none")
+    if impl == "none":
+        return {}
+    graphs = f"CUDA graphs of training steps (--cuda-graph-impl {impl})"
+    shares = plan.comm_type == "a2a" and plan.layout.position_parts > 1
+    return {
+        f"{graphs} with megatron-core {compat.version()}, where layers were never recorded; "
+        f"{compat.NEWEST} works": not compat.megatron().training,
+        f"{graphs} of more than layers; local and transformer_engine are served": impl
+        not in ("local", "transformer_engine"),
+        f"{graphs} with --helix-comm-type all_reduce, which copies index tables to the device in every pass; "
+        "a2a works": plan.comm_type == "all_reduce",
+        f"{graphs} where m does not divide the query heads of a group: what is cut from the RoPE table for a "
+        "rank's positions is kept from before the recording": shares,
+        f"{graphs} with --context-parallel-size > 1, where positions are shared and masks are made for each "
+        "chunk": value("context_parallel_size", 1) > 1,
+        f"{graphs} with packed sequences, whose lengths change from batch to batch": packed,
+        f"{graphs} with --helix-adaptive-grad-scaling, whose hooks Megatron's graphs do not take": (
+            plan.adaptive_grad_scaling and plan.layout.per_slice
+        ),
+    }
 
 
 def _refuse_fp8_shapes(value: Callable, plan: HelixPlan) -> None:

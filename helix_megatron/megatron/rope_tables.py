@@ -49,12 +49,19 @@ def of_slice(table: Tensor | None, layout: HelixLayout, dim_rank: int, dims: Ten
     return _kept_with(table, (layout, dim_rank), lambda: table.index_select(-1, dims))
 
 
+def is_capturing(table: Tensor) -> bool:
+    """Whether what is cut from a table now is a launch of a CUDA graph."""
+    return table.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _kept_with(table: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
     """What is cut from a table, made once and kept with it.
 
     Megatron hands the same table to every layer and step (several models may share one), and it is as long as
-    the longest sequence.
+    the longest sequence. While a CUDA graph is captured nothing is computed yet, and nothing kept.
     """
+    if is_capturing(table):
+        return make()
     kept = table.__dict__.setdefault("helix_cuts", {})
     key = (key, torch.is_inference_mode_enabled())
     if key not in kept:

@@ -6,9 +6,12 @@ import os
 from argparse import Namespace
 from typing import Any
 
+import yaml
+
 from helix_megatron.checkpoint.compatibility import names_default_layers
 from helix_megatron.exchange.groups import agree
 from helix_megatron.megatron.arguments import refuse_other_models
+from helix_megatron.megatron.userbuffers import refuse_userbuffers
 from helix_megatron.partition.config import HelixConfig, HelixPlan
 from helix_megatron.partition.derived import slices_for
 from helix_megatron.partition.grid import HelixConfigError, legal_grids
@@ -37,8 +40,9 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     Raises:
         HelixConfigError: the settings cannot work; the message names them and the way out.
     """
+    from helix_megatron.host.mode import host_mode_enabled
     from helix_megatron.megatron.masks import te_is_unfused
-    from helix_megatron.megatron.refusals import refuse_unsupported
+    from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported
 
     plan = helix.resolve(
         args.num_attention_heads,
@@ -56,6 +60,8 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     if plan.is_megatron:
         return plan
     refuse_unsupported(args, plan)
+    if getattr(args, "train_iters", None) or getattr(args, "train_samples", None):
+        refuse_graphs_of_training(args, plan)
     saves = bool(args.save or args.load or args.pretrained_checkpoint)
     by_level = args.helix_hierarchical_allreduce
     hybrid = args.hybrid_layer_pattern is not None  # whose layers are Transformer Engine's
@@ -70,13 +76,17 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
             and te_layers
             and not unfused
         ),
-        "--helix-hierarchical-allreduce with --transformer-impl transformer_engine, whose layers reduce by "
-        "themselves (use local)": by_level and not hybrid and args.transformer_impl != "local",
-        "--helix-hierarchical-allreduce with --hybrid-layer-pattern, whose layers reduce by themselves": (
-            by_level and hybrid
-        ),
+        "--helix-hierarchical-allreduce with FP8 or FP4 (--fp8-format, --fp4-format), whose tensors "
+        "Transformer Engine's layers gather in parts of their own": by_level
+        and bool(args.fp8 or args.fp4),
+        "--helix-hierarchical-allreduce with --use-transformer-engine-op-fuser or --symmetric-ar-type, whose "
+        "layers reduce in other ways": by_level
+        and any(getattr(args, f, None) for f in ("use_transformer_engine_op_fuser", "symmetric_ar_type")),
         "--helix-hierarchical-allreduce with --tp-comm-overlap, which overlaps the flat collectives": (
             by_level and args.tp_comm_overlap
+        ),
+        f"--cuda-graph-impl {args.cuda_graph_impl} in host mode, which has no GPU to record on": (
+            host_mode_enabled() and args.cuda_graph_impl != "none"
         ),
         f"--ckpt-format {args.ckpt_format} (slices mean nothing to another layout; use torch_dist)": (
             saves and args.ckpt_format != "torch_dist"
@@ -93,7 +103,19 @@ def plan_from_args(helix: HelixConfig, args: Namespace) -> HelixPlan:
     for what, used in unsafe.items():
         if used:
             raise HelixConfigError(f"Helix grid {plan.grid} slices heads (m > 1) and does not support {what}")
+    if args.tp_comm_overlap:
+        _refuse_overlap(args)
     return plan
+
+
+def _refuse_overlap(args: Namespace) -> None:
+    """Shapes of `--tp-comm-overlap`, as Megatron makes its buffers."""
+    layers = {}
+    if args.tp_comm_overlap_cfg is not None:
+        with open(args.tp_comm_overlap_cfg, encoding="utf-8") as file:
+            layers = yaml.safe_load(file) or {}
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    refuse_userbuffers(tokens, args.hidden_size, args.tensor_model_parallel_size, layers)
 
 
 def agree_with_other_ranks(args: Namespace, plan: HelixPlan | None) -> None:

@@ -28,6 +28,12 @@ class ScaledDotProductAttention(DotProductAttention):
     scaling; everything else is Megatron's own code. Memory is linear in the sequence instead of quadratic.
     """
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether PyTorch computes it, without a mask and dropout: no window, sinks or layer scaling."""
+        softmax = self.scale_mask_softmax
+        return softmax.window_size is None and softmax.scale is None and self.softmax_offset is None
+
     def forward(
         self,
         query: Tensor,
@@ -45,13 +51,10 @@ class ScaledDotProductAttention(DotProductAttention):
         """
         if packed_seq_params is not None:
             return self._each_sequence(query, key, value, attn_mask_type, packed_seq_params)
-        softmax = self.scale_mask_softmax
         plain = (
             attention_mask is None
             and attention_bias is None
-            and softmax.window_size is None
-            and softmax.scale is None
-            and self.softmax_offset is None
+            and self.is_fused
             and not (self.training and self.attention_dropout.p > 0)
         )
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type

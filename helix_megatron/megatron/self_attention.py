@@ -12,10 +12,10 @@ Note [What is Megatron's and what is ours]
       4. per-slice softmax exchanges nothing: there the derived model IS the model.
 
 Note [Slices that stay slices]
-    Summed scores (comm type all_reduce, KV cache "dim") and the KV cache of positions ("sequence") take
-    slices that are normed and rotated: squares are then summed over the dim group (qk_norm.py), and the
-    RoPE table is cut to the slice's dimensions. Inference with a cache of positions takes a way of its own
-    from there on (inference/). With m = 1 the class is SelfAttention, bit for bit.
+    Summed scores (comm type all_reduce, KV cache "dim") take slices that are normed and rotated: squares are
+    then summed over the dim group (qk_norm.py), and the RoPE table is cut to the slice's dimensions.
+    Inference with a cache of positions ("sequence") takes a way of its own (inference/): its gather makes
+    whole heads, which are normed and rotated here. With m = 1 the class is SelfAttention, bit for bit.
 
 Note [Out of the way]
     With whole query heads, K and V travel while the query is normed and rotated; in the backward dK and dV
@@ -26,6 +26,7 @@ Note [Out of the way]
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
 from helix_megatron.megatron.process_groups import get_helix_groups
-from helix_megatron.megatron.refusals import refuse_unsupported, setting
+from helix_megatron.megatron.refusals import refuse_graphs_of_training, refuse_unsupported
 from helix_megatron.megatron.rope_tables import Tables
 from helix_megatron.megatron.sliced_modules import slice_submodules
 from helix_megatron.partition.config import HelixConfig
@@ -147,19 +148,24 @@ class HelixParallelSelfAttention(SelfAttention):
         inference_context = deprecate_inference_params(
             inference_context, kwargs.pop("inference_params", None)
         )
+        if inference_context is None and self.training:
+            packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb,) * 2
             rope_tables.check(tables, self.helix_plan.layout.shape.rotary_dim)
+        if inference_context is not None and self._has_shards(inference_context):
+            if tables is not None and self.helix_plan.kv_cache == "dim":
+                tables = self._tables_of_slices(tables)
+            return contexts.forward_with_shards(
+                self, hidden_states, attention_mask, inference_context, tables, *args, **kwargs
+            )
         if inference_context is None and self.helix_plan.comm_type == "a2a":
             packed = bool(args) or kwargs.get("packed_seq_params") is not None
             tables = self._begin(tables, hidden_states, packed)
         elif tables is not None:
             tables = self._tables_of_slices(tables)
-        if inference_context is not None and self._has_shards(inference_context):
-            return contexts.forward_with_shards(
-                self, hidden_states, attention_mask, inference_context, tables, *args, **kwargs
-            )
         try:
             return super().forward(
                 hidden_states, attention_mask, key_value_states, inference_context, tables, *args, **kwargs
@@ -174,14 +180,7 @@ class HelixParallelSelfAttention(SelfAttention):
         dynamic = context.is_dynamic_batching()
         if dynamic:
             contexts.check_dynamic(context, plan)
-        if plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic):
-            return True
-        if plan.kv_cache == "dim" and setting(self.config, "attention_output_gate"):
-            raise NotImplementedError(
-                f"Helix grid {plan.grid}: inference with an output gate (--attention-output-gate) was never "
-                "checked with sliced heads; use a grid with m = 1"
-            )
-        return False
+        return plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic)
 
     def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:
         """Settle who makes whole heads of slices in this pass, and where; the tables left to Megatron."""
@@ -229,7 +228,7 @@ class HelixParallelSelfAttention(SelfAttention):
             return super().get_query_key_value_tensors(
                 hidden_states, key_value_states, output_gate, split_qkv
             )
-        query, key, value, *gate = self._project(hidden_states, output_gate)
+        query, key, value, *gate = self.project(hidden_states, output_gate)
         if self._prepare is not None:
             return *self._prepare(query, key, value), *gate
         return _normed(self.q_layernorm, query), _normed(self.k_layernorm, key), value, *gate
@@ -245,6 +244,39 @@ class HelixParallelSelfAttention(SelfAttention):
             query = self._rotated(_normed(self.q_layernorm, whole), q_table)
         return query, self._rotated(_normed(self.k_layernorm, key), k_table), value
 
+    def prepare_new_tokens(self, heads: Sequence[Tensor], tables: Tables) -> tuple[Tensor, Tensor]:
+        """Norm and rotate the whole heads that a cache of positions gathers for an inference step.
+
+        Args:
+            heads: query [s, b, hq, d] and key [s, b, hk, d]; or both in one tensor [s, b, hq + hk, d], where
+                nothing tells them apart: a launch less.
+            tables: of these tokens.
+        Returns:
+            query and key.
+        """
+        q_table, k_table = tables
+        if len(heads) == 1:
+            layout = self.helix_plan.layout
+            query, key = self._rotated(heads[0], q_table).split([layout.query_heads, layout.kv_heads], dim=2)
+            return query, key
+        query, key = _normed(self.q_layernorm, heads[0]), _normed(self.k_layernorm, heads[1])
+        return self._rotated(query, q_table), self._rotated(key, k_table)
+
+    def prompt_heads(self, query: Tensor, key: Tensor, value: Tensor, tables: Tables) -> Heads:
+        """Whole heads of the slices of a prompt without history, normed and rotated, as in training.
+
+        Args:
+            query, key, value: as `project` gives them.
+            tables: of these tokens.
+        Returns:
+            as WholeHeads.wait, the query as get_query_key_value_tensors says.
+        """
+        q_table, k_table = tables
+        if not self._whole_query_heads:
+            layout, rank = self.helix_plan.layout, self.helix_groups.dim_rank
+            q_table = rope_tables.of_positions(q_table, key.shape[0], layout, rank)
+        return self._whole_heads(query, key, value, tables=(q_table, k_table))
+
     def _rotated(self, heads: Tensor, table: Tensor | None) -> Tensor:
         if table is None:
             return heads
@@ -256,7 +288,7 @@ class HelixParallelSelfAttention(SelfAttention):
             cp_group=self.pg_collection.cp,
         )
 
-    def _project(self, hidden_states: Tensor, output_gate: bool) -> list[Tensor]:
+    def project(self, hidden_states: Tensor, output_gate: bool = False) -> list[Tensor]:
         """Query, key, value (and gate) as `linear_qkv` gives them, in heads or slices of heads."""
         layout = self.helix_plan.layout
         d_s = layout.slice_dims(self.helix_groups.dim_rank)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helix_megatron.models.asked import MLP, AskedShape
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.popular import PopularModel
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid, choose_grid
 
 
@@ -23,7 +23,7 @@ class Support:
         helix_refusal: Helix's reason.
     """
 
-    shape: ModelShape | AskedShape
+    shape: ModelShape | PopularModel
     tp: int
     kv_copies: int
     refusal: str
@@ -45,11 +45,10 @@ class Support:
         return f"{self.grid}" + (" (is Megatron)" if self.grid.dim_parallel_size == 1 else "")
 
 
-def find_support(shape: ModelShape | AskedShape, tp: int) -> Support:
+def find_support(shape: ModelShape | PopularModel, tp: int) -> Support:
     """What Megatron and Helix say to `shape` on `tp` tensor-parallel ranks."""
     heads, groups = shape.num_attention_heads, shape.num_query_groups
-    sizes = shape.sizes if isinstance(shape, AskedShape) else ((MLP, shape.ffn_hidden_size),)
-    wrong = [f"{what.format(size)} do not divide by {tp}" for what, size in sizes if size % tp]
+    wrong = [f"{what.format(size)} do not divide by {tp}" for what, size in shape.divided_sizes if size % tp]
     indivisible = wrong[0] if wrong else ""
     refusal = indivisible
     if heads % tp:

@@ -14,12 +14,14 @@ from math import isfinite
 from typing import Any
 
 from helix_megatron.megatron.yaml_config import check_keys, nearest
+from helix_megatron.plan.decode_launches import FLASH_START
 from helix_megatron.plan.hardware import Cluster, Line, Rate, overhead_key
 from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS
 
 GB = 1e9
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "recv")
-_ASSUMED = "assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a launch"
+_ASSUMED = ("assumed: GEMM reaches 70 % of the peak, attention 50 %, memory and links 80 %; 2 to 8 us a "
+            "launch; measured on an H200: launches of a decode step (decode_launches.py)")  # fmt: skip
 
 
 def gpu_preset(
@@ -37,8 +39,8 @@ def gpu_preset(
             "gemm fp32": Rate(0.7 * tf32 * 1e12, bandwidth, 2e-6),
             "fused attention": attention,
             "unfused attention": attention,
-            "cached attention": Rate(0.25 * peak, bandwidth, 4e-6),
-            "repeated attention": Rate(0.25 * peak, bandwidth, 8e-6),
+            "cached attention": Rate(0.25 * peak, bandwidth, FLASH_START),
+            "repeated attention": Rate(0.25 * peak, bandwidth, 2 * FLASH_START),
             "pass": Rate(peak, bandwidth, 8e-6),
             "norm": Rate(peak, bandwidth, 2e-6),
             "packing": Rate(peak, bandwidth, 2e-6),
@@ -129,7 +131,7 @@ def resize(cluster: Cluster, gpus_per_node: int, nodes: int | None = None) -> Cl
     return replace(cluster, gpus_per_node=gpus_per_node, nodes=nodes or cluster.nodes, domain=domain)
 
 
-def check(cluster: Cluster, where: str) -> Cluster:
+def check_cluster(cluster: Cluster, where: str) -> Cluster:
     """`cluster`, where its fields go together. ValueError that names those that do not."""
     if cluster.reserve >= cluster.memory:
         raise ValueError(
@@ -186,12 +188,12 @@ def from_dict(document: Mapping[str, Any], where: str) -> Cluster:
         if "rates" in values:
             values["rates"] = {**base.rates, **values["rates"]}
         sized = resize(base, values.get("gpus_per_node", base.gpus_per_node))
-        return check(replace(sized, **values), where)
+        return check_cluster(replace(sized, **values), where)
     for key in ("name", "memory", "rates"):
         if key not in values:
             raise ValueError(f"{where} has no {key}; give it, or start from a preset with base: NAME.")
     values.setdefault("domain", values.get("gpus_per_node", Cluster.gpus_per_node))
-    return check(Cluster(**values), where)
+    return check_cluster(Cluster(**values), where)
 
 
 def _field(name: str, value: Any, where: str) -> Any:

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, check_grid, even_slices, legal_grids
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload
+from helix_megatron.plan.layout import ELEMENT_BYTES, KINDS, Workload, indivisible_reason
 
 BATCH, LENGTH = 128, 4096  # where neither an option nor a flag says
 _SIZES = ("--seq-length", "--micro-batch-size", "--global-batch-size")
-_POSITIVE = ("nodes", "gpus", "batch", "length", "memory", "domain", "inter_node", "tp", "pp", "top", "ranks")
+_POSITIVE = ("nodes", "gpus", "batch", "length", "memory", "domain", "inter_node", "tp", "pp", "ep", "etp",
+             "top", "ranks")  # fmt: skip
 
 _EPILOG = """Examples:
   helix plan --model llama-3.1-70b --cluster dgx-h100 --nodes 2 --workload decode --context 131072 --batch 8
@@ -45,12 +46,15 @@ def add_plan(subparsers: Any) -> None:
     add("--seq-length", "--context", dest="length", type=int, metavar="POSITIONS",
         help="of a sequence (default: 4096)")  # fmt: skip
     add("--dtype", choices=tuple(ELEMENT_BYTES), help="default: bf16, on a host fp32")
+    add("--eager", action="store_true", help="decode without CUDA graphs")
     add("--no-distributed-optimizer", action="store_true")
     add("--memory", type=float, metavar="GB", help="of a device")
     add("--domain", type=int, help="devices that the fast link joins")
     add("--inter-node", type=float, metavar="GB/S", help="per device and direction")
     add("--tp", type=int, help="only this tensor-parallel size")
     add("--pp", type=int, help="only this number of pipeline stages")
+    add("--ep", type=int, help="only this expert-parallel size")
+    add("--etp", type=int, help="only this tensor-parallel size of an expert")
     add("--grid", metavar="NxM", help="only this Helix grid, beside Megatron's attention on as many ranks")
     add("--top", type=int, default=8, help="rows shown (default: 8)")
     add("--explain", action="store_true", help="every formula of the first rows, with numbers")
@@ -75,10 +79,13 @@ def run(options: argparse.Namespace) -> int:
 
     if bool(options.model) == bool(options.flags):
         raise ValueError("give the model either as --model or as Megatron's flags after --")
-    cluster = chosen_cluster(options)
-    shape, workload, flags = chosen_work(options, cluster)
-    grid = chosen_grid(options, shape, cluster)
-    plan = search(shape, cluster, workload, grid.size if grid else options.tp, options.pp, grid)
+    cluster = resolve_cluster(options)
+    shape, workload, flags = resolve_work(options, cluster)
+    grid = resolve_grid(options, shape, cluster)
+    tp = grid.size if grid else options.tp
+    if (options.ep or options.etp) and not shape.num_moe_experts:
+        raise ValueError(f"--ep and --etp lay out experts, and {shape.name} has none; leave them out.")
+    plan = search(shape, cluster, workload, tp, options.pp, grid, options.ep, options.etp)
     layout = plan.candidates[0].layout if plan.candidates else None
     command = training_command(shape, flags, layout, workload, cluster) if layout else None
     if options.json:
@@ -107,13 +114,13 @@ def check_options(options: argparse.Namespace) -> None:
             )
 
 
-def chosen_cluster(options: argparse.Namespace) -> Cluster:
+def resolve_cluster(options: argparse.Namespace) -> Cluster:
     """The cluster with the user's changes. ValueError for sizes that cannot be."""
-    from helix_megatron.plan import clusters, inputs, measured
+    from helix_megatron.plan import calibration, clusters, inputs
 
-    cluster = inputs.cluster(options.cluster)
+    cluster = inputs.load_cluster(options.cluster)
     if options.check:
-        cluster = measured.apply_check(cluster, options.check)
+        cluster = calibration.apply_check(cluster, options.check)
     if options.gpus:
         cluster = clusters.resize(cluster, *_devices(options, cluster))
     elif options.nodes:
@@ -124,7 +131,7 @@ def chosen_cluster(options: argparse.Namespace) -> Cluster:
         "slow": options.inter_node and options.inter_node * 1e9,
     }
     where = f"--memory {options.memory:g}" if options.memory else options.cluster
-    return clusters.check(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
+    return clusters.check_cluster(replace(cluster, **{k: v for k, v in changes.items() if v}), where)
 
 
 def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
@@ -144,7 +151,7 @@ def _devices(options: argparse.Namespace, cluster: Cluster) -> tuple[int, int]:
     return gpus // nodes, nodes
 
 
-def chosen_work(
+def resolve_work(
     options: argparse.Namespace, cluster: Cluster
 ) -> tuple[ModelShape, Workload, dict[str, Any]]:
     """The model, the work, and Megatron's flags that came with the model; options and flags say the work.
@@ -155,7 +162,7 @@ def chosen_work(
     from helix_megatron.plan import inputs
     from helix_megatron.plan import megatron_flags as mf
 
-    flags, where = inputs.model_flags(options.model, options.flags)
+    flags, where = inputs.read_model_flags(options.model, options.flags)
     notes = mf.unplanned_flags(flags, where, cluster.fused)  # unknown flags first: one may be a needed one's
     size = {name: mf.parse_int_flag(flags, where, name) for name in _SIZES if name in flags}
     length, batch, micro = options.length or size.get("--seq-length"), options.batch, None
@@ -174,9 +181,9 @@ def chosen_work(
         raise ValueError(f"--no-distributed-optimizer contradicts --use-distributed-optimizer of {where}.")
     if flags:
         name = Path(options.model).stem if options.model else "model"
-        shape = inputs.model_of_flags(flags, name, where, length or LENGTH)
+        shape = inputs.shape_from_flags(flags, name, where, length or LENGTH)
     else:
-        shape = inputs.model(options.model)
+        shape = inputs.load_model(options.model)
     learned = shape.position_embedding_type == "learned_absolute"
     length = length or (min(LENGTH, shape.max_position_embeddings) if learned else LENGTH)
     if learned and length > shape.max_position_embeddings:
@@ -192,11 +199,12 @@ def chosen_work(
         distributed_optimizer=(cluster.fused or distributed) and not options.no_distributed_optimizer,
         fused=cluster.fused,
         micro_batch=micro,
+        cuda_graph=not options.eager,
     )
     return replace(shape, notes=(*shape.notes, *notes)), workload, flags
 
 
-def chosen_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
+def resolve_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster) -> HelixGrid | None:
     """The grid of --grid. ValueError where it is none, or none that can be planned here."""
     if options.grid is None:
         return None
@@ -213,9 +221,9 @@ def chosen_grid(options: argparse.Namespace, shape: ModelShape, cluster: Cluster
         raise ValueError(
             f"--grid {options.grid} has slices of unequal size, which are not planned; equal: {even}."
         )
-    if cluster.devices % tp or shape.ffn_hidden_size % tp:
+    if cluster.devices % tp or indivisible_reason(shape, tp):
+        divided = [f"the {cluster.devices} of the cluster", *(w.format(n) for w, n in shape.divided_sizes)]
         raise ValueError(
-            f"--grid {options.grid} has {tp} ranks, which must divide the {cluster.devices} of the cluster "
-            f"and the MLP's {shape.ffn_hidden_size}."
+            f"--grid {options.grid} has {tp} ranks, which must divide {' and '.join(divided)}."
         )
     return HelixGrid(n, m)

@@ -30,11 +30,12 @@ rest. Symbols as in memory.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from helix_megatron.models.shape import MLP, SHARED_EXPERT
 from helix_megatron.plan.hardware import Rate
 from helix_megatron.plan.layout import Problem
-from helix_megatron.plan.memory import parameters
+from helix_megatron.plan.parameters import dense_parameters, expert_parameters, parameters
 from helix_megatron.plan.terms import Term, total
 
 GEMM, PASS, UPDATE, NORM, PACKING = "gemm", "pass", "update", "norm", "packing"
@@ -81,14 +82,14 @@ class Operation:
 def operations(problem: Problem, stage: int) -> list[Operation]:
     """Forward pass of a micro-batch on a rank of `stage`."""
     shape, layout = problem.shape, problem.layout
-    h, tp, layers, f = shape.hidden_size, layout.tp, problem.layers, shape.ffn_hidden_size / layout.tp
+    h, tp = shape.hidden_size, layout.tp
     linear_qkv, linear_proj = _projections(problem)
     found = [
         linear_qkv,
         attention(problem),
         linear_proj,
-        _gemm(problem, "linear_fc1", layers, h, (2 if shape.swiglu else 1) * f),
-        _gemm(problem, "linear_fc2", layers, f, h),
+        *_gdn(problem),
+        *(_experts(problem) if shape.num_moe_experts else _mlp(problem, "linear_", shape.ffn_hidden_size)),
         *_passes(problem),
     ]
     if stage == layout.pp - 1:
@@ -117,12 +118,84 @@ def _gemm(
 
 
 def _projections(problem: Problem) -> tuple[Operation, Operation]:
-    shape, tp, layers = problem.shape, problem.layout.tp, problem.layers
+    shape, tp, layers = problem.shape, problem.layout.tp, problem.attention_layers
     heads = shape.num_attention_heads * shape.kv_channels / tp
     return (
         _gemm(problem, "linear_qkv", layers, shape.hidden_size, problem.qkv_width / tp),
         _gemm(problem, "linear_proj", layers, heads, shape.hidden_size),
     )
+
+
+def _mlp(problem: Problem, name: str, width: int) -> list[Operation]:
+    """A dense MLP or a shared expert of `width`, by its two products."""
+    h, f, up = problem.shape.hidden_size, width / problem.layout.tp, (2 if problem.shape.gated else 1)
+    return [
+        _gemm(problem, f"{name}fc1", problem.layers, h, up * f),
+        _gemm(problem, f"{name}fc2", problem.layers, f, h),
+    ]
+
+
+def _experts(problem: Problem) -> list[Operation]:
+    """Router, products of the experts of a rank, their permutations and activation; and a shared expert.
+
+    Balanced routing: as many experts have work, and so are read, as there are, or as tokens go to them.
+    """
+    shape, layout, e = problem.shape, problem.layout, problem.workload.element
+    h, f, up = shape.hidden_size, shape.moe_ffn_hidden_size / layout.etp, (2 if shape.gated else 1)
+    rows, local = problem.expert_tokens, shape.num_moe_experts // layout.ep
+    read = min(local, rows)
+
+    def product(name: str, inner: float, columns: float) -> Operation:
+        flops = Term(name, {"2": 2, "tokens of experts": rows, "inner": inner, "columns": columns})
+        moved = {"weights, input, output": read * inner * columns + rows * (inner + columns), "bytes": e}
+        launches = 1 if problem.workload.fused else local
+        return Operation(name, GEMM, problem.layers, flops, Term(name, moved), launches)
+
+    moved = {"tokens of experts": rows, "elements read and written": 6 * h + 2 * up * f, "bytes": e}
+    name = "permutations, activation"
+    shared = shape.moe_shared_expert_intermediate_size
+    return [
+        _gemm(problem, "router", problem.layers, h, shape.num_moe_experts, problem.own_tokens),
+        product("experts' fc1", h, up * f),
+        product("experts' fc2", f, h),
+        Operation(name, PASS, problem.layers, Term(name, {"0": 0}), Term(name, moved)),
+        *(_mlp(problem, "shared expert's ", shared) if shared else []),
+    ]
+
+
+def _gdn(problem: Problem) -> list[Operation]:
+    """Gated delta nets: projections, convolution, and the rule.
+
+    Assumed: chunks of 64 positions, at the rate of fused attention. In decode it reads and writes the states.
+    """
+    shape, tp, work = problem.shape, problem.layout.tp, problem.workload
+    layers = problem.layers - problem.attention_layers
+    if not layers:
+        return []
+    keys, values = shape.gdn_widths
+    heads, dk, dv = shape.linear_num_value_heads / tp, shape.linear_key_head_dim, shape.linear_value_head_dim
+    columns = (2 * keys + 2 * values) / tp + 2 * heads
+    t, name = {"t": problem.tokens}, "gated delta rule"
+    if work.kind == "decode":
+        state = {**t, "heads": heads, "state read and written": 2 * dk * dv, "fp32": 4}
+        rule = Operation(name, PASS, layers, Term(name, {"0": 0}), Term(name, state))
+    else:
+        flops = {**t, "heads": heads, "FLOP of a head": 6 * dk * dv + 2 * 64 * (2 * dk + dv)}
+        moved = {**t, "q, k, v, output": (2 * keys + 2 * values) / tp, "bytes": work.element}
+        rule = Operation(name, FUSED, layers, Term(name, flops), Term(name, moved))
+    convolved = {**t, "elements read and written": 4 * (2 * keys + values) / tp, "bytes": work.element}
+    return [
+        _gemm(problem, "GDN in_proj", layers, shape.hidden_size, columns),
+        Operation("GDN conv1d, gates", PASS, layers, Term("conv1d", {"0": 0}), Term("conv1d", convolved)),
+        rule,
+        _gemm(problem, "GDN out_proj", layers, values / tp, shape.hidden_size),
+    ]
+
+
+def _attended(problem: Problem, keys: float, most: float) -> float:
+    """Of `keys`, those that a layer looks at, on average over layers; one with a window `most` of them."""
+    full = problem.shape.full_attention_share
+    return keys if full == 1 else full * keys + (1 - full) * min(keys, most)
 
 
 def attention(problem: Problem) -> Operation:
@@ -133,7 +206,8 @@ def attention(problem: Problem) -> Operation:
 
     def made(kind: str, pairs: dict[str, float], moved: dict[str, float], busy: float = 1.0) -> Operation:
         flops = Term("attention", {"4": 4, "d": d, **pairs})
-        return Operation("attention", kind, problem.layers, flops, Term("attention", moved), busy=busy)
+        layers = problem.attention_layers
+        return Operation("attention", kind, layers, flops, Term("attention", moved), busy=busy)
 
     if work.kind == "decode":
         kv: float = max(1, shape.num_query_groups // layout.tp)
@@ -141,13 +215,14 @@ def attention(problem: Problem) -> Operation:
             kv = problem.heads.kv_heads / layout.m
         repeated = not layout.sliced and not work.fused and heads > kv
         read = {"heads, repeated": kv + 2 * heads} if repeated else {"heads": kv}
-        cache = {"K and V": 2, "b": b, "keys": s + 1, **read, "d": d, "bytes": e}
-        return made(REPEATED if repeated else CACHED, {"b": b, "H/tp": heads, "keys": s + 1}, cache)
+        keys = _attended(problem, s + 1, shape.window_size + 1)
+        cache = {"K and V": 2, "b": b, "keys": keys, **read, "d": d, "bytes": e}
+        return made(REPEATED if repeated else CACHED, {"b": b, "H/tp": heads, "keys": keys}, cache)
     sums = layout.sliced and layout.comm_type == "all_reduce" and work.kind == "train"
     pairs = {"b": b, "H/tp": heads, "queries": s}
     if not sums and (work.fused or layout.sliced):
         skipped = work.fused or work.kind == "train"  # on a host, prompts in a cache of slices are masked
-        pairs["keys"] = s / 2 if skipped else s
+        pairs["keys"] = _attended(problem, s / 2, shape.window_size + 1) if skipped else s
         if work.fused:
             moved = {"t": problem.tokens, "q, k, v, output": 4 * heads * d, "bytes": e}
             rows = problem.tokens * heads
@@ -162,7 +237,9 @@ def _passes(problem: Problem) -> list[Operation]:
     """Norms, residuals, RoPE and activation of a layer: how often their tensors are read and written."""
     shape, layout, work = problem.shape, problem.layout, problem.workload
     own = 1 / layout.tp if layout.sequence_parallel else 1.0
-    mlp = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
+    mlp = (2 if shape.gated else 1) * sum(  # experts have passes of their own
+        size for what, size in shape.divided_sizes if what in (MLP, SHARED_EXPERT)
+    ) / layout.tp  # fmt: skip
     apart = work.fused and work.kind != "decode"
     hidden = (4 if apart else 8 if work.fused else 16) * own * shape.hidden_size
     heads = (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels / layout.tp
@@ -191,7 +268,8 @@ def _packing(problem: Problem, rope_fusion: bool = True) -> Operation:
         times, launches = times + 1.3, launches + 2 + 0.8 * layout.m
     elif layout.sliced:
         times, launches = times + 7.6, launches + 9
-    return _moves(problem, "RoPE, packing", PACKING, times * own + gathered, launches)
+    moves = _moves(problem, "RoPE, packing", PACKING, times * own + gathered, launches)
+    return replace(moves, calls=problem.attention_layers)
 
 
 def _moves(problem: Problem, name: str, kind: str, elements: float, launches: float = 1.0) -> Operation:
@@ -208,8 +286,10 @@ def optimizer_bytes(problem: Problem, stage: int) -> tuple[Term, Term]:
     """
     work = problem.workload
     per_element = 28 if work.dtype == "fp32" else 34  # fp32 weights beside the half-precision ones
-    share = {"1/dp": 1 / problem.layout.dp} if work.distributed_optimizer else {}
-    elements = {"elements": total(parameters(problem, stage)), **share}
+    shares = [1 / problem.layout.dp, 1 / problem.layout.edp] if work.distributed_optimizer else [1.0, 1.0]
+    several = [dense_parameters(problem, stage), expert_parameters(problem)]
+    mine = sum(total(terms) * share for terms, share in zip(several, shares, strict=True))
+    elements = {"elements": mine}
     passes = Term("norm, clipping, zeroing", {**elements, "bytes moved": 16})
     return passes, Term("update", {**elements, "bytes moved": per_element})
 

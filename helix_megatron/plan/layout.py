@@ -9,6 +9,12 @@ then pipeline; inside a tensor-parallel group r = i m + j (see helix_megatron.pa
     tensor      tp      1
     data        dp      tp
     pipeline    pp      tp dp
+
+Experts have groups of their own over the same tp dp ranks of a stage; edp = tp dp / (etp ep):
+
+    expert tensor      etp     1        each expert's matrices
+    expert             ep      etp      the experts
+    expert data        edp     etp ep   replicas of the same experts
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError, HelixGrid, even_slices
 from helix_megatron.partition.layout import HelixLayout
@@ -45,6 +51,8 @@ class Workload:
     """Transformer Engine's layers and flash attention. False: Megatron's unfused local layers (host)."""
     micro_batch: int | None = None
     """Sequences of a micro-batch in training, where it is given and not chosen."""
+    cuda_graph: bool = True
+    """Decode steps are replayed from CUDA graphs (--cuda-graph-impl local); False: eager."""
 
     @property
     def element(self) -> int:
@@ -73,6 +81,15 @@ class Layout:
     sequence_parallel: bool = False
     recompute: bool = False
     """Full recompute: only the inputs of layers are kept for the backward pass."""
+    ep: int = 1
+    """Expert-parallel size."""
+    etp: int = 1
+    """Tensor-parallel size of an expert."""
+
+    @property
+    def edp(self) -> int:
+        """Replicas of the same experts."""
+        return self.tp * self.dp // (self.ep * self.etp)
 
     @property
     def world(self) -> int:
@@ -104,6 +121,8 @@ class Layout:
     def describe(self, workload: Workload | None = None) -> str:
         """One short line; with the work, also what it depends on: the cache, or micro-batches."""
         text = f"tp={self.tp} pp={self.pp} dp={self.dp}"
+        if self.ep > 1 or self.etp > 1:
+            text += f" ep={self.ep} etp={self.etp}"
         if self.helix:
             text += f", Helix {self.grid}"
             if self.sliced:
@@ -113,13 +132,15 @@ class Layout:
             text += f", micro-batch {self.micro_batch}" + (", recompute" if self.recompute else "")
         return text
 
-    def flags(self, workload: Workload) -> dict[str, Any]:
-        """Megatron's flags of the layout, `--name` to value."""
+    def flags(self, workload: Workload, experts: bool = False) -> dict[str, Any]:
+        """Megatron's flags of the layout, `--name` to value; `experts`: whether the model has any."""
         flags: dict[str, Any] = {
             "--tensor-model-parallel-size": self.tp,
             "--pipeline-model-parallel-size": self.pp,
             "--attention-impl": "helix" if self.helix else "megatron",
         }
+        if experts:
+            flags |= {"--expert-model-parallel-size": self.ep, "--expert-tensor-parallel-size": self.etp}
         if self.helix:
             flags |= {"--helix-head-parallel-size": self.n, "--helix-dim-parallel-size": self.m}
         if self.sliced:
@@ -129,6 +150,8 @@ class Layout:
         if workload.kind == "train":
             flags |= {"--micro-batch-size": self.micro_batch, "--global-batch-size": workload.batch,
                       "--seq-length": workload.length}  # fmt: skip
+        if workload.kind == "decode" and workload.cuda_graph and workload.fused and self.kv_cache != "dim":
+            flags["--cuda-graph-impl"] = "local"
         switches = {
             "--sequence-parallel": self.sequence_parallel,
             "--use-distributed-optimizer": workload.kind == "train" and workload.distributed_optimizer,
@@ -170,6 +193,11 @@ class Problem:
         return self.shape.num_layers // self.layout.pp
 
     @property
+    def attention_layers(self) -> int:
+        """Of these, layers with attention; the others are gated delta nets."""
+        return self.shape.num_attention_layers // self.layout.pp
+
+    @property
     def tokens(self) -> int:
         """New tokens of a micro-batch in one forward pass."""
         return self.layout.micro_batch * (1 if self.workload.kind == "decode" else self.workload.length)
@@ -177,12 +205,17 @@ class Problem:
     @property
     def own_tokens(self) -> int:
         """Of these, those that a rank keeps between layers: 1/tp with sequence parallelism."""
-        return self.tokens // self.layout.tp if self.layout.sequence_parallel else self.tokens
+        return -(-self.tokens // self.layout.tp) if self.layout.sequence_parallel else self.tokens
+
+    @property
+    def expert_tokens(self) -> int:
+        """Tokens of all experts of a rank, counted once for each expert; routing is taken to be balanced."""
+        return self.own_tokens * self.shape.moe_router_topk * self.layout.etp
 
     @property
     def qkv_width(self) -> int:
-        """Columns of the QKV projection over all ranks, (H + 2G) d."""
-        return (self.shape.num_attention_heads + 2 * self.shape.num_query_groups) * self.shape.kv_channels
+        """Columns of the QKV projection over all ranks, (H + 2G) d, and of an output gate."""
+        return self.shape.qkv_width
 
     @cached_property
     def heads(self) -> HelixLayout:
@@ -198,10 +231,25 @@ class Problem:
 
 def indivisible_reason(shape: ModelShape, tp: int) -> str | None:
     """Which size that Megatron deals evenly, attention's apart, `tp` ranks do not divide; None where all."""
-    if shape.ffn_hidden_size % tp:
-        return f"tensor-parallel size {tp} does not divide the MLP's {shape.ffn_hidden_size}"
+    for what, size in shape.divided_sizes:
+        if size % tp:
+            return f"tensor-parallel size {tp} does not divide {what.format(size)}"
     if shape.padded_vocab_size(tp) % tp:
         return f"tensor-parallel size {tp} does not divide the padded vocabulary of {shape.vocab_size}"
+    return None
+
+
+def indivisible_experts_reason(shape: ModelShape, layout: Layout) -> str | None:
+    """Why the experts' groups are not possible; None where they are, and without experts."""
+    ep, etp, ranks = layout.ep, layout.etp, layout.tp * layout.dp
+    if ranks % (ep * etp):
+        return f"expert parallelism {ep} x {etp} does not divide {ranks} ranks of a stage"
+    if shape.num_moe_experts % ep or (ep > 1 and not shape.num_moe_experts):
+        return f"{ep} expert-parallel ranks do not divide {shape.num_moe_experts} experts"
+    if shape.moe_ffn_hidden_size % etp or (etp > 1 and not shape.num_moe_experts):
+        return f"{etp} ranks of an expert do not divide its {shape.moe_ffn_hidden_size}"
+    if shape.add_bias_linear and etp > 1:
+        return "experts with biases have no tensor parallelism in Megatron"
     return None
 
 
@@ -210,8 +258,13 @@ def illegal_reason(shape: ModelShape, layout: Layout, workload: Workload) -> str
     tp, heads, groups = layout.tp, shape.num_attention_heads, shape.num_query_groups
     if shape.num_layers % layout.pp:
         return f"{layout.pp} pipeline stages do not divide {shape.num_layers} layers"
-    if reason := indivisible_reason(shape, tp):
+    if shape.num_layers // layout.pp % shape.layer_period:
+        return (f"stages of {shape.num_layers // layout.pp} layers are unlike one another, where kinds of "
+                f"layers repeat every {shape.layer_period}; that is not modelled")  # fmt: skip
+    if reason := indivisible_reason(shape, tp) or indivisible_experts_reason(shape, layout):
         return reason
+    if shape.num_moe_experts and tp > 1 and not layout.sequence_parallel and workload.kind == "train":
+        return "experts beside tensor parallelism need sequence parallelism in training"
     if layout.sequence_parallel and workload.kind != "decode" and workload.length % tp:
         return f"sequence parallelism: tp = {tp} does not divide {workload.length} positions"
     replica, rest = divmod(workload.batch, layout.dp)

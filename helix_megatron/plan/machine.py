@@ -48,7 +48,7 @@ _ACROSS_MACHINES = ("gb200-nvl72",)  # NVLink leaves the machine
 _PCIE_4 = ("dgx-a100", "pcie-l40s")
 
 
-def this_machine() -> Cluster:
+def detect_machine() -> Cluster:
     """This machine's devices: GPUs as NVML names and counts them, with a preset's rates; else its cores."""
     found = read_gpus()
     return gpu_cluster(found) if found else host_cluster()

@@ -1,6 +1,6 @@
 """Megatron's flags: those that come with a model (after `--`, or in a YAML file), and those of a layout.
 
-    the model    num-layers, hidden-size, ...        inputs.model_of_flags
+    the model    num-layers, hidden-size, ...        inputs.shape_from_flags
     the work     seq-length, global-batch-size, ...  they stand for the planner's own options
     the layout   sequence-parallel, ...              chosen by the plan, whatever was given
     neither      lr, save, log-interval, ...         change neither the model nor the work of a step
@@ -19,10 +19,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from helix_megatron.megatron.yaml_config import nearest
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.plan.hardware import Cluster
-from helix_megatron.plan.layout import Layout, Workload
+from helix_megatron.plan.layout import Layout, Problem, Workload
 
 Flags = Mapping[str, Any]
 """`--name` to value; true for a flag without one."""
@@ -33,7 +33,11 @@ MODEL = frozenset(
     --swiglu --normalization --norm-epsilon --untie-embeddings-and-output-weights
     --position-embedding-type --rotary-percent --rotary-base --use-rotary-position-embeddings
     --use-rope-scaling --qk-layernorm --disable-bias-linear --add-qkv-bias
-    --max-position-embeddings""".split()
+    --max-position-embeddings --num-experts --moe-ffn-hidden-size --moe-router-topk --moe-layer-freq
+    --moe-shared-expert-intermediate-size --moe-shared-expert-gate --attention-output-gate --softmax-type
+    --window-size --window-attn-skip-freq --quick-geglu --glu-linear-offset --activation-func-clamp-value
+    --apply-layernorm-1p --experimental-attention-variant --linear-attention-freq --linear-num-key-heads
+    --linear-num-value-heads --linear-key-head-dim --linear-value-head-dim --linear-conv-kernel-dim""".split()
 )
 WORK = frozenset(
     "--seq-length --micro-batch-size --global-batch-size --bf16 --fp16 --use-distributed-optimizer".split()
@@ -42,7 +46,8 @@ LAYOUT = frozenset(
     """--tensor-model-parallel-size --pipeline-model-parallel-size --sequence-parallel
     --recompute-activations --recompute-granularity --recompute-method --recompute-num-layers
     --attention-impl --helix-comm-type --helix-head-parallel-size --helix-dim-parallel-size
-    --helix-query-placement --helix-kv-cache""".split()
+    --helix-query-placement --helix-kv-cache --expert-model-parallel-size
+    --expert-tensor-parallel-size""".split()
 )
 # What layers without Transformer Engine need.
 UNFUSED = frozenset(
@@ -59,12 +64,19 @@ NEITHER = UNFUSED | frozenset(
     --eval-iters --eval-interval --log-interval --log-throughput --tensorboard-dir --save --load
     --save-interval --ckpt-format --helix-no-verify-checkpoint --helix-context-length""".split()
 )
+# The plan chooses these sizes, unless an option of the planner's gives them.
+_CHOSEN = {
+    "--tensor-model-parallel-size": "--tp",
+    "--pipeline-model-parallel-size": "--pp",
+    "--expert-model-parallel-size": "--ep",
+    "--expert-tensor-parallel-size": "--etp",
+}
 # These values change nothing either.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "--hidden-dropout": (0,),
     "--attention-dropout": (0,),
     "--context-parallel-size": (1,),
-    "--expert-model-parallel-size": (1,),
+    "--moe-token-dispatcher-type": ("alltoall",),
     "--optimizer": ("adam",),
     "--attention-backend": ("auto", "flash", "fused"),
     "--helix-softmax": ("exact",),
@@ -163,8 +175,7 @@ def unplanned_flags(flags: Flags, where: str, fused: bool) -> list[str]:
     notes, tables = [], MODEL | WORK | LAYOUT | NEITHER
     others: dict[str, Any] = {}
     for flag, value in flags.items():
-        if flag in ("--tensor-model-parallel-size", "--pipeline-model-parallel-size"):
-            option = "--tp" if flag.startswith("--tensor") else "--pp"
+        if option := _CHOSEN.get(flag):
             notes.append(f"{_words(flag, value)}, as the plan chooses ({option} {value} keeps it)")
         elif flag == "--transformer-impl":
             if value != ("transformer_engine" if fused else "local"):
@@ -239,9 +250,14 @@ _DATA = ("--mock-data", "--data-path", "--train-data-path", "--data-args-path", 
 _TRAINING = {"--lr": 1e-4, "--eval-iters": 0, "--eval-interval": 1000, "--log-interval": 1}
 
 
-def layout_flags(layout: Layout, workload: Workload, cluster: Cluster) -> dict[str, Any]:
+def layout_flags(problem: Problem, cluster: Cluster) -> dict[str, Any]:
     """Megatron's flags of a layout, with those that the cluster needs."""
-    found = layout.flags(workload)
+    workload, experts = problem.workload, problem.shape.num_moe_experts
+    found = problem.layout.flags(workload, bool(experts))
+    if experts:
+        found["--moe-token-dispatcher-type"] = "alltoall"
+    if experts and workload.fused:
+        found["--moe-grouped-gemm"] = True
     if not workload.fused:
         found |= {"--transformer-impl": "local"} | dict.fromkeys(sorted(UNFUSED), True)
     if cluster.slots:
@@ -283,6 +299,6 @@ def training_command(
     if "--train-samples" not in words:
         words.setdefault("--train-iters", 10)
     words |= {flag: value for flag, value in _TRAINING.items() if flag not in words}
-    words |= layout_flags(layout, workload, cluster)
+    words |= layout_flags(Problem(shape, layout, workload), cluster)
     launcher = f"python -m helix_megatron.launch --nproc-per-node {layout.world}"
     return f"{launcher} -m helix_megatron.pretrain_gpt {format_flags(words)}"

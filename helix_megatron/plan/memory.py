@@ -4,7 +4,7 @@ Note [What is exact and what is not]
     weights, gradients, optimizer, KV cache   exact, but for the padding of Megatron's gradient buffers
     activations   the tensors that autograd keeps, one by one: those of Megatron's local layers, unfused
                   (`fused` False, host mode), or of Transformer Engine's layers with flash attention (`fused`
-                  True; written down from their definition, not measured)
+                  True; written down from their definition, not measured, as are experts and gated delta nets)
     buffers       the largest temporary tensors; an estimate
 
 t tokens of a micro-batch (s positions, b sequences), h hidden, V padded vocabulary, f MLP, e bytes of an
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from helix_megatron.partition.kv_layout import interleave_of_sequence
 from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
+from helix_megatron.plan.parameters import dense_parameters, expert_parameters, parameters
 from helix_megatron.plan.terms import Term, total
 
 KV_INTERLEAVE = 32
@@ -45,14 +46,14 @@ class Memory:
         return sum(self.bytes().values())
 
 
-def fullest(problem: Problem) -> tuple[int, Memory]:
+def fullest_stage(problem: Problem) -> tuple[int, Memory]:
     """The pipeline stage whose ranks hold most, and what they hold."""
     last = problem.layout.pp - 1
-    stages = {stage: of_stage(problem, stage) for stage in {0, min(1, last), last}}
+    stages = {stage: stage_memory(problem, stage) for stage in {0, min(1, last), last}}
     return max(stages.items(), key=lambda item: item[1].total)
 
 
-def of_stage(problem: Problem, stage: int) -> Memory:
+def stage_memory(problem: Problem, stage: int) -> Memory:
     """What a rank of a pipeline stage holds at its fullest moment in a step."""
     work, layout = problem.workload, problem.layout
     elements = parameters(problem, stage)
@@ -62,55 +63,47 @@ def of_stage(problem: Problem, stage: int) -> Memory:
     gradient = 2 if work.dtype == "fp16" else 4  # Megatron reduces gradients of bf16 models in fp32
     state = 8 + (0 if work.dtype == "fp32" else 4)  # two moments, and fp32 copies of weights
     share = {"1/dp": 1 / layout.dp} if work.distributed_optimizer else {}
+    expert_share = {"1/edp": 1 / layout.edp} if work.distributed_optimizer else {}
     in_flight = min(layout.pp - stage, problem.micro_batches)
     return Memory(
         weights,
         [term.times({"bytes": gradient}) for term in elements],
-        [term.times({"bytes": state, **share}) for term in elements],
+        [
+            *(term.times({"bytes": state, **share}) for term in dense_parameters(problem, stage)),
+            *(term.times({"bytes": state, **expert_share}) for term in expert_parameters(problem)),
+        ],
         [term.times({"micro-batches in flight": in_flight}) for term in activations(problem, stage)],
         [],
         buffers(problem, stage),
     )
 
 
-def parameters(problem: Problem, stage: int) -> list[Term]:
-    """Elements of the parameters of a rank."""
-    shape, layout = problem.shape, problem.layout
-    h, tp, layers = shape.hidden_size, layout.tp, problem.layers
-    qkv, heads = problem.qkv_width / tp, shape.num_attention_heads * shape.kv_channels / tp
-    f, up = shape.ffn_hidden_size / tp, (2 if shape.swiglu else 1)
-    norm = 2 if shape.normalization == "LayerNorm" else 1
-    rows = shape.padded_vocab_size(tp) / tp
-    terms = [
-        Term("linear_qkv", {"layers": layers, "h": h, "(H+2G)d/tp": qkv}),
-        Term("linear_proj", {"layers": layers, "h": h, "Hd/tp": heads}),
-        Term("linear_fc1", {"layers": layers, "h": h, "gate and up" if up == 2 else "up": up, "f/tp": f}),
-        Term("linear_fc2", {"layers": layers, "h": h, "f/tp": f}),
-        Term("norms", {"layers": layers, "norms": 2, "vectors": norm, "h": h}),
-    ]
-    if shape.add_bias_linear:
-        terms.append(Term("biases", {"layers": layers, "rows": qkv + up * f + 2 * h}))
-    elif shape.add_qkv_bias:
-        terms.append(Term("QKV bias", {"layers": layers, "(H+2G)d/tp": qkv}))
-    if shape.qk_layernorm:
-        vectors = {"layers": layers, "norms": 2, "vectors": norm}
-        terms.append(Term("QK norms", {**vectors, "d": shape.kv_channels}))
-    if stage == 0:
-        terms.append(Term("embedding", {"h": h, "V/tp": rows}))
-        if shape.position_embedding_type == "learned_absolute":
-            terms.append(Term("position embedding", {"h": h, "positions": shape.max_position_embeddings}))
-    if stage == layout.pp - 1:
-        terms.append(Term("final norm", {"vectors": norm, "h": h}))
-        if stage or not shape.tied_embeddings:
-            terms.append(Term("output layer", {"h": h, "V/tp": rows}))
-    return terms
-
-
 def kv_cache(problem: Problem, dim_rank: int | None = None) -> list[Term]:
-    """Bytes of the keys and values that a rank keeps; by default the fullest of its dim group."""
+    """Bytes of the keys and values that a rank keeps; by default the fullest of its dim group.
+
+    Every attention layer caches all positions, as Megatron's blocks do, whatever its window. Gated delta nets
+    have a state of fixed size: a matrix of every head in fp32, and the last inputs of the convolution.
+    """
+    return _attention_cache(problem, dim_rank) + _gdn_state(problem)
+
+
+def _gdn_state(problem: Problem) -> list[Term]:
+    shape, tp = problem.shape, problem.layout.tp
+    if not shape.linear_attention_freq:
+        return []
+    keys, values = shape.gdn_widths
+    common = {"GDN layers": problem.layers - problem.attention_layers, "sequences": problem.replica_batch}
+    head = {"heads/tp": shape.linear_num_value_heads / tp, "key": shape.linear_key_head_dim,
+            "value": shape.linear_value_head_dim, "fp32": 4}  # fmt: skip
+    inputs = {"channels/tp": (2 * keys + values) / tp, "positions": shape.linear_conv_kernel_dim - 1,
+              "bytes": problem.workload.element}  # fmt: skip
+    return [Term("state of GDN heads", {**common, **head}), Term("inputs of conv1d", {**common, **inputs})]
+
+
+def _attention_cache(problem: Problem, dim_rank: int | None) -> list[Term]:
     shape, layout, work = problem.shape, problem.layout, problem.workload
     positions = work.length + (1 if work.kind == "decode" else 0)
-    common = {"K and V": 2, "layers": problem.layers, "sequences": problem.replica_batch,
+    common = {"K and V": 2, "layers": problem.attention_layers, "sequences": problem.replica_batch,
               "bytes": work.element}  # fmt: skip
     if not layout.sliced:
         sizes = {"positions": positions, "heads": _local_heads(problem)[1], "d": shape.kv_channels}
@@ -136,6 +129,9 @@ def activations(problem: Problem, stage: int) -> list[Term]:
         terms = [Term("inputs of layers", {**layers, **inputs})]
     else:
         terms = [term.times(layers) for term in layer_terms(problem)]
+        terms += [term.times({"layers": problem.attention_layers}) for term in _attention_terms(problem)]
+        terms += [term.times({"GDN layers": problem.layers - problem.attention_layers})
+                  for term in _gdn_terms(problem)]  # fmt: skip
     if stage == 0:
         terms.append(Term("tokens and their mask", {"t": t, "bytes": 9}))
     if stage == layout.pp - 1:
@@ -147,14 +143,40 @@ def activations(problem: Problem, stage: int) -> list[Term]:
 
 
 def layer_terms(problem: Problem) -> list[Term]:
-    """Bytes of one layer: both norms, attention, and the MLP."""
-    shape, work = problem.shape, problem.workload
-    gated = 3 if work.fused else 5  # unfused, silu(gate) and up are kept beside fc1's output
-    # The output of fc1, what the activation keeps, and the input of fc2.
-    mlp = {"t": problem.tokens, "copies": gated if shape.swiglu else 2,
-           "f/tp": shape.ffn_hidden_size / problem.layout.tp, "bytes": work.element}  # fmt: skip
+    """Bytes of one layer, attention apart: both norms, and the MLP or the experts."""
     norms = [term.times({"norms": 2}) for term in _norm_terms(problem)]
-    return [*norms, *_attention_terms(problem), Term("MLP", mlp)]
+    return [*norms, *_mlp_terms(problem)]
+
+
+def _mlp_terms(problem: Problem) -> list[Term]:
+    shape, work, layout = problem.shape, problem.workload, problem.layout
+    # The output of fc1, what the activation keeps (unfused, silu(gate) and up too), and the input of fc2.
+    copies = {"copies": (3 if work.fused else 5) if shape.gated else 2}
+    e = {"bytes": work.element}
+    if not shape.num_moe_experts:
+        size = {"f/tp": shape.ffn_hidden_size / layout.tp}
+        return [Term("MLP", {"t": problem.tokens, **copies, **size, **e})]
+    rows, h = {"tokens of experts": problem.expert_tokens}, {"h": shape.hidden_size}
+    width = {"f/etp": shape.moe_ffn_hidden_size / layout.etp}
+    terms = [
+        Term("scores of the router", {"t'": problem.own_tokens, "experts": shape.num_moe_experts, "fp32": 4}),
+        Term("dispatched and returned", {"2": 2, **rows, **h, **e}),
+        Term("experts", {**rows, **copies, **width, **e}),
+    ]
+    if shape.moe_shared_expert_intermediate_size:
+        size = {"f/tp": shape.moe_shared_expert_intermediate_size / layout.tp}
+        terms.append(Term("shared expert", {"t": problem.tokens, **copies, **size, **e}))
+    return terms
+
+
+def _gdn_terms(problem: Problem) -> list[Term]:
+    """A gated delta net: its projection, what is convolved, the heads' output, gated and normed."""
+    shape, tp = problem.shape, problem.layout.tp
+    if not shape.linear_attention_freq:
+        return []
+    keys, values = shape.gdn_widths
+    columns = (2 * (2 * keys + values) + 3 * values) / tp
+    return [Term("GDN", {"t": problem.tokens, "columns": columns, "bytes": problem.workload.element})]
 
 
 def _norm_terms(problem: Problem) -> list[Term]:
@@ -286,34 +308,64 @@ def _fused_core(problem: Problem) -> list[Term]:
 
 
 def _summed_scores(problem: Problem) -> list[Term]:
-    """Comm type all_reduce: scores are kept twice, in fp32."""
+    """Comm type all_reduce: probabilities are kept, in fp32."""
     work, t, b, s = problem.workload, problem.tokens, problem.layout.micro_batch, problem.workload.length
     hq, hk, d, e = problem.heads.query_heads, problem.heads.kv_heads, problem.heads.slice_dim, work.element
     return [
         Term("query and key, fp32", {"t": t, "hq + hk": hq + hk, "d/m": d, "fp32": 4}),
         Term("value", {"t": t, "qkv of a rank": _mixed_qkv(problem), "bytes": e}),
         Term("causal mask", {"s": s, "s again": s, "bool": 1}),
-        Term("scores and probabilities", {"2": 2, "b": b, "hq": hq, "s": s, "s again": s, "fp32": 4}),
+        Term("probabilities", {"b": b, "hq": hq, "s": s, "s again": s, "fp32": 4}),
         Term("input of linear_proj", {"t": t, "hq": hq, "d/m": d, "bytes": e}),
     ]
+
+
+def _summed_in_inference(problem: Problem) -> list[Term]:
+    """Scores that a step sums over a dim group: of prompts (comm type all_reduce), of caches of slices.
+
+    With a static context, which keeps all of them; the dynamic engine works in parts of 64 MiB. Scores exist
+    twice: as they are made, summed, hidden and turned into probabilities.
+    """
+    layout, work, heads = problem.layout, problem.workload, problem.heads
+    decodes = work.kind == "decode"
+    if (layout.kv_cache if decodes else layout.comm_type) != ("dim" if decodes else "all_reduce"):
+        return []
+    new, positions = (1, work.length + 1) if decodes else (work.length, work.length)
+    shape, fp32 = {"b": layout.micro_batch, "new tokens": new}, {"fp32": 4}
+    terms = [
+        Term("scores, twice", {"2": 2, **shape, "positions": positions, "hq": heads.query_heads, **fp32}),
+        Term("queries, fp32", {**shape, "hq": heads.query_heads, "d/m": heads.slice_dim, **fp32}),
+    ]
+    if decodes:  # longer than its scores
+        cached = {"b": layout.micro_batch, "positions": positions, "hk": heads.kv_heads}
+        return [*terms, Term("cached keys, fp32, twice", {"2": 2, **cached, "d/m": heads.slice_dim, **fp32})]
+    return [*terms, Term("causal mask", {"s": new, "s again": positions, "bool": 1})]
 
 
 # ---- buffers ----
 def buffers(problem: Problem, stage: int) -> list[Term]:
     """The largest temporary tensors: an estimate."""
     shape, layout, t, e = problem.shape, problem.layout, problem.tokens, problem.workload.element
-    up = (2 if shape.swiglu else 1) * shape.ffn_hidden_size / layout.tp
+    experts = shape.num_moe_experts
+    width = shape.moe_ffn_hidden_size / layout.etp if experts else shape.ffn_hidden_size / layout.tp
+    up = (2 if shape.gated else 1) * width
     hidden = {"t": t, "h": shape.hidden_size, "bytes": e}
-    terms = [Term("output of fc1", {"t": t, "f/tp": up, "bytes": e})]
+    rows = {"tokens of experts": problem.expert_tokens} if experts else {"t": t}
+    terms = [Term("output of fc1", {**rows, "f/etp" if experts else "f/tp": up, "bytes": e})]
+    if experts:
+        terms.append(Term("tokens on their way to experts", {**rows, "h": shape.hidden_size, "bytes": e}))
     if problem.workload.kind == "train":
         terms.append(Term("gathered or summed hidden", {"2": 2, **hidden}))
         if stage == layout.pp - 1:
-            rows = shape.padded_vocab_size(layout.tp) / layout.tp
-            terms.append(Term("logits and their gradient", {"t": t, "V/tp": rows, "2": 2, "bytes": e}))
+            vocabulary = shape.padded_vocab_size(layout.tp) / layout.tp
+            terms.append(Term("logits and their gradient", {"t": t, "V/tp": vocabulary, "2": 2, "bytes": e}))
         if layout.recompute:
-            terms += [term.times({}, f"recomputed {term.name}") for term in layer_terms(problem)]
+            kept = [*layer_terms(problem), *_attention_terms(problem)]
+            terms += [term.times({}, f"recomputed {term.name}") for term in kept]
     else:
         terms.append(Term("hidden states", {"3": 3, **hidden}))
+    if layout.sliced and problem.workload.kind != "train":
+        terms += _summed_in_inference(problem)
     if layout.sliced:
         both = 2 * max(problem.heads.kv_needed) * shape.kv_channels
         terms.append(Term("whole keys and values", {"2": 2, "t": t, "2 K' d": both, "bytes": e}))

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import clusters, machine, probe_collectives, probe_rates, timing, trial
 from helix_megatron.plan.hardware import Cluster, Line, Rate, joined_devices, overhead_key
@@ -98,9 +98,9 @@ def measure_host(base: Cluster, ranks: int | None = None) -> Cluster:
 
 def in_host_rank(measure: Callable[..., Any], *args: Any) -> Any:
     """What `measure` gives in a rank of a host that has its core to itself."""
-    from helix_megatron.measure.machine import pin
+    from helix_megatron.measure.machine import pin_to_core
 
-    pin(int(os.environ["RANK"]))
+    pin_to_core(int(os.environ["RANK"]))
     dist.init_process_group("nccl")
     return measure(*args)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from helix_megatron.plan import compute, suggestions, traffic
+from helix_megatron.plan import compute, crossover, suggestions, traffic
 from helix_megatron.plan.clusters import to_dict
 from helix_megatron.plan.hardware import Cluster
 from helix_megatron.plan.layout import Workload
@@ -18,6 +18,7 @@ from helix_megatron.plan.search import Candidate, Plan
 _PARTS = {  # shown name → parts of the prediction
     "compute": ("compute",),
     "exchange": ("exchange",),
+    "experts": ("experts",),
     "all-reduce": ("all-reduce",),
     "pipeline": ("pipeline",),
     "update": ("gradients", "optimizer"),
@@ -37,13 +38,13 @@ def as_text(plan: Plan, top: int, command: str | None, explained: bool) -> Itera
     if not plan.candidates:
         yield f"No plan: {suggestions.explain_no_plan(plan)}."
         return
-    yield table(plan, top)
+    yield layout_table(plan, top)
     yield memory_table(plan, top)
     left_out = f", {plan.too_big} do not fit" if plan.too_big else ""
     yield f"{plan.tried} variants tried{left_out}; a row is a layout in its fastest variant."
     yield f"ms: a whole step ({workload.kind}); update: gradients and optimizer."
     yield from verdict(plan)
-    flags = layout_flags(plan.candidates[0].layout, workload, plan.cluster)
+    flags = layout_flags(plan.candidates[0].problem, plan.cluster)
     yield f"Flags of 1: {format_flags(flags)}"
     if command:
         yield f"Run 1, as it stands: {command}"
@@ -55,30 +56,35 @@ def title(plan: Plan) -> str:
     """What was planned, in one line."""
     shape, work = plan.shape, plan.workload
     what = f"{shape.name}: {shape.num_parameters / 1e9:.3g} B parameters"
+    if shape.num_moe_experts:
+        what += f" ({shape.num_active_parameters / 1e9:.3g} B active)"
     where = f"{plan.cluster.devices} ranks of {plan.cluster.name}"
     length = "context" if work.kind == "decode" else "sequence"
     asked = f"{work.kind}, batch {work.batch}, {length} {work.length}, {work.dtype}"
     return f"{what}; {where}; {asked}. All times and sizes are PREDICTED."
 
 
-def table(plan: Plan, top: int) -> Table:
+def layout_table(plan: Plan, top: int) -> Table:
     """The best layouts, one row each, in their fastest variant."""
-    columns = ["tp", "pp", "dp", "n", "m", "comm", "queries", "cache", "micro", "ms", "tok/s"]
+    experts = bool(plan.shape.num_moe_experts)
+    shown = {name: parts for name, parts in _PARTS.items() if name != "experts" or experts}
+    groups = ["ep", "etp"] if experts else []
+    columns = ["tp", "pp", "dp", *groups, "n", "m", "comm", "queries", "cache", "micro", "ms", "tok/s"]
     rows = []
     for candidate in plan.best[:top]:
         layout, parts = candidate.layout, candidate.prediction.parts
         how = [layout.comm_type, layout.placement, layout.kv_cache] if layout.sliced else ["-"] * 3
         rows.append([
-            *map(str, (layout.tp, layout.pp, layout.dp)),
+            *map(str, (layout.tp, layout.pp, layout.dp, *((layout.ep, layout.etp) if experts else ()))),
             *([str(layout.n), str(layout.m)] if layout.helix else ["-", "-"]),
             *(how if plan.workload.kind != "train" else [*how[:2], "-"]),
             f"{layout.micro_batch}{' re' if layout.recompute else ''}",
             f"{candidate.seconds * 1e3:.4g}",
             f"{tokens_of_step(plan.workload) / candidate.seconds:,.0f}",
-            *(f"{sum(parts[part] for part in several) * 1e3:.3g}" for several in _PARTS.values()),
+            *(f"{sum(parts[part] for part in several) * 1e3:.3g}" for several in shown.values()),
             f"{candidate.memory.total / 1e9:.3g}",
         ])  # fmt: skip
-    return _numbered([*columns, *_PARTS, "GB/rank"], rows, ("comm", "queries", "cache"))
+    return _numbered([*columns, *shown, "GB/rank"], rows, ("comm", "queries", "cache"))
 
 
 def memory_table(plan: Plan, top: int) -> Table:
@@ -122,8 +128,14 @@ def verdict(plan: Plan) -> list[str]:
     if uneven:
         said.append(f"{uneven}.")
     if len(plan.best) > 1:
-        said.append(compare(best, plan.best[1]))
+        said.append(explain_difference(best, plan.best[1]))
+    if (crossed := crossover.find_crossover(plan)) is not None:
+        said.append(crossover.describe(crossed))
     batch = suggestions.suggest_batch(plan)
+    if plan.shape.linear_attention_freq and work.kind != "train":
+        said.append("Megatron core 0.19 runs gated delta nets in training alone; this supposes that it can.")
+    if plan.shape.num_moe_experts:
+        said.append("Experts: every expert is taken to get as many tokens as every other (balanced routing).")
     return [*said, *([batch] if batch else []), *(f"Not planned: {note}." for note in plan.shape.notes)]
 
 
@@ -132,7 +144,7 @@ def _times_as_long(other: Candidate, best: Candidate, work: Workload) -> str:
     return f"({other.layout.describe(work)}) is predicted to take {times}."
 
 
-def compare(first: Candidate, second: Candidate) -> str:
+def explain_difference(first: Candidate, second: Candidate) -> str:
     """Why `first` beats `second`: the parts of the step that differ, largest first."""
     names = {"gradients": "gradient reduction", "all-reduce": "tensor-parallel reductions"}
     gains = {
@@ -174,8 +186,12 @@ def explain(candidate: Candidate, cluster: Cluster) -> Iterator[str]:
 # ---- JSON ----
 def as_json(plan: Plan, top: int) -> dict[str, Any]:
     """The whole plan in plain types; every figure is predicted."""
+    crossed = crossover.find_crossover(plan)
     return {
         "kind": "predicted",
+        "sharded_cache_pays_from_batch": crossed and {
+            "tp": crossed.layout.tp, "grid": str(crossed.layout.grid), **asdict(crossed)["batches"]
+        },
         "model": asdict(plan.shape) | {"num_parameters": plan.shape.num_parameters},
         "cluster": to_dict(plan.cluster),
         "workload": asdict(plan.workload),
@@ -188,7 +204,7 @@ def as_json(plan: Plan, top: int) -> dict[str, Any]:
 
 def _entry(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
     problem, layout, workload = candidate.problem, candidate.layout, candidate.problem.workload
-    received = traffic.received(traffic.collectives(problem, candidate.prediction.stage))
+    received = traffic.received_by_kind(traffic.collectives(problem, candidate.prediction.stage))
     return {
         "layout": asdict(layout),
         "n": layout.n,
@@ -200,5 +216,5 @@ def _entry(candidate: Candidate, cluster: Cluster) -> dict[str, Any]:
         "predicted_bytes": candidate.memory.bytes(),
         "predicted_received": {name: {"calls": c, "bytes": b} for name, (c, b) in received.items()},
         "predicted_flops_per_second": compute.flops_of_step(problem) / candidate.seconds / layout.world,
-        "flags": layout_flags(layout, workload, cluster),
+        "flags": layout_flags(problem, cluster),
     }

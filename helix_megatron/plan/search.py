@@ -14,6 +14,8 @@ Note [Exhaustive, and what is pruned]
       legal                    decode with a cache "dim") it is "heads" that exchanges more, QK norms apart.
                                Not left out where the software of a layer was measured: it differs too
       full recompute           where the layout fits without
+    Experts: ep over the divisors of their number that the ranks of a stage allow, each expert whole (etp = 1)
+    or over all tp ranks (Megatron's default), sequence parallelism wherever tp > 1.
     Which comm type and cache is fastest turns on context, batch and links, and is predicted.
 """
 
@@ -23,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import memory
 from helix_megatron.plan.hardware import Cluster
@@ -50,6 +52,8 @@ class Request:
     pp: int | None = None
     grid: HelixGrid | None = None
     """Of `tp` ranks and with equal slices, beside Megatron's own attention; None: the search chooses."""
+    ep: int | None = None
+    etp: int | None = None
 
     def changed(self, **changes: int | None) -> Request:
         """With other values of tp, pp, batch, length or devices (of one node), and any grid."""
@@ -61,6 +65,8 @@ class Request:
             replace(self.workload, **work),  # type: ignore[arg-type]
             changes.get("tp", self.tp),
             changes.get("pp", self.pp),
+            ep=self.ep,
+            etp=self.etp,
         )
 
 
@@ -100,7 +106,7 @@ class Plan(Request):
 
     @property
     def best(self) -> list[Candidate]:
-        """Every tp, pp, dp and grid once, in its fastest variant (micro-batch, placement, ...)."""
+        """Every tp, pp, dp and grid once, in its fastest variant (micro-batch, placement, ep, ...)."""
         kept: dict[tuple[int, int, int, HelixGrid | None], Candidate] = {}
         for candidate in self.candidates:
             layout = candidate.layout
@@ -120,14 +126,16 @@ def search(
     tp: int | None = None,
     pp: int | None = None,
     grid: HelixGrid | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
 ) -> Plan:
     """All layouts of `shape` on all devices of `cluster`, fastest first; arguments as of `Request`."""
-    plan = Plan(shape, cluster, workload, tp, pp, grid)
-    for layout in layouts(plan):
+    plan = Plan(shape, cluster, workload, tp, pp, grid, ep, etp)
+    for layout in legal_layouts(plan):
         plan.tried += 1
         plan.sliced += layout.sliced
         for problem in _problems(plan, layout):
-            stage, held = memory.fullest(problem)
+            stage, held = memory.fullest_stage(problem)
             if held.total <= cluster.capacity:
                 plan.candidates.append(Candidate(problem, predict(problem, cluster), stage, held))
                 break
@@ -143,8 +151,8 @@ def search(
 def fits(request: Request) -> bool:
     """Whether any layout is legal and fits."""
     return any(
-        memory.fullest(problem)[1].total <= request.cluster.capacity
-        for layout in layouts(request)
+        memory.fullest_stage(problem)[1].total <= request.cluster.capacity
+        for layout in legal_layouts(request)
         for problem in _problems(request, layout)
     )
 
@@ -156,27 +164,28 @@ def _problems(request: Request, layout: Layout) -> Iterator[Problem]:
         yield Problem(request.shape, replace(layout, recompute=True), request.workload)
 
 
-def layouts(request: Request) -> Iterator[Layout]:
+def legal_layouts(request: Request) -> Iterator[Layout]:
     """Every layout of all devices that is legal and not left out (see the note above)."""
     shape, work = request.shape, request.workload
     measured = bool(request.cluster.layer_overhead)
     attentions: dict[int, list[Layout]] = {}
-    for tp, pp, dp in sizes(request):
+    for tp, pp, dp in parallel_sizes(request):
         if work.batch % dp:
             continue
         if tp not in attentions:
             attentions[tp] = list(attention_layouts(shape, tp, work, request.grid, measured))
-        # Where Megatron advises it: training with tensor parallelism.
-        sequence_parallel = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
-        for size, attention in product(_micro_batches(work, dp), attentions[tp]):
-            layout = replace(
-                attention, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sequence_parallel
-            )
+        # Where Megatron advises it: training with tensor parallelism, and experts.
+        advised = work.fused if work.kind == "train" and not shape.num_moe_experts else shape.num_moe_experts
+        possible = tp > 1 and (work.kind == "decode" or work.length % tp == 0)
+        experts = _expert_groups(request, tp, dp)
+        for size, attention, (ep, etp) in product(_micro_batches(work, dp), attentions[tp], experts):
+            layout = replace(attention, pp=pp, dp=dp, micro_batch=size, ep=ep, etp=etp,
+                             sequence_parallel=bool(advised and possible))  # fmt: skip
             if illegal_reason(shape, layout, work) is None:
                 yield layout
 
 
-def sizes(request: Request) -> Iterator[tuple[int, int, int]]:
+def parallel_sizes(request: Request) -> Iterator[tuple[int, int, int]]:
     """(tp, pp, dp) of all devices that the model allows, whatever the batch."""
     shape, devices = request.shape, request.cluster.devices
     for tp in _allowed(devices, request.tp):
@@ -206,6 +215,18 @@ def sizes_with_uneven_slices(request: Request) -> list[int]:
     return found
 
 
+def _expert_groups(request: Request, tp: int, dp: int) -> list[tuple[int, int]]:
+    """(ep, etp) of a stage's tp x dp ranks."""
+    experts, ranks = request.shape.num_moe_experts, tp * dp
+    if not experts:
+        return [(1, 1)]
+    tensor = [etp for etp in sorted({1, tp}) if request.etp in (None, etp)] or [request.etp or 1]
+    return [
+        (ep, etp) for etp in tensor if ranks % etp == 0
+        for ep in _allowed(ranks // etp, request.ep) if experts % ep == 0
+    ]  # fmt: skip
+
+
 def _micro_batches(workload: Workload, dp: int) -> list[int]:
     replica = workload.batch // dp
     if workload.kind != "train":
@@ -225,7 +246,7 @@ def attention_layouts(
         measured: the software of a layer has its time, which turns on the query placement.
     """
     plain = Layout(tp)
-    if illegal_reason(shape, plain, replace(workload, batch=1)) is None:
+    if illegal_reason(shape, plain, replace(workload, kind="decode", batch=1)) is None:
         yield plain
     whole_heads = workload.fused and tp <= shape.num_query_groups and shape.num_query_groups % tp == 0
     sliced = [one for one in legal_grids(shape.attention, tp, even=True) if one.dim_parallel_size > 1]

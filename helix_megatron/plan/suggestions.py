@@ -17,8 +17,8 @@ from helix_megatron.plan.search import (
     Request,
     fits,
     only_uneven_slices,
+    parallel_sizes,
     search,
-    sizes,
     sizes_with_uneven_slices,
 )
 
@@ -55,8 +55,9 @@ def suggest_batch(plan: Plan) -> str:
         return ""
     batch = max(near, key=lambda batch: (divisors(batch), -abs(batch - given)))
     other = search(
-        plan.shape, plan.cluster, replace(plan.workload, batch=batch), plan.tp, plan.pp, plan.grid
-    ).candidates
+        plan.shape, plan.cluster, replace(plan.workload, batch=batch), plan.tp, plan.pp, plan.grid,
+        plan.ep, plan.etp,
+    ).candidates  # fmt: skip
     if not other or best.seconds / other[0].seconds < _GAIN * max(1, given / batch):
         return ""
     faster = batch / given * best.seconds / other[0].seconds
@@ -84,8 +85,8 @@ def _reason(plan: Plan) -> str:
         return f"{tp} does not divide {devices} ranks"
     if tp and only_uneven_slices(plan, tp):
         return f"heads over {tp} ranks are slices of unequal size"
-    if tp and not any(sizes(plan.changed(pp=1, devices=tp))):
-        reason = illegal_reason(shape, Layout(tp), replace(work, batch=1))
+    if tp and not any(parallel_sizes(plan.changed(pp=1, devices=tp))):
+        reason = illegal_reason(shape, Layout(tp), replace(work, kind="decode", batch=1))
         return f"{reason}" if indivisible_reason(shape, tp) else f"{reason}, and no Helix grid splits them"
     if pp and shape.num_layers % pp:
         return f"{pp} pipeline stages do not divide {shape.num_layers} layers"
@@ -158,7 +159,7 @@ def _explain_too_big(plan: Plan) -> str:
 # ---- values to try ----
 def _replicas(request: Request) -> set[int]:
     """What a batch must be a multiple of one of: numbers of replicas, times a given micro-batch."""
-    return {dp * (request.workload.micro_batch or 1) for *_, dp in sizes(request)}
+    return {dp * (request.workload.micro_batch or 1) for *_, dp in parallel_sizes(request)}
 
 
 def _multiples(batch: int, replicas: set[int]) -> list[int]:
@@ -185,7 +186,8 @@ def _first(values: Iterable[int], works: Callable[[int], bool]) -> list[int]:
 def _given_sizes(plan: Plan) -> dict[str, str]:
     """The sizes that were asked for: name of the flag to the flag and its value."""
     given = {"--grid": plan.grid} if plan.grid else {"--tp": plan.tp}
-    return {name: f"{name} {value}" for name, value in {**given, "--pp": plan.pp}.items() if value}
+    given |= {"--pp": plan.pp, "--ep": plan.ep, "--etp": plan.etp}
+    return {name: f"{name} {value}" for name, value in given.items() if value}
 
 
 def _option(name: str, values: list[int]) -> list[str]:

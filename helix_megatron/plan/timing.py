@@ -9,9 +9,9 @@ Note [A step]
     work            M (c share(all ranks) + x with all ranks busy)        differs only where ranks share cores
     step            the longer of the two, + gradient reduction, optimizer, once
 
-    In decode M = 1: a token passes the stages one after another. Nothing is assumed to overlap with
-    computing: Megatron's overlap flags can only make it faster. A step's parts are sums of the lines that
-    explain them.
+    In decode M = 1, launches count (decode_launches.py), and a token passes the stages one after another.
+    Nothing is assumed to overlap with computing: Megatron's overlap flags can only make it faster. A step's
+    parts are sums of the lines that explain them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from helix_megatron.plan import compute, traffic
+from helix_megatron.plan import compute, decode_launches, traffic
 from helix_megatron.plan.hardware import Cluster, overhead_key
 from helix_megatron.plan.layout import Problem
 from helix_megatron.plan.terms import Term
 from helix_megatron.plan.traffic import STEP, Collective
 
 SHARE = "ranks sharing a device"
-PARTS = ("compute", "exchange", "all-reduce", "pipeline", "gradients", "optimizer")
+PARTS = ("compute", "exchange", "experts", "all-reduce", "pipeline", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ class _Stage:
         """One micro-batch on a device of its own."""
         problem, layout, work = self.problem, self.problem.layout, self.problem.workload
         lines = []
+        if decode_launches.has_launches(problem) and (added := decode_launches.added_kernels(problem)):
+            each = decode_launches.KERNEL
+            formula = f"({added} small kernels x {each * 1e6:.6g} us)"
+            line = Line("compute", "kernels of the exchange", added * each, formula)
+            lines.append(line.times({"layers": problem.attention_layers}))
         for operation in compute.operations(problem, self.stage):
             rate = self.cluster.rate(operation.kind, work.dtype)
             passes = 1 + operation.backward + layout.recompute if self.train else 1.0
@@ -127,7 +132,9 @@ class _Stage:
     def _call(self, item: Collective, busy: int) -> Line:
         """One call of a collective."""
         tp, dp, last = self.problem.layout.tp, self.problem.layout.dp, self.problem.layout.pp - 1
-        stride = {"dp": tp, "pp": tp * dp, "embd": tp * dp * last}.get(item.group, 1)
+        ep, etp = self.problem.layout.ep, self.problem.layout.etp
+        strides = {"dp": tp, "pp": tp * dp, "embd": tp * dp * last, "ep": etp, "edp": etp * ep}
+        stride = strides.get(item.group, 1)
         message = item.group == "pp" and not self.cluster.lines  # it passes between two ranks
         size = 2 if message else item.size
         algorithm = self.cluster.algorithm(item.kind, size, stride, item.bytes, busy)
@@ -139,11 +146,24 @@ class _Stage:
     def _micro_batch(self, busy: int) -> list[Line]:
         """One micro-batch while `busy` ranks are at work."""
         share = {SHARE: self.cluster.slowdown(busy)}
-        return [line.times(share) for line in self.computing] + [
+        lines = [line.times(share) for line in self.computing] + [
             self._call(item, busy).times({"calls": item.calls / self.problem.micro_batches})
             for item in self.collectives
             if item.phase != STEP
         ]
+        return [*lines, *self._host(_seconds(lines))]
+
+    def _host(self, device: float) -> list[Line]:
+        """How much longer the host takes for an eager decode step than the device."""
+        if not decode_launches.has_launches(self.problem) or decode_launches.is_replayed(self.problem):
+            return []
+        launches = decode_launches.all_launches(self.problem)
+        waited = launches * decode_launches.HOST - device
+        if waited <= 0:
+            return []
+        each = decode_launches.HOST * 1e6
+        formula = f"({waited * 1e6:.6g} us); {launches} launches of {each:g} us, but for the lines above"
+        return [Line("compute", "waiting for the host", waited, formula)]
 
     def prediction(self) -> Prediction:
         layout, batches = self.problem.layout, self.problem.micro_batches

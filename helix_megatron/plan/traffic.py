@@ -25,13 +25,14 @@ from dataclasses import dataclass
 
 from helix_megatron.partition.layout import part_length
 from helix_megatron.plan.layout import Problem
-from helix_megatron.plan.memory import parameters
+from helix_megatron.plan.parameters import dense_parameters, expert_parameters
 from helix_megatron.plan.terms import Term, total
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 _ROUNDS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 _PARTS = {"tp": "all-reduce", "dim": "exchange", "dp": "gradients", "embd": "gradients", "pp": "pipeline",
-          "world": "optimizer"}  # fmt: skip
+          "world": "optimizer", "edp": "gradients", "ep": "experts", "etp": "experts",
+          "etp ep": "experts", "etp ep pp": "optimizer"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Collective:
 
     Args:
         part: of a step's time: "all-reduce" (Megatron's tensor parallelism), "exchange" (of attention),
-            "gradients" (over data-parallel ranks), "pipeline", "optimizer".
+            "experts" (tokens to and from them), "gradients" (over data-parallel ranks), "pipeline",
+            "optimizer".
         kind: as in CommMeter.
-        group: "tp", "dim", "dp", "pp", "embd" or "world".
+        group: "tp", "dim", "dp", "pp", "embd", "world", or of experts "ep", "etp", "etp ep", "etp ep pp",
+            "edp".
         size: ranks of the group.
         calls: times in a step.
         term: bytes received in one call.
@@ -73,7 +76,7 @@ def collectives(problem: Problem, stage: int, rank: int = 0) -> list[Collective]
     return _Step(problem, stage, rank % problem.layout.m).items
 
 
-def received(items: list[Collective]) -> dict[str, tuple[int, float]]:
+def received_by_kind(items: list[Collective]) -> dict[str, tuple[int, float]]:
     """(calls, bytes) by kind and size of the group, named as in CommMeter: "all_reduce x8"."""
     sums: dict[str, tuple[int, float]] = {}
     for item in items:
@@ -94,10 +97,16 @@ class _Step:
         world = layout.world if work.distributed_optimizer else layout.tp * layout.pp
         self.sizes = {"tp": layout.tp, "dim": self.m, "dp": layout.dp, "pp": layout.pp, "embd": 2}
         self.sizes["world"] = world
+        ep, etp = layout.ep, layout.etp
+        self.sizes |= {"ep": ep, "etp": etp, "etp ep": etp * ep, "edp": layout.edp}
+        self.sizes["etp ep pp"] = etp * ep * layout.pp
         self.items: list[Collective] = []
         self.calls = problem.layers * problem.micro_batches
         self.forward_passes = 2 if self.train and layout.recompute else 1
         self.add_layers()
+        if shape.num_moe_experts:
+            self.add_experts()
+        self.calls = problem.attention_layers * problem.micro_batches
         self.add_attention()
         self.calls, self.forward_passes = problem.micro_batches, 1
         self.add_ends()
@@ -114,7 +123,7 @@ class _Step:
         calls = times if phase == STEP else times * self.calls
         if phase == FORWARD:
             calls *= self.forward_passes
-        if size == 1 or not calls or (phase == BACKWARD and not self.train):
+        if size == 1 or not calls or 0 in factors.values() or (phase == BACKWARD and not self.train):
             return
         if kind in _ROUNDS and "(p-1)" not in factors:
             share = "2(p-1)/p" if kind == "all_reduce" else "(p-1)/p"
@@ -123,15 +132,37 @@ class _Step:
         self.items.append(Collective(name, part or _PARTS[group], kind, group, size, calls, term, phase))
 
     def add_layers(self) -> None:
-        """Megatron's tensor parallelism in the layers of a stage."""
+        """Megatron's tensor parallelism in the layers of a stage: attention or GDN, MLP or shared expert."""
+        shape = self.problem.shape
+        parts = 1 if shape.num_moe_experts and not shape.moe_shared_expert_intermediate_size else 2
         if not self.problem.layout.sequence_parallel:
-            self.add("outputs of proj and fc2", "all_reduce", "tp", self.hidden, times=2)
-            self.add("input gradients of qkv and fc1", "all_reduce", "tp", self.hidden, BACKWARD, 2)
+            self.add("outputs of proj and fc2", "all_reduce", "tp", self.hidden, times=parts)
+            self.add("input gradients of qkv and fc1", "all_reduce", "tp", self.hidden, BACKWARD, parts)
             return
-        self.add("inputs of qkv and fc1", "all_gather", "tp", self.hidden, times=2)
-        self.add("outputs of proj and fc2", "reduce_scatter", "tp", self.hidden, times=2)
-        self.add("inputs again, and output gradients", "all_gather", "tp", self.hidden, BACKWARD, 4)
-        self.add("input gradients of qkv and fc1", "reduce_scatter", "tp", self.hidden, BACKWARD, 2)
+        self.add("inputs of qkv and fc1", "all_gather", "tp", self.hidden, times=parts)
+        self.add("outputs of proj and fc2", "reduce_scatter", "tp", self.hidden, times=parts)
+        self.add("inputs again, and output gradients", "all_gather", "tp", self.hidden, BACKWARD, 2 * parts)
+        self.add("input gradients of qkv and fc1", "reduce_scatter", "tp", self.hidden, BACKWARD, parts)
+
+    def add_experts(self) -> None:
+        """Megatron's all-to-all dispatcher: tokens and their probabilities to the experts, outputs back.
+
+        Over ep each way an all-to-all, over etp an all-gather and a reduce-scatter. Routing is balanced.
+        """
+        problem, e = self.problem, {"bytes": self.e}
+        counts = {"ranks": self.sizes["etp ep"], "experts": problem.shape.num_moe_experts, "int64": 8}
+        self.add("tokens of each expert", "all_gather", "etp ep", counts)
+        tokens = {"t' topk": problem.own_tokens * problem.shape.moe_router_topk}
+        gathered, h = {"t' topk etp": problem.expert_tokens}, {"h": problem.shape.hidden_size}
+        for name, width in (("tokens of experts", h), ("probabilities", {})):
+            for phase, ways in ((FORWARD, "all_gather"), (BACKWARD, "reduce_scatter")):
+                gradient = "gradients of " if phase == BACKWARD else ""
+                self.add(gradient + name, "all_to_all", "ep", {**tokens, **width, **e}, phase)
+                self.add(gradient + name, ways, "etp", {**gathered, **width, **e}, phase)
+        for phase, ways in ((FORWARD, "reduce_scatter"), (BACKWARD, "all_gather")):
+            gradient = "gradients of " if phase == BACKWARD else ""
+            self.add(gradient + "experts' outputs", ways, "etp", {**gathered, **h, **e}, phase)
+            self.add(gradient + "experts' outputs", "all_to_all", "ep", {**tokens, **h, **e}, phase)
 
     def add_attention(self) -> None:
         """What attention exchanges."""
@@ -247,16 +278,21 @@ class _Step:
         """Once in a step: gradients over replicas, those that tp ranks have to sum, their norm."""
         shape, layout, work = self.problem.shape, self.problem.layout, self.problem.workload
         gradient = {"bytes": 2 if work.dtype == "fp16" else 4}
-        elements = total(parameters(self.problem, self.stage))
+        elements, experts = total(dense_parameters(self.problem, self.stage)), expert_parameters(self.problem)
         tied = shape.tied_embeddings and layout.pp > 1 and (self.first or self.last)
         embedding = shape.padded_vocab_size(layout.tp) // layout.tp * shape.hidden_size
         if work.distributed_optimizer:
             # Megatron keeps a tied embedding that two stages share in a buffer of its own.
-            for buffer in [elements - embedding, embedding] if tied else [elements]:
-                self.add("gradients", "reduce_scatter", "dp", {"elements": buffer, **gradient}, STEP)
-                self.add("updated weights", "all_gather", "dp", {"elements": buffer, "bytes": self.e}, STEP)
+            buffers = [("dp", size) for size in ([elements - embedding, embedding] if tied else [elements])]
+            times = 2 if experts else 1  # Megatron's optimizer of experts and the other one both gather all
+            for group, buffer in [*buffers, ("edp", total(experts))]:
+                weights = {"elements": buffer, "bytes": self.e}
+                self.add("gradients", "reduce_scatter", group, {"elements": buffer, **gradient}, STEP)
+                self.add("updated weights", "all_gather", group, weights, STEP, times)
         else:
             self.add("gradients", "all_reduce", "dp", {"elements": elements, **gradient}, STEP)
+            size = {"elements": total(experts), **gradient}
+            self.add("gradients of experts", "all_reduce", "edp", size, STEP)
         if replicated := self.summed_over_tp():
             size = {"elements": replicated, **gradient}
             self.add("gradients of norms and biases", "all_reduce", "tp", size, STEP)
@@ -264,13 +300,21 @@ class _Step:
             size = {"elements": embedding, **gradient}
             self.add("gradients of the tied embedding", "all_reduce", "embd", size, STEP)
         self.add("norm of the gradients", "all_reduce", "world", {"fp32": 4}, STEP)
+        if experts and not work.distributed_optimizer:
+            self.add("norm of the experts' gradients", "all_reduce", "etp ep pp", {"fp32": 4}, STEP)
 
     def summed_over_tp(self) -> float:
         """Elements of the replicated parameters whose gradients differ between tensor-parallel ranks."""
-        shape, layers = self.problem.shape, self.problem.layers
+        shape, layers, attention = self.problem.shape, self.problem.layers, self.problem.attention_layers
         norm = 2 if shape.normalization == "LayerNorm" else 1
-        count = layers * 2 * norm * shape.kv_channels if shape.qk_layernorm else 0
-        if self.problem.layout.sequence_parallel:
-            biases = 1 if shape.add_bias_linear else 0
-            count += (layers * 2 * (norm + biases) + (norm if self.last else 0)) * shape.hidden_size
-        return count
+        count = attention * 2 * norm * shape.kv_channels if shape.qk_layernorm else 0
+        if not self.problem.layout.sequence_parallel:
+            return count
+        experts = shape.num_moe_experts
+        biased = (attention + (0 if experts else layers)) if shape.add_bias_linear else 0
+        vectors = layers * 2 * norm + biased + (norm if self.last else 0)
+        vectors += layers * (experts + shape.moe_shared_expert_gate)  # the router is not divided
+        if shape.add_bias_linear:  # of the router; and those of experts' fc2 count as replicated
+            count += layers * experts
+            vectors += layers * experts // self.sizes["ep"]
+        return count + vectors * shape.hidden_size + (layers - attention) * norm * shape.linear_value_head_dim

@@ -38,6 +38,8 @@ class Measured:
 
 _AS_MEGATRON = """num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size
     normalization qk_layernorm add_bias_linear add_qkv_bias""".split()
+_OF_EXPERTS = """num_moe_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size
+    moe_shared_expert_gate""".split()
 _FUSIONS = """masked_softmax_fusion apply_rope_fusion gradient_accumulation_fusion bias_activation_fusion
     bias_dropout_fusion persist_layer_norm variable_seq_lengths""".split()
 
@@ -47,13 +49,23 @@ def core_config(problem: Problem) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     shape, layout, work = problem.shape, problem.layout, problem.workload
+    experts = {name: getattr(shape, name) or None for name in _OF_EXPERTS} if shape.num_moe_experts else {}
     recompute = {"granularity": "full", "method": "uniform", "num_layers": 1} if layout.recompute else {}
     return TransformerConfig(
         **{name: getattr(shape, name) for name in _AS_MEGATRON},
         **dict.fromkeys(_FUSIONS, False),
+        **experts,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        moe_token_dispatcher_type="alltoall",
+        moe_aux_loss_coeff=0.0,
+        attention_output_gate=shape.attention_output_gate,
+        softmax_type=shape.softmax_type,
+        window_size=(shape.window_size, 0) if shape.window_size else None,
+        window_attn_skip_freq=shape.window_attn_skip_freq or None,
         **{f"recompute_{name}": value for name, value in recompute.items()},
-        gated_linear_unit=shape.swiglu,
-        activation_func=torch.nn.functional.silu if shape.swiglu else torch.nn.functional.gelu,
+        gated_linear_unit=shape.gated,
+        activation_func=torch.nn.functional.silu if shape.gated else torch.nn.functional.gelu,
         layernorm_epsilon=shape.norm_epsilon,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -84,7 +96,9 @@ def parallel(problem: Problem) -> Iterator[None]:
     if helix is not None:
         integrate.enable(helix, layout.grid)
     try:
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp)
+        parallel_state.initialize_model_parallel(
+            layout.tp, layout.pp, expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(123)
         yield
     finally:
@@ -102,7 +116,8 @@ def build(problem: Problem) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     shape, layout = problem.shape, problem.layout
-    spec = get_gpt_layer_local_spec(normalization=shape.normalization, qk_layernorm=shape.qk_layernorm)
+    norms = {"normalization": shape.normalization, "qk_layernorm": shape.qk_layernorm}
+    spec = get_gpt_layer_local_spec(shape.num_moe_experts or None, **norms)
     model = GPTModel(
         core_config(problem),
         spec,

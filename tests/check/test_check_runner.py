@@ -10,7 +10,7 @@ import pytest
 
 from helix_megatron import cli
 from helix_megatron.check import sections
-from helix_megatron.check.results import WIDTH, Results, page, screen
+from helix_megatron.check.results import WIDTH, Results, render_page, render_screen
 from helix_megatron.check.rows import Place, Rows, read_rows
 from helix_megatron.check.runner import run_section
 from helix_megatron.check.sections import Section
@@ -91,7 +91,7 @@ def test_what_is_found_is_on_disk_before_the_next_section(tmp_path):
     assert document["sections"]["works"]["status"] == "passed"
     assert document["sections"]["skips"] == {"status": "not run yet"}
     assert results.failed  # nobody may call this a success
-    assert "not run yet" in screen(document, tmp_path) and "not run yet" in page(document)
+    assert "not run yet" in render_screen(document, tmp_path) and "not run yet" in render_page(document)
 
 
 def test_a_half_written_row_is_left_out(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helix_megatron.check import collectives, exactness, generation, kernels, layers, training
+from helix_megatron.check import collectives, exactness, generation, kernel_times, kernels, layers, training
 from helix_megatron.check.rows import Place, Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.kernels import backend
@@ -82,7 +82,7 @@ def test_a_wrong_kernel_fails(rows, monkeypatch):
     for number, wrong in enumerate((right, forgets_the_scale, forgets_what_is_empty)):
         found = Rows(f"{rows.path}{number}")
         monkeypatch.setitem(backend._BACKENDS, "torch", wrong)
-        kernels.right(found, "torch", "cpu", True)
+        kernels.check_exactness(found, "torch", "cpu", True)
         assert set(statuses(found).values()) == {"ok" if number == 0 else "failed"}, wrong
 
 
@@ -157,7 +157,7 @@ def test_a_layout_that_cannot_be_built_fails_and_the_next_is_measured(rows, monk
             raise torch.cuda.OutOfMemoryError("no room")
         return {"core": "a core", "operations": 1}
 
-    monkeypatch.setattr(layers, "start_alone", lambda on_host: None)
+    monkeypatch.setattr(layers, "start_fake_world", lambda on_host: None)
     monkeypatch.setattr(layers, "measure_layout", measure)
     layers.rank_layouts(rows.path, HOST)
     quick = [layout for layout in layers.LAYOUTS if layout.quick]
@@ -166,7 +166,7 @@ def test_a_layout_that_cannot_be_built_fails_and_the_next_is_measured(rows, monk
 
 def test_a_fall_back_is_a_warning(rows, monkeypatch):
     measured = {"core": "Transformer Engine's unfused", "us": {}, "launches": {}}
-    monkeypatch.setattr(layers, "start_alone", lambda on_host: None)
+    monkeypatch.setattr(layers, "start_fake_world", lambda on_host: None)
     monkeypatch.setattr(layers, "measure_layout", lambda layout, on_host: measured)
     layers.rank_layouts(rows.path, Place(1, 0, True, 1.0))
     assert [row["status"] for row in read_rows(rows.path)][:2] == ["measured", "warning"]
@@ -177,7 +177,7 @@ def test_a_layer_that_fails_with_its_communication_is_named(rows, monkeypatch):
         raise RuntimeError("NCCL error")
 
     monkeypatch.setattr(layers, "measure_layout", fails)
-    for layout in collectives.layouts_of(16):
+    for layout in collectives.make_layouts(16):
         collectives.measure_with_communication(rows, layout, HOST)
     assert set(statuses(rows).values()) == {"failed"} and len(statuses(rows)) == 3
 
@@ -191,8 +191,8 @@ def test_kernels_are_told_apart_by_name():
         "void at::native::elementwise_kernel<128, 4>": "packing",
         "Memcpy DtoD (Device -> Device)": "packing",
     }
-    assert {name: layers.class_of(name) for name in names} == names
-    found = layers.by_class([(name, 10.0, 2) for name in names])
+    assert {name: kernel_times.classify_kernel(name) for name in names} == names
+    found = kernel_times.sum_by_class([(name, 10.0, 2) for name in names])
     assert found["attention"] == (20.0, 4) and found["norm"] == (10.0, 2)
 
 

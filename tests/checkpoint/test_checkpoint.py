@@ -88,17 +88,24 @@ def saved(train, folder, ten_steps):
     return save
 
 
-def tensors(checkpoint, iteration=5, *, verified=False):
-    """Whole tensors of a torch_dist checkpoint, as torch itself reads them, or as Helix does."""
+def tensors(checkpoint, iteration=5, *, verified=False, metadata=None, names=None):
+    """Whole tensors of a torch_dist checkpoint, as torch itself reads them, or as Helix does.
+
+    Args:
+        metadata: its index, where it has been read already.
+        names: of the tensors; all by default.
+    """
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = FileSystemReader(checkpoint / f"iter_{iteration:07d}")
-    found = reader.read_metadata().state_dict_metadata
+    metadata = metadata or reader.read_metadata()
+    reader.read_metadata = lambda: metadata
     whole = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in found.items()
+        for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith("rng_state")
+        if names is None or name in names
     }
     if verified:
         reader.read_data = partial(read_shards, reader, verify=True)

@@ -9,8 +9,9 @@ import pytest
 
 from helix_megatron import compat
 from helix_megatron.checkpoint import compatibility, model_arguments
-from helix_megatron.checkpoint.model_arguments import FLAGS, FUNCTION, GONE_IN, NEW_IN, OTHER, flag_of
+from helix_megatron.checkpoint.model_arguments import FLAGS, FUNCTION, flag_of
 from helix_megatron.partition.grid import HelixConfigError
+from tests.checkpoint.other_arguments import GONE_IN, NEW_IN, OTHER
 
 CHANGES = {name: default for group in FUNCTION for name, default in group.arguments.items()}
 KEEPS = [name for names in OTHER.values() for name in names.split()]
@@ -50,7 +51,7 @@ def test_no_argument_is_sorted_twice():
 
 @pytest.mark.training
 def test_every_argument_of_megatron_is_sorted_and_none_is_invented(names):
-    assert sorted(names - CHANGES.keys() - set(KEEPS)) == [], "sort them into model_arguments.py"
+    assert sorted(names - CHANGES.keys() - set(KEEPS)) == [], "sort them in, here or into model_arguments.py"
     others = of_other_versions()
     assert sorted((CHANGES.keys() | set(KEEPS)) - names - others) == [], "Megatron has no such arguments"
     assert sorted(others & names) == [], "Megatron has these"
@@ -148,7 +149,7 @@ OTHER_VALUES = dict(
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_any_other_value_is_refused_by_its_flag_in_both_directions(name):
-    turned_on = (both for both in CONTEXTS if name in compatibility.effective(arguments(**both)))
+    turned_on = (both for both in CONTEXTS if name in compatibility.effective_arguments(arguments(**both)))
     both = CONTEXT_OF.get(name) or next(turned_on)
     one = arguments(**both)
     value = getattr(one, name, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from helix_megatron.compare import config as configuration
-from helix_megatron.compare import harness, launch, report
+from helix_megatron.compare import harness, launch, report, tasks
 
 DOCUMENT = {
     "name": "tiny",
@@ -155,9 +155,9 @@ def install(monkeypatch, answer=None, page=False):
         monkeypatch.setattr(report, "render_page", lambda results: ("", {}))
     launcher = Launcher(answer)
     monkeypatch.setattr(launch, "run_on_host", launcher)
-    monkeypatch.setattr(harness, "megatron_flags", lambda: None)
+    monkeypatch.setattr(tasks, "megatron_flags", lambda: None)
     monkeypatch.setattr(
-        harness,
+        tasks,
         "build_argv",
         lambda config, variant, out, known: ["--seed", str(variant.args.get("--seed", "0"))],
     )

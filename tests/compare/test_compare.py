@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from helix_megatron.compare import accuracy, harness, launch
+from helix_megatron.compare import accuracy, harness, launch, tasks
 from helix_megatron.compare import config as configuration
 from helix_megatron.compare import variants as layouts
 from helix_megatron.host.launcher import run_ranks
@@ -228,7 +228,7 @@ def test_which_variants_are_the_same_model():
     unsaid = {**flags(config, 3), "--helix-dim-parallel-size": None}
     assert layouts.per_slice_grid(unsaid, "helix") == (2, 1)
     assert [layouts.per_slice_grid(flags(config, k), "helix") for k in (1, 3)] == [None, (1, 2)]
-    found = harness.reference_variants(config)
+    found = tasks.reference_variants(config)
     assert len(found) == 4  # one of each model
     assert found[keys[3]].args["--num-attention-heads"] == 8  # four heads in two slices
     assert (found[keys[3]].args["--kv-channels"], found[keys[3]].args["--num-query-groups"]) == (4, 8)
@@ -292,9 +292,9 @@ def stand_in(task):
 def test_a_variant_that_does_not_finish_is_a_row_and_the_rest_go_on(tmp_path, monkeypatch):
     """With real processes that raise, are killed, and hang."""
     monkeypatch.setattr(launch, "run", stand_in)
-    monkeypatch.setattr(harness, "megatron_flags", lambda: None)
+    monkeypatch.setattr(tasks, "megatron_flags", lambda: None)
     monkeypatch.setattr(
-        harness, "build_argv", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]
+        tasks, "build_argv", lambda config, variant, out, known: ["--seed", variant.args["--seed"]]
     )
     run_ranks(os.getpid, 2, timeout_s=200)  # what is imported once shall not count against the time limit
     names = ["good", "refused", "dies", "hangs", "good too"]

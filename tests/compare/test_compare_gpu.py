@@ -163,7 +163,7 @@ def test_units_and_means(fake):
 def test_the_visible_gpu_is_the_one_that_is_watched(fake, monkeypatch):
     for visible, handle in (("3,5", 5), ("GPU-aa,GPU-bb", "GPU-bb"), ("4", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        nvml.Watch(1)
+        nvml.GpuSampler(1)
         assert fake.asked.pop() == handle
 
 

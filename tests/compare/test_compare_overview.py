@@ -78,6 +78,9 @@ def shown(finished, tmp_path):
 def test_no_cell_is_wrapped_or_cut(finished, shown, wide, width):
     lines = shown(wide, width)
     assert max(map(len, lines)) <= width
+    body = lines[next(k for k, line in enumerate(lines) if line.startswith("1. ")) :]
+    body = body[: next(k for k, line in enumerate(body) if line.startswith("All"))]
+    assert all(line[:1] in " 12345" for line in body if line)  # a line that goes on is indented
     for point in overview.find_points(finished[wide]):
         for row in [point.table.headings, *point.table.rows] if point.table else []:
             cells = [cell for cell in row if cell.strip()]

@@ -12,6 +12,7 @@ import pytest
 
 from helix_megatron.compare import command, comparisons, drawing, figures, paper, predictions, tables
 from helix_megatron.compare import config as configuration
+from helix_megatron.compare.table import Column
 from helix_megatron.compare.variants import TP
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan.layout import Layout, Problem, Workload
@@ -126,11 +127,11 @@ def test_a_zero_is_a_number_and_what_there_is_not_is_a_dash():
     summary = {"mean": 2.0, "ci95": [1.5, 2.5]}
     record = {"name": "a|b", "status": "ok", "measured": {"zero": 0.0, "none": None, "time": summary}}
     columns = [
-        tables.Column("zero", "measured.zero", "{:.1f}"),
-        tables.Column("none", "measured.none.deeper"),
-        tables.Column("absent", "absent.deeper", "{:.1f}"),
-        tables.Column("ms", "measured.time", "{:.0f}", 1e3),
-        tables.Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
+        Column("zero", "measured.zero", "{:.1f}"),
+        Column("none", "measured.none.deeper"),
+        Column("absent", "absent.deeper", "{:.1f}"),
+        Column("ms", "measured.time", "{:.0f}", 1e3),
+        Column("once", lambda record: {"mean": 2.0, "ci95": None}, "{:.1f}"),
     ]
     cells = ["0.0", "-", "-", "2000 ± 500", "2.0"]
     assert [column.format_cell(record) for column in columns] == cells
@@ -227,7 +228,7 @@ def test_predictions_stand_beside_the_measured(report):
     assert measured == f"{1e3 * mean:,.4g}"
     assert planned == f"{1e3 * seconds:,.4g}"
     assert ratio == f"{seconds / mean:.2f}"
-    shape = predictions.inputs.model_of_flags(
+    shape = predictions.inputs.shape_from_flags(
         {"--num-layers": 2, "--hidden-size": 128, "--num-attention-heads": 32, "--seq-length": 16,
          "--max-position-embeddings": 16, "--padded-vocab-size": 272, "--position-embedding-type": "rope"},
         "", "",
@@ -235,7 +236,7 @@ def test_predictions_stand_beside_the_measured(report):
     layout = Layout(16, helix=True, grid=HelixGrid(8, 2), comm_type="a2a", placement="heads",
                     kv_cache="sequence")  # fmt: skip
     problem = Problem(shape, layout, Workload("train", 2, 16, "fp32", fused=False))
-    machine = predictions.inputs.cluster("dgx-h100")
+    machine = predictions.inputs.load_cluster("dgx-h100")
     assert seconds == predict(problem, machine).seconds
     together = replace(layout, micro_batch=2)  # the whole batch of prompts of 4 tokens, then 3 steps
     for name, kind, length in (("first_token", "prefill", 4), ("decode", "decode", 4 + 1 + 1)):

@@ -1,6 +1,7 @@
 """What a rank does in test_levels.py to count bytes: gloo over sockets, and what each of them has received.
 
-The kernel counts (TCP_INFO of the process's own connections; no root needed).
+The kernel counts (TCP_INFO of the process's own connections; no root needed). As a program, in a process with
+Transformer Engine, it prints what rank_layers finds on every rank for a layer of Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -123,3 +124,10 @@ def rank_count(n: int, m: int, elements: int) -> dict:
         found[key] = [after - b for after, b in zip(received(owners), before, strict=True)]
     dist.destroy_process_group()
     return found
+
+
+if __name__ == "__main__":
+    from helix_megatron.host.launcher import run_ranks
+    from tests.exchange.test_levels import T, rank_layers
+
+    print(run_ranks(rank_layers, T, True, timeout_s=150))

@@ -1,7 +1,10 @@
 """Tensor-parallel collectives level by level on a 3x2 grid: the flat results, fewer bytes between groups."""
 
+import ast
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixGrid
 from tests.exchange.levels_worker import rank_count
 from tests.megatron_glue.layer_worker import Groups, load, make_layer, run, start
+from tests.megatron_glue.te_environment import environment
 
 N, M, T = 3, 2, 6
 
@@ -39,12 +43,12 @@ def _collectives(groups):
     return max(worst, (levels.all_reduce(odd, groups) - (torch.arange(5) * T + 15)).abs().max().item())
 
 
-def _layer(sequence_parallel, by_level, groups):
+def _layer(sequence_parallel, by_level, groups, te=False):
     """What an attention layer computes, forward and backward, and the collectives it makes."""
     case = Case(9, 3, 16, seq=12)
     case.draw()
     helix = HelixConfig(N, M, hierarchical_allreduce=by_level)
-    layer = make_layer(case, helix, T, groups, sequence_parallel=sequence_parallel)
+    layer = make_layer(case, helix, T, groups, te=te, sequence_parallel=sequence_parallel)
     layout, rank = layer.helix_plan.layout, torch.distributed.get_rank()
     load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
     integrate.enable(helix)  # make_layer has switched it off again
@@ -55,22 +59,38 @@ def _layer(sequence_parallel, by_level, groups):
     return found, {name: (entry["calls"], entry["bytes"]) for name, entry in meter.as_json().items()}
 
 
-def _rank():
+def rank_layers(te):
+    """Largest relative difference between a layer's numbers by level and flat; the collectives of both."""
     start(T)
     groups = Groups().of(HelixGrid(N, M))
     worst, comm, difference = _collectives(groups), {}, 0.0
     for sequence_parallel in (False, True):
-        flat, comm[sequence_parallel, "flat"] = _layer(sequence_parallel, False, groups)
-        ours, comm[sequence_parallel, "by level"] = _layer(sequence_parallel, True, groups)
+        flat, comm[sequence_parallel, "flat"] = _layer(sequence_parallel, False, groups, te)
+        ours, comm[sequence_parallel, "by level"] = _layer(sequence_parallel, True, groups, te)
         for name, value in flat.items():
             difference = max(difference, ((ours[name] - value).norm() / value.norm()).item())
-    return worst, difference, comm
+    return worst, difference, list(comm.items())
 
 
-def test_results_of_the_flat_collectives_and_bytes_of_the_slow_level():
+def _of_transformer_engines():
+    """rank_layers where Transformer Engine's Python code is, on torch versions of its kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.exchange.levels_worker"],
+        env={**environment(), "NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("te", [False, True])
+def test_results_of_the_flat_collectives_and_bytes_of_the_slow_level(te):
     case = Case(9, 3, 16, seq=12)
     whole = 12 * 2 * case.hidden * 4  # bytes of the layer's input and output, batch 2
-    for worst, difference, comm in run_ranks(_rank, T):
+    for worst, difference, found in _of_transformer_engines() if te else run_ranks(rank_layers, T, False):
+        comm = dict(found)
         assert worst < 2e-6 and difference < 2e-6
         # The test itself gathers the output and the input gradient with sequence parallelism: all_gather x6.
         assert comm[False, "flat"][f"all_reduce x{T}"][0] == 2  # output, input gradient

@@ -19,7 +19,7 @@ from helix_megatron import cli
 from helix_megatron.check import tiny_model
 from helix_megatron.convert import check, mapping, torch_dist
 from helix_megatron.generate import engine as engines
-from helix_megatron.generate import generate, model, stops
+from helix_megatron.generate import generate, model, report, stops
 from helix_megatron.generate.engine import inference_config, size_for
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 from helix_megatron.generate.prompts import TextStream, read_prompts
@@ -325,7 +325,7 @@ def test_the_ends_of_a_text_are_not_streamed(tiny):
     tokenizer = model.open_tokenizer(tiny[1], None)
     ends = tokenizer.tokenize("x")
     shown = io.StringIO()
-    shower = generate._Shower(shown, tokenizer, 1, tuple(ends))
+    shower = report.AnswerPrinter(shown, tokenizer, 1, tuple(ends))
     shower.step(0, tokenizer.tokenize("ab"), False)
     shower.step(0, ends, True)
     assert shown.getvalue() == "ab\n"

@@ -24,8 +24,8 @@ from helix_megatron import cli
 from helix_megatron.check import tiny_model
 from helix_megatron.generate import serve
 from helix_megatron.generate.messages import check_messages
-from helix_megatron.generate.requests import Limits, Refused, check_fields, check_room, parse, prompts_of
-from helix_megatron.generate.stops import Search, Stops
+from helix_megatron.generate.requests import Limits, Refused, check_fields, check_prompts, check_room, parse
+from helix_megatron.generate.stops import Stops, StopSearch
 from tests.ports import free_port
 
 for package in ("zmq", "msgpack", "quart", "hypercorn"):
@@ -490,7 +490,7 @@ def test_every_rank_hears_of_a_failure_on_one(monkeypatch):
 
     def watch(primary, error=None, coordinator=alive):
         engine = SimpleNamespace(engine_loop_task=Loop(error), inference_coordinator_process=coordinator)
-        return serve.Watch(SimpleNamespace(engine=engine, is_primary_rank=primary))
+        return serve.FailureWatch(SimpleNamespace(engine=engine, is_primary_rank=primary))
 
     async def ended(*watches):
         return await asyncio.wait_for(asyncio.gather(*(one.failure() for one in watches)), 60)
@@ -504,7 +504,7 @@ def test_every_rank_hears_of_a_failure_on_one(monkeypatch):
     told.told = True
     asyncio.run(still_running(told))  # its coordinator was told to end
     assert asyncio.run(ended(watch(True, coordinator=dead))) == ["the engine's coordinator has ended"]
-    store.delete_key(serve.Watch._KEY)
+    store.delete_key(serve.FailureWatch._KEY)
     first, second, third = watch(True), watch(False, ZeroDivisionError("planted")), watch(False)
     message = "the engine has failed: ZeroDivisionError: planted"
     other = f"the server has failed on another rank: {message}"
@@ -530,11 +530,11 @@ LIMITS = Limits(sequence=4, vocabulary=10, requests=3)
 
 
 def test_limits_hold_exactly():
-    assert prompts_of({"prompt": [1, 2, 9]}, LIMITS, list) == 1
-    assert prompts_of({"prompt": [[1], [2]]}, LIMITS, list) == 2
+    assert check_prompts({"prompt": [1, 2, 9]}, LIMITS, list) == 1
+    assert check_prompts({"prompt": [[1], [2]]}, LIMITS, list) == 2
     for prompt in ([1, 2, 3, 4], [10], [-1], [True]):
         with pytest.raises(Refused):
-            prompts_of({"prompt": prompt}, LIMITS, list)
+            check_prompts({"prompt": prompt}, LIMITS, list)
     body = {"temperature": 0, "top_k": 3}
     assert check_fields({**body, "user": "me", "stop": None}, LIMITS, chat=False) == body
     check_fields({"temperature": 1.0, "top_k": 3, "top_p": 0, "max_tokens": 1}, LIMITS, chat=False)
@@ -576,7 +576,7 @@ def decode(tokens):
 )  # fmt: skip
 def test_a_stop_text_is_found_with_the_token_that_ends_it(text, words):
     data = text.encode()
-    stops, found = Stops(tuple(words)), Search(Stops(tuple(words)), decode)
+    stops, found = Stops(tuple(words)), StopSearch(Stops(tuple(words)), decode)
     right = next(
         (k for k in range(len(data) + 1) if any(word.encode() in data[:k] for word in words)), None
     )
@@ -594,7 +594,7 @@ def test_a_stop_may_be_a_special_token_and_a_token_may_hold_more_than_the_stop()
     stops = Stops(("x",), frozenset([256]))
     assert stops.cut([97, 256, 98], decode) == (1, "a") == stops.cut([97, 120, 256], decode)
     assert stops.cut([97, 98], decode) is None and stops.cut([120], decode) == (0, "")
-    search = Search(stops, decode)
+    search = StopSearch(stops, decode)
     assert [search.found([97, 256, 98][:k]) for k in range(4)] == [False, False, True, True]
     words = {0: "one ", 1: "two xthree"}
     assert stops.cut([0, 1, 0], lambda tokens: "".join(words[t] for t in tokens)) == (2, "one two ")

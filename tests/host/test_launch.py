@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helix_megatron.host.launcher import RankError, main, run_ranks
+from helix_megatron.host.launch_command import main
+from helix_megatron.host.launcher import RankError, run_ranks
 
 PATIENCE_S = 150  # for what takes a second or two on an idle machine
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from helix_megatron.host import launcher
-from helix_megatron.host.launcher import RankError, main, run_ranks
+from helix_megatron.host import launch_command
+from helix_megatron.host.launch_command import main
+from helix_megatron.host.launcher import RankError, run_ranks
 
 
 def environment():
@@ -57,7 +58,7 @@ def test_a_shared_gpu_is_no_host_mode(capsys, tmp_path):
 
 def test_it_says_that_times_mean_nothing(monkeypatch, capsys, tmp_path):
     asked = {}
-    monkeypatch.setattr(launcher, "run_ranks", lambda *args, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(launch_command, "run_ranks", lambda *args, **kwargs: asked.update(kwargs))
     script = tmp_path / "train.py"
     script.write_text("")
     assert main(["--share-gpu", "--nproc-per-node", "2", str(script)]) == 0

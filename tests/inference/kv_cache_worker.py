@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 
 from helix_megatron import compat
@@ -10,14 +13,20 @@ from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_layer, start
 
 
-def make(case: Case, helix: HelixConfig, tp: int, groups: Groups):
-    """A Helix layer with the case's weights, and its layout."""
+def make(case: Case, helix: HelixConfig, tp: int, groups: Groups, **kind):
+    """A Helix layer with the case's weights, and its layout.
+
+    Sinks are learned, and off by one (they stay 0) where ranks share a query head.
+    """
     case.draw()
     plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
-    layout = plan.layout
-    layer = make_layer(case, helix, tp, groups.of(layout.grid)).eval()
+    layout, loaded = plan.layout, case
+    if case.sinks and layout.query_heads % layout.grid.dim_parallel_size:
+        case.tensors["sinks"].zero_()
+        loaded, kind = replace(case, sinks=False), dict(kind, softmax_type="off-by-one")
+    layer = make_layer(case, helix, tp, groups.of(layout.grid), **kind).eval()
     rank = torch.distributed.get_rank() % tp
-    load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+    load(layer, loaded, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
     return layer, layout
 
 
@@ -61,6 +70,25 @@ def decode_all(tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]]) -> list
     return found
 
 
+def prompts_by_the_core(
+    tp: int, jobs: list[tuple[Case, HelixConfig, list[int]]], te_core: bool
+) -> list[tuple[str, float, int]]:
+    """Of each job: its name, the relative error against float64, and how often the layer's core ran."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix, prompt in jobs:
+        layer, _ = make(case, helix, tp, groups, te_core=te_core)
+        runs: list[int] = []
+        layer.core_attention.core.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        out, _ = decode(layer, case, StaticInferenceContext(case.batch, case.seq), list(prompt))
+        expected = reference(case)["output"]
+        error = ((out - expected).norm() / expected.norm()).item()
+        found.append((f"{case} {helix}", error, len(runs)))
+    return found
+
+
 def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int) -> list[dict]:
     """Collectives of every step."""
     from megatron.core.inference.contexts import StaticInferenceContext
@@ -72,7 +100,7 @@ def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int)
     return decode(layer, case, StaticInferenceContext(case.batch, max_length), [prompt], CommMeter())[1]
 
 
-def refused(tp: int, ways: list[str], cache: str = "auto") -> list[str]:
+def refused(tp: int, ways: list[str]) -> list[str]:
     """The error of each way to ask a layer for what a cache of its kind does not serve."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -82,8 +110,7 @@ def refused(tp: int, ways: list[str], cache: str = "auto") -> list[str]:
         case = Case(4, 2, 8, seq=6)
         case.window = (3, 1) if way == "window ahead" else None
         case.mask = "none" if way == "not causal" else "causal"
-        case.gate, case.sinks = way == "gate", way == "sinks"
-        layer, _ = make(case, HelixConfig(1, 2, kv_cache=cache), tp, groups)
+        layer, _ = make(case, HelixConfig(1, 2), tp, groups)
         context = StaticInferenceContext(case.batch, 4 if way == "too long" else case.seq)
         mask = None
         if way in ("padding mask", "causal mask"):
@@ -97,7 +124,7 @@ def refused(tp: int, ways: list[str], cache: str = "auto") -> list[str]:
         try:
             hidden = case.tensors["hidden"].float()
             layer(hidden, mask, None, context, case.rope_table(), **extra)
-            if way in ("gate", "sinks", "context parallelism"):  # what a cache of slices does comes second
+            if way == "context parallelism":  # what a cache of slices does comes second
                 context = StaticInferenceContext(case.batch, case.seq)
                 decode(layer, case, context, [3])
         except (NotImplementedError, ValueError) as error:
@@ -134,25 +161,35 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
 
     from helix_megatron.megatron import integrate
 
-    torch.distributed.init_process_group("nccl")
-    shape = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 8, **model_settings}
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl")
+    sizes = dict(num_attention_heads=4, num_query_groups=2, kv_channels=8, ffn_hidden_size=96)
+    shape = {**sizes, **model_settings}
+    later, tables = shape.pop("later", {}), dict(position_embedding_type="rope") | shape.pop("tables", {})
     pattern = shape.pop("hybrid_layer_pattern", None)
     if helix is not None:
         kv = shape["num_query_groups"], shape["kv_channels"]
         grid = helix.resolve(shape["num_attention_heads"], *kv, tp).grid
         integrate.enable(helix, grid)
-    parallel_state.initialize_model_parallel(tp)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tp)
     torch.manual_seed(3)
-    model_parallel_cuda_manual_seed(3)
+    model_parallel_cuda_manual_seed(3, inference_rng_tracker=shape.get("cuda_graph_impl") == "local")
     config = TransformerConfig(
-        num_layers=len(pattern or "**"), hidden_size=48, ffn_hidden_size=96, tensor_model_parallel_size=tp,
+        num_layers=len(pattern or "**"), hidden_size=48, tensor_model_parallel_size=tp,
         use_cpu_initialization=True, pipeline_dtype=torch.float32, masked_softmax_fusion=False,
         bias_dropout_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         init_method_std=0.3, attention_dropout=0.0, hidden_dropout=0.0, **shape,
     )  # fmt: skip
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
-    tables = dict(vocab_size=96, max_sequence_length=64, position_embedding_type="rope")
+    for name, value in later.items():
+        setattr(config, name, value)  # as Megatron's arguments do what is no field of it
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    tables |= dict(vocab_size=96, max_sequence_length=64)
     if pattern is None:
+        if config.mtp_num_layers:
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+            tables["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
         model = GPTModel(config, spec, **tables)
     else:
         model = hybrid_model(config, spec, hybrid_layer_pattern=pattern, **tables)
@@ -162,9 +199,27 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
     DynamicInferenceContext.TOKEN_ROUNDER = settings.pop("token_rounder", 64)
     inference_config = InferenceConfig(unified_memory_level=0, **{**sizes, **settings})
     context = DynamicInferenceContext(config, inference_config)
+    if helix is not None and grid.dim_parallel_size > 1:
+        refuse_unwritten_memory(context)
     wrapped = wrappers.GPTInferenceWrapper(model.cuda().eval(), context)
     controller = text_generation_controller.TextGenerationController(wrapped, Letters())
     return DynamicInferenceEngine(controller, context)
+
+
+def refuse_unwritten_memory(context):
+    """Memory that is allocated holds NaN, and the cache's does not: kernels may multiply it by 0."""
+    allocated = torch.empty
+
+    def of_nan(*shape, **options):
+        memory = allocated(*shape, **options)
+        return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+    torch.empty = of_nan
+    try:
+        context._allocate_memory_buffer()
+    finally:
+        torch.empty = allocated
+    assert context.memory_buffer.isfinite().all(), "the cache is made of what memory held before"
 
 
 def hybrid_model(config, layer, **sizes):
@@ -193,8 +248,38 @@ def hybrid_model(config, layer, **sizes):
     return HybridModel(config, stack, **sizes)
 
 
-def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None):
+def propose(model, tokens: dict[int, list[int]]) -> None:
+    """Have the model's multi-token prediction propose what `tokens` (of requests, prompts included) go on
+    with, but wrong at every fourth position; it computes its own proposals too."""
+    following = {
+        (position, token): after
+        for whole in tokens.values()
+        for position, (token, after) in enumerate(pairwise(whole))
+    }
+    own = model.compute_mtp_single_step
+
+    def compute_mtp_single_step(hidden_states, next_token_ids, position_ids, **kwargs):
+        hidden, logits = own(
+            hidden_states=hidden_states, next_token_ids=next_token_ids, position_ids=position_ids, **kwargs
+        )
+        assert torch.isfinite(logits).all()
+        logits = torch.zeros_like(logits)
+        places = zip(position_ids[0].tolist(), next_token_ids[0].tolist(), strict=True)
+        for row, (position, token) in enumerate(places):
+            right = following.get((position, token), 0)
+            logits[row, 0, right if position % 4 else (right + 1) % 96] = 1.0
+        return hidden, logits
+
+    model.compute_mtp_single_step = compute_mtp_single_step
+
+
+def generate(
+    tp: int, helix: HelixConfig | None, model: dict | None = None, settings: dict | None = None,
+    proposals: dict[int, list[int]] | None = None,
+):  # fmt: skip
     """Greedy tokens of requests that come and go, and what the context says of its memory.
+
+    With `proposals` (the requests' tokens, prompts included) multi-token prediction proposes them.
 
     Prompts of 1, 5, 8 (one block), 17 and 30 tokens start together with different numbers of tokens to
     generate; two more join while those decode, one with a prompt that is there already.
@@ -202,6 +287,7 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
     from megatron.core.inference.sampling_params import SamplingParams
 
     from helix_megatron.measure.comm import CommMeter
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
 
     texts = ["a", "hello", "exactly8", "the quick brown f", "one prompt that takes four pages"[:30]]
     lengths = [12, 3, 9, 20, 6]
@@ -209,6 +295,8 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
     with torch.inference_mode():
         running = engine(tp, helix, model or {}, settings or {})
         context = running.context
+        if proposals is not None:
+            propose(running.controller.inference_wrapped_model.model, proposals)
         assert compat.cache_blocks(context.kv_block_allocator) == context.memory_buffer.shape[2]
 
         def add(number: int, text: str, new: int) -> None:
@@ -218,6 +306,14 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
 
         for number, (text, new) in enumerate(zip(texts, lengths, strict=True)):
             add(number, text, new)
+        by_the_core: list[tuple] = []
+        prompt_heads = HelixParallelSelfAttention.prompt_heads
+
+        def noted(layer, query, *args):
+            by_the_core.append((layer.layer_number, len(query)))
+            return prompt_heads(layer, query, *args)
+
+        HelixParallelSelfAttention.prompt_heads = noted
         done, step, seen, decode_steps, paused, cached = {}, 0, set(), set(), 0, 0
         meter = CommMeter()
         while running.has_unfinished_requests() or any(when >= step for when in late):
@@ -241,6 +337,10 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
             assert step < 100, "requests never end"
     return {
         "tokens": done,
+        "prompt tokens by the core": sum(tokens for layer, tokens in by_the_core if layer == 1),
+        "steps": step,
+        "prompts": {number: Letters().tokenize(text) for number, text in enumerate(texts)}
+        | {10 + when: Letters().tokenize(text) for when, (text, _) in late.items()},
         "kinds of steps": sorted(seen),
         "collectives of decode steps": sorted(decode_steps),
         "paused": paused,
@@ -250,6 +350,31 @@ def generate(tp: int, helix: HelixConfig | None, model: dict | None = None, sett
         / context.block_size_tokens,
         "block bytes": context.block_size_bytes,
     }
+
+
+def generate_like(
+    tp: int, runs: list[tuple[HelixConfig, dict, str]], prompts: list[list[int]], new: int
+) -> list[list[list[int]]]:
+    """Greedy tokens of a model's weights after each prompt, for each run: Helix, model settings, weights.
+
+    All runs are on one grid.
+    """
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    from helix_megatron.megatron import integrate
+    from tests.inference.known_models import load
+
+    found = []
+    for helix, settings, weights in runs:
+        with torch.inference_mode():
+            running = engine(tp, helix, settings, {"max_requests": 16})
+            model = running.controller.inference_wrapped_model.model
+            load(model, torch.load(weights), tp, torch.distributed.get_rank())
+            sampling = SamplingParams(num_tokens_to_generate=new, top_k=1, termination_id=-1)
+            records = running.generate(prompts, sampling)
+        found.append([[int(token) for token in record.merge().generated_tokens] for record in records])
+        integrate.disable()
+    return found
 
 
 def generate_without_cache(tp: int, helix: HelixConfig) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ Layers are compared with the float64 reference, Megatron's dynamic engine with i
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from helix_megatron.check.reference import Case
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import slice_cache as kv_slices
-from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep, local_slots
+from helix_megatron.inference.position_cache import Attention, PagedStep, SequenceStep
+from helix_megatron.inference.step_tokens import StepTokens
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
@@ -49,6 +51,8 @@ def _jobs(n: int, m: int) -> list[tuple[Case, HelixConfig, list[int]]]:
                 (dict(seq=13, batch=3), 2, [2], 2),  # a prompt of one block
                 (dict(seq=14, qk_norm="RMSNorm", window=(3, 0)), 1, [5], 1),
                 (dict(seq=17, rotary_percent=0.5, interleaved=True), 3, [3, 7], 5),  # a prompt in chunks
+                (dict(seq=6, batch=1, sinks=True, window=(3, 0)), 4, [1], 2),
+                (dict(seq=11, gate=True, sinks=True, rotary_percent=0.5, qk_norm="RMSNorm"), 2, [4], 1),
             ]
             for features, interleave, prompt, chunks in options:
                 helix = HelixConfig(
@@ -80,9 +84,16 @@ def test_bytes_of_a_cache_of_whole_cycles_are_one_part_in_t():
 
 
 def test_the_cache_of_slices_is_still_there():
-    jobs = [(Case(8, 2, 16, seq=10), HelixConfig(1, 2, kv_cache="dim"), [4])]
+    kept = dict(kv_cache="dim")
+    jobs = [
+        (Case(8, 2, 16, seq=10), HelixConfig(1, 2, **kept), [4]),
+        (Case(8, 2, 16, seq=10, gate=True), HelixConfig(1, 2, query_placement="dims", **kept), [4]),
+        (Case(8, 2, 16, seq=10, sinks=True, window=(3, 0)), HelixConfig(1, 2, **kept), [4]),
+        (Case(9, 3, 16, seq=10, sinks=True), HelixConfig(1, 2, comm_type="a2a", **kept), [4]),
+    ]
     for rank in run_ranks(decode_all, 2, 2, jobs):
-        assert rank[0][1] < 2e-6 and rank[0][2] == 2 * 10 * 2 * 2 * 16 * 4 // 2
+        for (case, _, _), (_, error, cached) in zip(jobs, rank, strict=True):
+            assert error < 2e-6 and cached == 2 * 10 * 2 * case.groups * 16 * 4 // 2
 
 
 @pytest.mark.parametrize("cache", ["sequence", "dim"])
@@ -90,7 +101,11 @@ def test_weighted_slices_are_cached(cache):
     """Positions are dealt equally whatever the slices; slices are cached as they are."""
     weights = (4.0, 1.0, 1.0)
     jobs = [
-        (Case(heads, 3, 16, seq=12), HelixConfig(1, 3, kv_cache=cache, slice_weights=weights, **more), [4])
+        (
+            Case(heads, 3, 16, seq=12, sinks=True, gate=True),
+            HelixConfig(1, 3, kv_cache=cache, slice_weights=weights, **more),
+            [4],
+        )
         for heads, more in ((9, dict(kv_interleave_size=2)), (3, dict(query_placement="heads")), (6, {}))
     ]
     dims = [12, 2, 2] if cache == "dim" else [16 / 3] * 3
@@ -106,6 +121,11 @@ def test_slices_that_are_heads_of_their_own_are_cached_as_such():
 
 
 # ---- collectives ----
+def _piece(tokens: int, heads: int, dim: int) -> int:
+    """Bytes of partial outputs in fp32 and of their log-sum-exps, each padded to 16."""
+    return sum(-(-size // 16) * 16 for size in (4 * tokens * heads * dim, 4 * tokens * heads))
+
+
 @pytest.mark.parametrize("placement", ["dims", "heads"])
 def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placement):
     n, m, hq, hk, d, batch, prompt = 2, 2, 4, 1, 16, 3, 5
@@ -113,16 +133,23 @@ def test_a_step_has_two_collectives_whose_bytes_do_not_know_the_context(placemen
     helix = HelixConfig(n, m, query_placement=placement, kv_interleave_size=4)
     steps = run_ranks(count, 4, 4, case, helix, prompt, 64)[0]
     assert len(steps) == 1 + 25
-    for step, tokens in zip(steps, [prompt, *[1] * 25], strict=True):
-        t, d_s = tokens * batch, d // m
-        share = hq * (d_s + 1) if placement == "dims" else hq // m * (d + 1)
+    t, d_s = prompt * batch, d // m  # the prompt: as in training, its queries and outputs hardly move
+    whole = {name: (x["calls"], x["bytes"] // 4) for name, x in steps.pop(0).items() if name.endswith("x2")}
+    if placement == "heads":
+        assert whole == {"all_gather x2": (1, (m - 1) * t * 2 * hk * d_s)}
+    else:
+        moved = t * 2 * hk * (d - d_s) + t * hq // m * (d - d_s) + (m - 1) * t * hq // m * d_s
+        assert whole == {"all_to_all x2": (2, moved)}
+    for step in steps:
+        t = batch
+        share = _piece(t, hq, d_s) if placement == "dims" else _piece(t, hq // m, d)
         inside = {name: entry for name, entry in step.items() if name.endswith(f"x{m}")}
         assert {name: entry["calls"] for name, entry in inside.items()} == {
             "all_gather x2": 1,
             "all_to_all x2": 1,
         }
         assert inside["all_gather x2"]["bytes"] == (m - 1) * t * (hq + 2 * hk) * d_s * 4
-        assert inside["all_to_all x2"]["bytes"] == (m - 1) * t * share * 4
+        assert inside["all_to_all x2"]["bytes"] == (m - 1) * share
         assert {name: entry["calls"] for name, entry in step.items() if name not in inside} == {
             "all_reduce x4": 1  # of linear_proj, as Megatron
         }
@@ -136,14 +163,21 @@ def test_a_step_with_uneven_slices_receives_what_a_rank_lacks(placement):
     ranks = run_ranks(count, 4, 4, Case(8, 2, d, seq=9, batch=batch), helix, prompt, 64)
     for rank, steps in enumerate(ranks):
         d_s = sizes[rank % 2]
-        for step, tokens in zip(steps, [prompt, *[1] * 4], strict=True):
-            t = tokens * batch
+        t, whole = prompt * batch, steps.pop(0)["all_to_all x2"]
+        moved = t * 2 * hk * (d - d_s)
+        if placement == "dims":
+            moved += t * hq // m * (d - d_s) + (m - 1) * t * hq // m * d_s
+        assert (whole["calls"], whole["bytes"] // 4) == (2 if placement == "dims" else 1, moved)
+        assert len(steps) == 4
+        for step in steps:
+            t = batch
             if placement == "dims":
-                gathered, share = (hq + 2 * hk) * (d - d_s), hq * (d_s + 1)
+                gathered, share = (hq + 2 * hk) * (d - d_s), _piece(t, hq, d_s)
             else:
-                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), hq // m * (d + 1)
+                gathered, share = (m - 1) * hq // m * d + 2 * hk * (d - d_s), _piece(t, hq // m, d)
+            received = 4 * t * gathered + (m - 1) * share
             assert {name: entry for name, entry in step.items() if name.endswith("x2")} == {
-                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": 4 * t * (gathered + share)}
+                "all_to_all x2": {**step["all_to_all x2"], "calls": 2, "bytes": received}
             }
 
 
@@ -171,6 +205,19 @@ def test_overlap_cuts_the_second_collective_and_sends_no_more():
 SPARE = 0  # block
 
 
+def _context(blocks: torch.Tensor, places: torch.Tensor, requests: Requests) -> SimpleNamespace:
+    """What StepTokens reads of Megatron's context."""
+    names = "cu_query_seq_lengths", "kv_seq_lengths", "block_table"
+    view = dict(token_to_block_idx=blocks, token_to_local_position_within_kv_block=places)
+    metadata = SimpleNamespace(state_data=dict(zip(names, requests.tensors, strict=True)))
+    return SimpleNamespace(
+        gpu_view=SimpleNamespace(**view), padded_active_token_count=len(blocks),
+        kv_block_allocator=SimpleNamespace(dummy_block_idx=SPARE),
+        active_attn_metadata={"mha_metadata": metadata}, is_decode_only=lambda: False,
+        num_prefill_requests=0,
+    )  # fmt: skip
+
+
 def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 0):
     """Requests in a paged cache of every rank, and their keys and values; unwritten memory is NaN.
 
@@ -192,13 +239,15 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
         places.append(positions % block)
     tokens = torch.cat(blocks), torch.cat(places)
     requests = Requests(ends, torch.tensor(lengths), table)
-    steps = [
-        PagedStep(
-            *memory[rank], interleave, rank, Attention(0.5), *local_slots(interleave, rank, *tokens, SPARE),
-            requests, False,
+    steps = []
+    for rank in range(ranks):
+        step = StepTokens(interleave, rank, graphs=False)
+        step.begin(_context(*tokens, requests))
+        steps.append(
+            PagedStep(
+                *memory[rank], interleave, rank, Attention(0.5), step.blocks, step.slots, step.requests, False
+            )
         )
-        for rank in range(ranks)
-    ]  # fmt: skip
     for step in steps:
         step.write_new_tokens(torch.cat(keys)[:, None], -torch.cat(keys)[:, None])
     return steps, keys, table
@@ -275,14 +324,17 @@ def test_the_dynamic_engine_chooses_the_same_tokens():
     assert [len(vanilla["tokens"][r]) for r in (0, 1, 2, 3, 4, 14, 17)] == [12, 3, 9, 20, 6, 5, 8]
     assert len({tuple(tokens) for tokens in vanilla["tokens"].values()}) == 7
     assert vanilla["kinds of steps"] == [(False, True), (True, False), (True, True)]
+    found_prompts = sum(map(len, vanilla["prompts"].values()))
     runs = [
         (2, HelixConfig(1, 2, overlap_chunks=3)),
         (4, HelixConfig(2, 2, kv_interleave_size=2, query_placement="dims")),
     ]
     for ranks, helix in runs:
+        whole = found_prompts * (helix.head_parallel_size == 2)  # else a rank attends with one KV head of two
         for found in run_ranks(generate, ranks, ranks, helix, timeout_s=150):
             assert found["tokens"] == vanilla["tokens"], helix
             assert found["kinds of steps"] == vanilla["kinds of steps"]
+            assert found["prompt tokens by the core"] == whole
             for name in ("block bytes", "bytes of a token"):  # hence T times the blocks in the same buffer
                 assert found[name] == vanilla[name] / ranks, name
     inside = [  # of all decode steps, from 18 to 37 tokens of context: two layers, 12 padded requests, 2x2
@@ -320,22 +372,26 @@ def test_the_dynamic_engine_with_uneven_slices(helix, dims):
             dict(num_attention_heads=6, num_query_groups=1, window_size=(9, 0)), dict(), id="window, MQA"
         ),
         pytest.param(
-            dict(qk_layernorm=True, rotary_interleaved=True, normalization="RMSNorm"),
+            dict(num_query_groups=1, qk_layernorm=True, rotary_interleaved=True, normalization="RMSNorm"),
             dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4),
             id="QK norm, prompts in chunks",
         ),
         pytest.param(dict(hybrid_layer_pattern="*-*-"), dict(), id="hybrid model"),
         pytest.param(
-            dict(), dict(enable_prefix_caching=True, async_sched_mode="async"), id="shared prefixes, async"
+            dict(num_query_groups=1),
+            dict(enable_prefix_caching=True, async_sched_mode="async"),
+            id="shared prefixes, async",
         ),
     ],
 )
 def test_the_dynamic_engine_with(model, inference):
     vanilla = run_ranks(generate, 1, 1, None, model, inference, timeout_s=100)[0]
-    helix = HelixConfig(1, 2, kv_interleave_size=3)
+    helix, windowed = HelixConfig(1, 2, kv_interleave_size=3), "window_size" in model
     for found in run_ranks(generate, 2, 2, helix, model, inference, timeout_s=150):
         assert found["tokens"] == vanilla["tokens"]
         assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
+        # with one KV head; first chunks and prompts that share no prefix
+        assert (found["prompt tokens by the core"] > 30) == (model.get("num_query_groups") == 1) or windowed
 
 
 @pytest.mark.dynamic_engine
@@ -367,9 +423,9 @@ def test_the_dynamic_engine_with_a_cache_of_slices():
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([None, 0, 5]),
-    st.sampled_from([2**9, 2**12, 2**26]), st.integers(0, 1000),
+    st.sampled_from([2**9, 2**12, 2**26]), st.booleans(), st.integers(0, 1000),
 )  # fmt: skip
-def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_bytes, seed):
+def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_bytes, with_sinks, seed):
     """One rank with whole heads, whose all-reduce is nothing; scores in parts of any size."""
     generator = torch.Generator().manual_seed(seed)
     block, new = 8, [1 + seed % length for length in lengths]
@@ -399,17 +455,38 @@ def test_pages_of_slices_give_attention_over_the_request(lengths, left, score_by
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_slices, "SCORE_BYTES", score_bytes)
         patch.setattr(kv_slices, "all_reduce_sum", lambda scores, group: sums.append(scores) or scores)
-        out = kv_slices.attend_over_slices(query, fresh, -fresh, pages, None)
+        sinks = torch.randn(4, generator=generator) if with_sinks else None
+        out = kv_slices.attend_over_slices(query, fresh, -fresh, pages, None, sinks)
     if score_bytes == 2**26:
         assert len(sums) == 1
     one_row = max(lengths)  # a part is one row at least
-    assert all(scores.nbytes <= max(score_bytes, 4 * 4 * one_row) for scores in sums)
+    assert all(scores.nbytes <= max(score_bytes, 4 * 4 * one_row) + 4 * 4 * with_sinks for scores in sums)
     assert out[-2:].abs().max() == 0
     for request, key in enumerate(keys):
         rows = slice(int(ends[request]), int(ends[request + 1]))
         window = (-1 if left is None else left, 0)
-        expected, _ = host_kernels.attend(query[rows, 0], key, -key, 0.5, True, window)
+        expected, lse = host_kernels.attend(query[rows, 0], key, -key, 0.5, True, window)
+        if with_sinks:  # an output of 0 beside
+            expected = expected * torch.sigmoid(lse.T - sinks).unsqueeze(-1)
         torch.testing.assert_close(out[rows, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.dynamic_engine
+def test_the_dynamic_engine_with_speculative_tokens():
+    """Several new tokens of a request in a step, some of them rejected: the tokens without speculation."""
+    mtp, ahead = dict(mtp_num_layers=2, num_query_groups=1), dict(num_speculative_tokens=2)
+    plain = run_ranks(generate, 1, 1, None, mtp, timeout_s=100)[0]
+    proposals = {r: plain["prompts"][r] + tokens for r, tokens in plain["tokens"].items()}
+    vanilla = run_ranks(generate, 1, 1, None, mtp, ahead, proposals, timeout_s=100)[0]
+    assert vanilla["tokens"] == plain["tokens"] and vanilla["steps"] < plain["steps"]
+    windowed = mtp | dict(num_attention_heads=6, window_size=(9, 0))
+    short = run_ranks(generate, 1, 1, None, windowed, timeout_s=100)[0]
+    for kept in (dict(kv_interleave_size=2, overlap_chunks=3), dict(kv_cache="dim")):
+        helix = HelixConfig(1, 2, **kept)
+        for found in run_ranks(generate, 2, 2, helix, mtp, ahead, proposals, timeout_s=100):
+            assert found["tokens"] == plain["tokens"] and found["steps"] == vanilla["steps"]
+    for found in run_ranks(generate, 2, 2, HelixConfig(1, 2), windowed, ahead, proposals, timeout_s=100):
+        assert found["tokens"] == short["tokens"]
 
 
 @pytest.mark.dynamic_engine
@@ -450,31 +527,26 @@ def test_what_the_cache_does_not_serve_is_refused():
         "not causal": "no_mask",
         "too long": "do not fit an inference context of 2 sequences of 4 positions",
         "bias": "attention_bias",
-        "graphs": "--cuda-graph-impl local",
-        "gate": "--attention-output-gate",
-        "sinks": "attention sinks (--softmax-type)",
+        "graphs": "CUDA graphs (--cuda-graph-impl local) of the static context",
         "context parallelism": "context parallelism",
     }
     for messages in run_ranks(refused, 2, 2, list(ways)):
         for message, part in zip(messages, ways.values(), strict=True):
             assert part in message
-    for messages in run_ranks(refused, 2, 2, ["gate"], "dim"):
-        assert "--attention-output-gate" in messages[0]
 
 
 @pytest.mark.dynamic_engine
 def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built():
     ways = [
         (dict(kv_cache="dim"), {}, dict(block_size_tokens=9), "built"),
-        ({}, dict(cuda_graph_impl="local"), {}, "--cuda-graph-impl local"),
-        ({}, {}, dict(num_speculative_tokens=2), "num_speculative_tokens"),
+        ({}, dict(cuda_graph_impl="local"), {}, "built"),
+        (dict(kv_cache="dim"), dict(cuda_graph_impl="local"), {}, "(sequence has graphs)"),
+        ({}, dict(cuda_graph_impl="local", cuda_graph_warmup_steps=0), {}, "--cuda-graph-warmup-steps 0"),
+        ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not
         ({}, {}, dict(use_flashinfer_fused_rope=None, flashinfer=True), "use_flashinfer_fused_rope"),
         ({}, dict(batch_invariant_mode=True), {}, "--batch-invariant-mode"),
-        ({}, dict(attention_output_gate=True), {}, "--attention-output-gate"),
-        ({}, dict(softmax_type="learnable"), {}, "softmax type 'learnable' (--softmax-type)"),
-        ({}, dict(softmax_type="off-by-one"), {}, "softmax type 'off-by-one' (--softmax-type)"),
         ({}, dict(context_parallel_size=2), {}, "--context-parallel-size"),
         ({}, {}, dict(mamba_inference_state_config=True), "the states of Mamba layers"),
         ({}, {}, dict(block_size_tokens=9), "block of 9 tokens"),

@@ -347,6 +347,8 @@ def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window
         N=2 * ratio, R=ratio, D=dim, PAGE=page, RANKS=8, SIZE=min(32, page), WINDOW=window,
         TOKENS=tile.rows // ratio, R_PAD=ratio, D_PAD=dim, SLOTS=tile.slots, STAGES=tile.stages,
         LEAST=tile.least, PAGED=tile.paged, UPCAST=False,
+        **(dict(OF_N=ratio, OF_D=dim, COPIES=1) if window else dict(OF_N=2 * ratio, OF_D=dim // 2, COPIES=2)),
+        UNIT=4 if kind == "fp32" else 8,
     )  # fmt: skip
     code, registers, stack = compiled(attention_kernel, kinds, constants, gpu, num_warps=tile.warps)
     assert tile.paged == (page != 24) and tile.rows >= ratio
@@ -362,17 +364,20 @@ def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window
 @pytest.mark.parametrize("gpu", [80, 90, 100])
 def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     from helix_megatron.kernels.triton_merge import combine_kernel, merge_block, merge_programs_kernel
-    from helix_megatron.kernels.triton_plan import plan_kernel
+    from helix_megatron.kernels.triton_plan import place_kernel, plan_kernel
 
+    longs = dict.fromkeys(("of_tokens", "blocks", "slots"), "*i64")
     integers = dict.fromkeys(("ends", "lengths", "starts", "owners", "plan"), "*i32")
     floats = dict.fromkeys(("parts", "logs", "lse", "lses"), "*fp32")
     ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
-    ranks = dict(N=8, D=128, WITH_LSE=False, PARTS=8, DIMS=128)
+    merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
+    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
+        (place_kernel, longs | {"places": "*i32"}, dict(RANKS=8, SIZE=32, BLOCK=256), 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
-        (combine_kernel, floats | {"outs": "*bf16", "out": "*bf16"}, ranks, 1),
+        (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)
         assert code.metadata.shared <= 16 * 1024 and registers <= 128 and stack == 0

@@ -61,6 +61,34 @@ def test_log_sum_exps_far_apart_do_not_overflow():
 def test_all_parts_empty():
     out, lse = merge_partials(torch.zeros(3, 2, 4), torch.full((3, 2), -torch.inf))
     assert torch.equal(out, torch.zeros(2, 4)) and lse.isneginf().all()
+    sinks = torch.tensor([-3.0, 5.0])
+    out, lse = merge_partials(torch.zeros(3, 2, 4), torch.full((3, 2), -torch.inf), sinks)
+    assert torch.equal(out, torch.zeros(2, 4)) and torch.equal(lse, sinks)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("magnitude", [0.3, 30.0])
+def test_a_sink_counts_once_however_many_parts_there_are(parts, magnitude):
+    """A column of scores of which nothing is read, as models with sinks are written down."""
+    generator = torch.Generator().manual_seed(parts)
+    query, key, value = (
+        torch.randn(length, 2, heads, 4, generator=generator) for length, heads in ((3, 6), (7, 2), (7, 2))
+    )
+    sinks = torch.randn(6, generator=generator) * magnitude
+    partials = [
+        partial_attention(query, key[part::parts], value[part::parts], None, 0.5) for part in range(parts)
+    ]
+    given = [torch.stack(tensors) for tensors in zip(*partials, strict=True)]
+    out, lse = merge_partials(*given, sinks)
+    key, value = (x.double().repeat_interleave(3, dim=2) for x in (key, value))
+    scores = torch.einsum("sbnd,lbnd->sbnl", query.double(), key) * 0.5
+    scores = torch.cat([scores, sinks.double()[:, None].expand(3, 2, 6, 1)], dim=-1)
+    expected = torch.einsum("sbnl,lbnd->sbnd", scores.softmax(-1)[..., :-1], value)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=3e-6)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    rounded = (merge_partials(*given, sinks) for sinks in (sinks.bfloat16(), sinks.bfloat16().float()))
+    for found, expected in zip(*rounded, strict=True):  # a layer has them in its dtype
+        assert found.dtype is torch.float32 and torch.equal(found, expected)
 
 
 def test_long_queries_are_cut_without_a_difference(monkeypatch):

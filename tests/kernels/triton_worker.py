@@ -5,9 +5,10 @@ import itertools
 
 import torch
 
+from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend as attention_backend
+from helix_megatron.kernels import merge, triton_merge, triton_plan
 from helix_megatron.kernels import paged_attention_triton as kernels
-from helix_megatron.kernels import triton_merge
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -74,7 +75,7 @@ def deals_what_is_there() -> None:
     assert int(launch.owners[steps.index(32)]) == 5
     lengths[:40], ends[:41] = 33, torch.arange(41)  # some tiles between those of requests are empty
     ends[40:] = 40
-    requests.kept.clear()
+    requests.refill()
     _, (launch,), _ = kernels._plan(requests, visible, 64, tiles, 1)
     assert int(launch.starts[-1]) == 40 * 2
 
@@ -134,6 +135,39 @@ def far_apart() -> None:
           VisibleSlots(0.5, None, KvInterleave(1, 16), 0))  # fmt: skip
 
 
+def pieces() -> None:
+    """What ranks are sent is written where it travels: whole heads, or slices beside all log-sum-exps."""
+    half, single = torch.bfloat16, torch.float32
+    for dtype, number, dim, by_heads in ((half, 3, 12, True), (half, 2, 16, False), (single, 3, 12, False)):
+        for new in ([1, 1], [12, 1]):
+            drawn = draw([70, 50], new, 2, 4, 1, (6, 2), dim, "scattered", dtype=dtype)[:4]
+            given = *drawn, VisibleSlots(0.3, None, KvInterleave(2, 4), 1), max(new) == 1
+            shape = (6 // number, dim) if by_heads else (6, dim // number)
+            rows = drawn[0].shape[:1]
+            _, size = piece_elements(*rows, *shape, dtype.itemsize)
+            mine, wanted = (
+                piece_views(torch.full((number, size), torch.nan, dtype=dtype), rows, *shape)
+                for _ in range(2)
+            )
+            kernels.attend_into(*mine, *given)
+            merge.write_partials(*paged_attention(*given), *wanted)
+            assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, number, new)
+
+
+def placement() -> None:
+    """More tokens than one program takes, types as Megatron has them; beside torch's."""
+    blocks, places = torch.arange(300), torch.arange(300, dtype=torch.int32) * 7 % 24
+    for ranks, size, rank in ((1, 1, 0), (2, 3, 1), (4, 2, 2)):
+        dealt = KvInterleave(ranks, size), rank, 999
+        mine, wanted = torch.zeros(2, 2, 300, dtype=torch.int64)
+        triton_plan.place_tokens(*mine, blocks, places, *dealt)
+        for token, place in enumerate(places.tolist()):
+            own = place // size % ranks == rank
+            wanted[0, token] = token if own else 999
+            wanted[1, token] = [p for p in range(24) if p // size % ranks == rank].index(place) if own else 0
+        assert torch.equal(mine, wanted), dealt
+
+
 def merges() -> int:
     """What ranks send: log-sum-exps in a block behind each rank's outputs, empty parts, one part."""
     number = 0
@@ -156,6 +190,12 @@ def merges() -> int:
         assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == -torch.inf
         torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        sinks = torch.randn(heads, generator=torch.Generator().manual_seed(3)).to(dtype) * 20
+        out, lse = triton_merge.combine_partials(outs, lses, dtype, with_lse=True, sinks=sinks)
+        want, want_lse = merge_partials(outs.double(), lses.double(), sinks.double())
+        assert out[-1, -1].count_nonzero() == 0 and lse[-1, -1] == sinks[-1]
+        torch.testing.assert_close(out.double(), want.double(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
         number += 1
     return number
 
@@ -165,6 +205,8 @@ def warms_up() -> None:
     keys, visible = torch.zeros(3, 32, 1, 16), VisibleSlots(0.25, None, KvInterleave(2, 16), 0)
     triton_merge.MANY_ROWS = 64  # of tokens times heads
     with Asked() as asked:
+        kernels.warm_up(keys, keys, 2, torch.float32, visible, (1, 16))
+        assert all(dict(kind[1:]).get("OF_N", 1) == 1 for kind in asked.kinds)
         kernels.warm_up(keys, keys, 2, torch.float32, visible)
         compiled = set(asked.kinds)
         for new in ([1, 1], [1] * 33, [1, 12], [40, 3]):
@@ -179,6 +221,8 @@ def main() -> None:
     launches()
     far_apart()
     cases = attention()
+    pieces()
+    placement()
     merged = merges()
     warms_up()
     print(f"{cases} cases, {merged} merges")

@@ -43,9 +43,11 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 BY_LEVEL = "--helix-hierarchical-allreduce"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 48"
+BUFFERS = "--hidden-size 64"  # four parts of whole groups of 8 columns
 EXPERTS_2 = "--sequence-parallel --expert-model-parallel-size 2"
 SHARED_EXPERT = "--moe-shared-expert-intermediate-size 48"
 CP = "--context-parallel-size 2"
+REDUCED = ("reduced by level",)
 GATHERED = ("whole sequence gathered",)
 FAST = "--lr 2e-2 --min-lr 2e-2"  # or sinks hardly move in three steps
 LEARNABLE = "--softmax-type learnable"
@@ -171,19 +173,30 @@ FEATURES = [
     F(
         "GEMM overlap (`--tp-comm-overlap`), bf16",
         f"{SHARED} --sequence-parallel --tp-comm-overlap",
-        shape="--bf16",
+        shape=f"--bf16 {BUFFERS}",
         te=True,
         ran=("GEMM overlapped",),
         loss=ROUNDED,
         norm=ROUNDED,
     ),
-    F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", ran=("reduced by level",)),
+    F(
+        "GEMM overlap, slice weights, bf16",
+        f"{WHOLE} {WEIGHTS} --sequence-parallel --tp-comm-overlap",
+        shape=f"--bf16 {BUFFERS}",
+        te=True,
+        ran=("GEMM overlapped",),
+        says=WEIGHTED,
+        loss=ROUNDED,
+        norm=ROUNDED,
+    ),
+    F("GEMM overlap, parts of 12 columns", f"{SHARED} --sequence-parallel --tp-comm-overlap", te=True),
+    F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", ran=REDUCED),
     F("hierarchical all-reduce, sequence parallel", f"{SHARED} {BY_LEVEL} --sequence-parallel"),
     F(
         "hierarchical all-reduce, GEMM overlap",
         f"{SHARED} {BY_LEVEL} --sequence-parallel --tp-comm-overlap",
     ),
-    F("hierarchical all-reduce, default layers", f"{SHARED} {BY_LEVEL}", te=True),
+    F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", te=True, ran=REDUCED),
     F("full recompute, uniform", f"{SHARED} {FULL} uniform", ran=("recomputed",)),
     F("full recompute, block", f"{SHARED} {FULL} block", ran=("recomputed",)),
     F(
@@ -374,6 +387,7 @@ FEATURES = [
     ),
     F("hybrid `*-*-`, stages", f"{STAGES} {HYBRID} *-|*-", f"{HYBRID} *-*-", te=True),
     F("hybrid `*-/*-`, multi-token prediction", SHARED, f"{HYBRID} *-/*-", te=True),
+    F("hybrid `*-*-`, by level", f"{SHARED} {BY_LEVEL}", f"{HYBRID} *-*-", te=True, ran=REDUCED),
     F("hybrid `M*-`", SHARED, f"{MAMBA} 4 {HYBRID} M*-", te=True),
     F("hybrid `M*-`, Mamba of 2 groups", SHARED, f"{MAMBA} 2 {HYBRID} M*-", te=True),
     F("hybrid `G*-`, 2x2, deterministic", SQUARE, f"{GDN} 4 {HYBRID} G*-", **OF_FOUR_RANKS),
@@ -385,7 +399,10 @@ FEATURES = [
     ),
     F("hybrid `G*-`, GDN of 2 key heads", SHARED, f"{GDN} 2 {HYBRID} G*-", te=True),
     F("hybrid `+-`", SHARED, f"{HYBRID} +-", te=True),
-    F("CUDA graphs", f"{SHARED} --cuda-graph-impl local"),
+    F("CUDA graphs, no GPU", f"{WHOLE} --cuda-graph-impl local"),
+    F("CUDA graphs, shared positions", f"{SHARED} --cuda-graph-impl local"),
+    F("CUDA graphs, all_reduce", f"{WHOLE} --cuda-graph-impl local --helix-comm-type all_reduce"),
+    F("CUDA graphs, context parallel 2", f"{WHOLE} {CP} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),
 ]
 

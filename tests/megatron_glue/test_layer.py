@@ -451,9 +451,6 @@ def _refused(tp: int, overrides: dict) -> str:
         (dict(qk_clip=True), "--qk-clip"),
         (dict(flash_decode=True), "--flash-decode"),
         (dict(test_mode=True), "--test-mode"),
-        (dict(cuda_graph_impl="local"), "CUDA graphs (--cuda-graph-impl local)"),
-        (dict(cuda_graph_impl="transformer_engine"), "--cuda-graph-impl transformer_engine"),
-        (dict(enable_cuda_graph=True), "--cuda-graph-impl local"),
     ],
 )
 def test_features_that_cannot_work_are_refused_by_name(overrides, name):

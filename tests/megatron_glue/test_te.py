@@ -1,6 +1,7 @@
 """The Transformer Engine layer spec with Helix, without a GPU: its own Python code on stood-in kernels."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -201,15 +202,30 @@ def test_queries_that_nothing_rotates(results, name):
     assert {"HelixCoreAttention", "DotProductAttention"} <= set(results[f"{name}, sliced"]["modules"])
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "delayed"])
-def test_fp8(results, recipe):
-    """Training stays as near to bfloat16 as vanilla FP8's does; test_fp8.py looks at attention alone."""
-    plain, whole, sliced = (results[name] for name in ("bf16", recipe, f"{recipe} in slices"))
-    assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(sliced["modules"])
-    assert "HelixCoreAttention" in sliced["modules"] and len(sliced["losses"]) == 8
-    assert whole["losses"] != plain["losses"]
+NOISE = {  # 1e-4: how far FP8's rounding moves the loss of each step; printed by fp8_noise.py
+    "fp8": [1.4, 3.4, 7.4, 4.5, 14.4, 28.7, 10.5, 72.6],
+    "delayed": [3.1, 3.8, 7.2, 12.4, 12.8, 47.8, 27.3, 62.1],
+}
+LARGEST = 3.5  # its square: where F of 8 and 8 degrees of freedom leaves 1 in 1,000
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8 in slices", "delayed", "delayed in slices"])
+def test_fp8(results, name):
+    """Losses are a draw of FP8's own noise around bfloat16's; test_fp8.py looks at attention alone.
+
+    Scales of slices make other rounding errors of the same size (Note [What a scale changes]), so neither a
+    distance from vanilla FP8's losses nor a multiple of its distance from bfloat16 is a bound: of eight draws
+    of the same noise one is 12 times as far away as another. In units of the noise of each step, the mean
+    square of 8 independent steps over that of 8 draws follows F(8, 8). A scale that is wrong by a factor of
+    2 on one rank's linear_qkv alone gives 57 here (delayed: 29), 1.19 gives 8.0 (3.7), a half 9.9 (4.5).
+    """
+    plain, found = results["bf16"], results[name]
+    recipe = name.split()[0]
+    assert ("HelixCoreAttention" in found["modules"]) == (name != recipe) and len(found["losses"]) == 8
+    assert {"quantised to kFloat8E4M3", "quantised to kFloat8E5M2"} <= set(found["modules"])
+    assert found["losses"] != plain["losses"]
     errors = [
-        max(abs(loss - true) for loss, true in zip(run["losses"], plain["losses"], strict=True))
-        for run in (sliced, whole)
+        (loss - true) / (1e-4 * noise)
+        for loss, true, noise in zip(found["losses"], plain["losses"], NOISE[recipe], strict=True)
     ]
-    assert errors[0] <= 1.5 * errors[1], errors
+    assert math.sqrt(sum(x * x for x in errors) / len(errors)) < LARGEST, errors

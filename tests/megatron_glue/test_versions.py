@@ -82,7 +82,7 @@ def test_handing_over_a_cache_of_sliced_heads_is_refused():
     engine.context = SimpleNamespace()  # of whole heads
     engine.setup_kv_transfer("prefill", backend="nccl")
     assert calls == [("prefill", "nccl")]
-    engine.context.helix_tokens = None
+    engine.context.helix_step = None
     with pytest.raises(HelixConfigError, match=r"this one's role: decode.*sliced heads"):
         engine.setup_kv_transfer("decode")
     assert len(calls) == 1

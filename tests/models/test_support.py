@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helix_megatron.models import presets
-from helix_megatron.models.asked import ASKED, MLP
+from helix_megatron.models.popular import POPULAR
 from helix_megatron.models.support import find_support
 from tests.models.model_table import PAGE, render
 
@@ -33,7 +33,10 @@ def asked_of_megatron(shape, tp):
     return None
 
 
-@pytest.mark.parametrize("shape", [*presets.PRESETS.values(), *ASKED.values()], ids=lambda shape: shape.name)
+EVERY = [*presets.PRESETS.values(), *POPULAR.values()]
+
+
+@pytest.mark.parametrize("shape", EVERY, ids=lambda shape: shape.name)
 def test_what_megatron_says_is_what_its_configuration_says(shape):
     for tp in SIZES:
         found, message = find_support(shape, tp), asked_of_megatron(shape, tp)
@@ -51,17 +54,17 @@ def test_copies_of_k_and_v():
 
 
 def test_the_page_of_models_people_ask_about():
-    assert len(ASKED) == 30
+    assert len(POPULAR) == 30
     assert PAGE.read_text(encoding="utf-8") == render(), "python -m tests.models.model_table --write"
 
 
 def test_shapes_that_both_tables_know_are_the_same():
-    both = set(ASKED) & set(presets.PRESETS)
+    both = set(POPULAR) & set(presets.PRESETS)
     assert {"llama-3.1-70b", "qwen3-8b", "smollm2-135m"} <= both
     for name in both:
         preset = presets.find(name)
-        assert ASKED[name].attention == preset.attention
-        assert ASKED[name].sizes == ((MLP, preset.ffn_hidden_size),)
+        assert POPULAR[name].attention == preset.attention
+        assert POPULAR[name].divided_sizes == preset.divided_sizes
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_shapes_that_both_tables_know_are_the_same():
 def test_shapes_are_those_of_transformers(name, model_type, settings):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **settings)
-    shape = ASKED[name]
+    shape = POPULAR[name]
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or config.num_kv_heads
     channels = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -90,15 +93,15 @@ def test_shapes_are_those_of_transformers(name, model_type, settings):
         shape.kv_channels,
     )
     if hasattr(config, "linear_num_key_heads"):
-        gdn = [size for what, size in shape.sizes if "GDN" in what]
+        gdn = [size for what, size in shape.divided_sizes if "GDN" in what]
         assert gdn == [config.linear_num_key_heads, config.linear_num_value_heads]
 
 
 def test_what_stops_both():
-    nemotron = find_support(ASKED["nemotron-3-nano-30b-a3b"], 16)
+    nemotron = find_support(POPULAR["nemotron-3-nano-30b-a3b"], 16)
     assert nemotron.refusal == nemotron.helix_refusal == "the Mamba layers' 8 groups do not divide by 16"
-    assert "the GDN layers' 16 key heads" in find_support(ASKED["qwen3.5-4b"], 12).helix_refusal
-    assert find_support(ASKED["mixtral-8x7b"], 7).helix == "1x7"  # experts do not bound T
+    assert "the GDN layers' 16 key heads" in find_support(POPULAR["qwen3.5-4b"], 12).helix_refusal
+    assert find_support(POPULAR["mixtral-8x7b"], 7).helix == "1x7"  # experts do not bound T
 
 
 def test_the_rows_of_the_readme():

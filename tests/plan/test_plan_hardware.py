@@ -108,18 +108,18 @@ def test_nvml_is_asked_which_pairs_have_nvlink(monkeypatch):
     ring, pair = (0, 3, 4), (1, 2)
     assert [joined for _, _, joined in machine.read_gpus()] == [ring, pair, pair, ring, ring]
     assert machine.read_gpus()[4][:2] == ("NVIDIA H100 PCIe", 80 * GB + 4) and module.shut == 2
-    assert inputs.cluster("this").domain == 2
+    assert inputs.load_cluster("this").domain == 2
     fake_nvml(monkeypatch, ["L40S"] * 2, [])
-    assert inputs.cluster("this").name == "this machine (2 x L40S)"
+    assert inputs.load_cluster("this").name == "this machine (2 x L40S)"
 
 
 def test_gpus_that_nvml_does_not_tell_are_no_host(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(machine.Path, "glob", lambda self, pattern: iter(()))
-    assert machine.read_gpus() == [] and inputs.cluster("this").slots
+    assert machine.read_gpus() == [] and inputs.load_cluster("this").slots
     monkeypatch.setattr(machine.Path, "glob", lambda self, pattern: iter(["/dev/nvidia0"]))
     with pytest.raises(ValueError, match=r"cannot be read by NVML .*pip install nvidia-ml-py"):
-        inputs.cluster("this")
+        inputs.load_cluster("this")
 
 
 # ---- groups over domains ----
@@ -251,7 +251,7 @@ def probed(tmp_path_factory):
 
 
 def test_the_probe_measures_gpus_in_the_ranks_of_torchrun(probed):
-    cluster, preset = inputs.cluster(str(probed)), clusters.find("dgx-h100")
+    cluster, preset = inputs.load_cluster(str(probed)), clusters.find("dgx-h100")
     assert (cluster.gpus_per_node, cluster.nodes, cluster.domain, cluster.slots) == (2, 2, 2, 0)
     assert cluster.memory == 80 * GB and cluster.fused and cluster.reserve == preset.reserve
     kinds, shapes = clusters.COLLECTIVES, ("1x2", "2x1", "2x2")

@@ -13,7 +13,7 @@ from helix_megatron.models.presets import PRESETS, find
 from helix_megatron.partition import choice
 from helix_megatron.partition.grid import HelixGrid, legal_grids
 from helix_megatron.plan import clusters, compute, inputs, machine, search
-from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason
+from helix_megatron.plan.layout import Layout, Problem, Workload, illegal_reason, indivisible_reason
 from helix_megatron.plan.timing import predict
 
 H100 = replace(clusters.find("dgx-h100"), nodes=2)
@@ -42,9 +42,11 @@ def everything(shape, devices, work):
                 if place == "dims" or whole:
                     same.append(Layout(tp, helix=True, grid=grid, comm_type=comm, placement=place,
                                        kv_cache=cache))  # fmt: skip
-        sp = work.kind == "train" and work.fused and tp > 1 and work.length % tp == 0
-        for layout, size in itertools.product(same, sizes):
-            layout = replace(layout, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sp)
+        experts = shape.num_moe_experts
+        sp = tp > 1 and work.length % tp == 0 and (bool(experts) or (work.kind == "train" and work.fused))
+        groups = [(1, 1)] if not experts else itertools.product(range(1, tp * dp + 1), (1, tp))
+        for layout, size, (ep, etp) in itertools.product(same, sizes, groups):
+            layout = replace(layout, pp=pp, dp=dp, micro_batch=size, sequence_parallel=sp, ep=ep, etp=etp)
             if illegal_reason(shape, layout, work) is None:
                 yield layout
 
@@ -61,9 +63,11 @@ def assert_nothing_left_out_is_faster(shape, cluster, work):
 
 
 @pytest.mark.parametrize("work", [DECODE, TRAIN], ids=["decode", "train"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "qwen3-30b-a3b", "gpt-oss-20b", "qwen3.5-397b-a17b"])
 def test_pruning_never_loses_the_best_layout(name, work):
-    assert_nothing_left_out_is_faster(find(name), H100, work)
+    shape = find(name)
+    nodes = 1 if shape.num_moe_experts else 2  # experts multiply the layouts
+    assert_nothing_left_out_is_faster(shape, replace(H100, nodes=nodes), work)
 
 
 LENGTHS = (64, 600, 2000, 6000, 131072)
@@ -215,12 +219,12 @@ def test_flags_and_yaml_describe_the_same_model(name, tmp_path):
     same = replace(shape, notes=())
     if shape.position_embedding_type != "rope":
         same = replace(same, rotary_base=10000)
-    assert inputs.model_of_flags(flags, name, "test") == same
+    assert inputs.shape_from_flags(flags, name, "test") == same
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"MODEL_ARGS": {k.removeprefix("--"): v for k, v in flags.items()}}))
-    assert inputs.model(str(path)) == same
+    assert inputs.load_model(str(path)) == same
     words = [w for k, v in flags.items() for w in ([k] if v is True else [k, str(v)])]
-    assert inputs.model_of_flags(inputs.flags_of_words(words), name, "test") == same
+    assert inputs.shape_from_flags(inputs.parse_flags(words), name, "test") == same
 
 
 @pytest.mark.parametrize("name", clusters.CLUSTERS)
@@ -229,7 +233,7 @@ def test_a_cluster_survives_its_file(name, tmp_path):
     assert cluster.sources and cluster.memory >= 8e9
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(clusters.to_dict(cluster)))
-    assert inputs.cluster(str(path)) == cluster
+    assert inputs.load_cluster(str(path)) == cluster
 
 
 def test_a_cluster_file_may_start_from_a_preset(tmp_path):
@@ -237,14 +241,14 @@ def test_a_cluster_file_may_start_from_a_preset(tmp_path):
     path.write_text(
         "{base: dgx-h100, name: mine, slow: 2.5e+10, rates: {gemm: {flops: 5.0e+14, bandwidth: 2.0e+12}}}"
     )
-    mine = inputs.cluster(str(path))
+    mine = inputs.load_cluster(str(path))
     assert (mine.slow, mine.rates["gemm"].flops, mine.fast) == (2.5e10, 5e14, H100.fast)
     path.write_text("{base: dgx-h100, slov: 1}")
     with pytest.raises(ValueError, match="unknown key 'slov'; did you mean slow"):
-        inputs.cluster(str(path))
+        inputs.load_cluster(str(path))
     path.write_text("{base: dgx-h100, rates: {gemm: {flops: 0, bandwidth: 1}}}")
     with pytest.raises(ValueError, match="rates: gemm: flops is 0"):
-        inputs.cluster(str(path))
+        inputs.load_cluster(str(path))
 
 
 # ---- command ----
@@ -327,8 +331,9 @@ def test_the_rule_is_the_fastest_grid_of_its_size(name, cache, work):
             continue
         whole = shape.num_attention_heads % tp == 0 and cache == "sequence"
         layout = Layout(tp, helix=True, comm_type="a2a", placement="heads" if whole else "dims",
-                        kv_cache=cache, micro_batch=8)  # fmt: skip
-        if shape.ffn_hidden_size % tp:
+                        kv_cache=cache, micro_batch=8,
+                        sequence_parallel=bool(shape.num_moe_experts))  # fmt: skip
+        if indivisible_reason(shape, tp):
             continue
         times = {
             g: predict(Problem(shape, replace(layout, grid=g), replace(work, batch=8)), H100).seconds

@@ -111,8 +111,8 @@ def test_too_big_tells_the_whole_memory_of_the_smallest_and_what_helps(name, clu
     plan = planned(name, cluster, work)
     text = suggestions.explain_no_plan(plan)
     totals = [
-        memory.fullest(Problem(plan.shape, replace(layout, recompute=recompute), work))[1].total
-        for layout in search.layouts(plan)
+        memory.fullest_stage(Problem(plan.shape, replace(layout, recompute=recompute), work))[1].total
+        for layout in search.legal_layouts(plan)
         for recompute in {False, work.kind == "train"}
     ]
     assert plan.smallest == min(totals) > cluster.capacity
@@ -206,7 +206,7 @@ def test_a_layout_has_one_row_its_fastest_variant_and_a_name_of_its_own(work, ca
         assert candidate.seconds == min(c.seconds for c in plan.candidates if key(c) == key(candidate))
     names = [candidate.layout.describe(work) for candidate in plan.candidates]
     assert len(set(names)) == len(names)
-    assert report.table(plan, 99).row_count == len(plan.best)
+    assert report.layout_table(plan, 99).row_count == len(plan.best)
     document = report.as_json(plan, 99)
     assert len(document["candidates"]) == len(plan.best)
     assert any(f"1 before 2 ({plan.best[1].layout.describe(work)})" in line for line in document["verdict"])

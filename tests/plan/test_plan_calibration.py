@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helix_megatron import cli
-from helix_megatron.plan import clusters, measured
+from helix_megatron.plan import calibration, clusters
 
 STORED = Path(__file__).parents[2] / "benchmarks/results/h200/attention_layer_fused_h200.json"
 LAYOUTS = {
@@ -36,24 +36,24 @@ def stored_rows():
 def test_one_profiled_layout_predicts_the_others(known):
     """The sum within 15 %, and so every class; a preset alone does not reach that for attention."""
     rows = stored_rows()
-    cluster = measured.calibrate(clusters.find("dgx-h200"), [rows[known]])
-    assert measured.predict_kernels(rows[known], cluster) == pytest.approx(rows[known]["us"])
+    cluster = calibration.calibrate(clusters.find("dgx-h200"), [rows[known]])
+    assert calibration.predict_kernels(rows[known], cluster) == pytest.approx(rows[known]["us"])
     for name, row in rows.items():
-        predicted = measured.predict_kernels(row, cluster)
+        predicted = calibration.predict_kernels(row, cluster)
         assert sum(predicted.values()) == pytest.approx(sum(row["us"].values()), rel=0.15), name
         assert predicted == pytest.approx(row["us"], rel=0.15), name
 
 
 def test_a_preset_alone_is_further_off():
     row = stored_rows()["Helix 8x2 heads"]
-    predicted = measured.predict_kernels(row, clusters.find("dgx-h200"))
+    predicted = calibration.predict_kernels(row, clusters.find("dgx-h200"))
     assert predicted["attention"] != pytest.approx(row["us"]["attention"], rel=0.15)
 
 
 def document(rows, gpu="NVIDIA H200", **more):
     hardware = {"gpus": [gpu] if gpu else [], "cpu": "", "cores": 2, "memory_bytes": 1}
     sections = {"layers": {"status": "passed", "rows": rows}, **more}
-    return {"format": measured.FORMAT, "where": f"1 x {gpu}" if gpu else "host mode, 2 cores",
+    return {"format": calibration.FORMAT, "where": f"1 x {gpu}" if gpu else "host mode, 2 cores",
             "revision": "0123456789abcdef", "hardware": hardware, "sections": sections}  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_the_command_plans_with_what_was_measured(written, capsys):
     link = dict(case="all_gather 1x8", status="measured", latency=1e-5, bandwidth=3e11, entry="links")
     rate = dict(case="rate of update", status="measured", rate="update", flops=1e12, moved=3e12, launch=1e-6)
     path = written(document(rows, collectives={"status": "passed", "rows": [link, rate]}))
-    cluster = measured.apply_check(clusters.find("dgx-h200"), path)
+    cluster = calibration.apply_check(clusters.find("dgx-h200"), path)
     assert cluster.links["all_gather 1x8"].bandwidth == 3e11 and cluster.rates["update"].bandwidth == 3e12
     plan = [
         "plan",
@@ -98,7 +98,7 @@ def test_the_command_plans_with_what_was_measured(written, capsys):
 def test_an_unfused_fall_back_does_not_count_as_fused_attention(written):
     rows = [{**row, "core": "Transformer Engine's unfused"} for row in stored_rows().values()]
     with pytest.raises(ValueError, match="has no kernel times: its section layers is missing or failed"):
-        measured.apply_check(clusters.find("dgx-h200"), written(document(rows)))
+        calibration.apply_check(clusters.find("dgx-h200"), written(document(rows)))
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_an_unfused_fall_back_does_not_count_as_fused_attention(written):
 )
 def test_a_check_that_says_nothing_of_these_gpus_is_refused(written, found, cluster, words):
     with pytest.raises(ValueError, match=words):
-        measured.apply_check(clusters.find(cluster), written(found))
+        calibration.apply_check(clusters.find(cluster), written(found))

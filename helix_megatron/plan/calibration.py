@@ -20,7 +20,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.models.presets import ModelShape
+from helix_megatron.models.shape import ModelShape
 from helix_megatron.partition.grid import HelixGrid
 from helix_megatron.plan import compute
 from helix_megatron.plan.hardware import Cluster, Line, Rate
