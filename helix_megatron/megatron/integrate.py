@@ -183,7 +183,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron.inference import contexts
+    from helix_megatron.inference import dynamic_context
     from helix_megatron.megatron import process_groups
     from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
     from helix_megatron.partition.derived import slices_for
@@ -249,12 +249,12 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     _enabled.replace(Attention, "__init__", only_helix)
     _enabled.replace(TransformerConfig, "__post_init__", lambda original: _relaxed(original, helix))
     if megatron.dynamic_engine:
-        sliced = functools.partial(contexts.sliced_context, helix=helix)
+        sliced = functools.partial(dynamic_context.sliced_context, helix=helix)
         _enabled.replace(DynamicInferenceContext, "__init__", sliced)
     if megatron.handoff:
         from megatron.core.inference.disaggregation.inference_state_handoff import InferenceStateHandoffMixin
 
-        _enabled.replace(InferenceStateHandoffMixin, "setup_kv_transfer", contexts.no_handoff)
+        _enabled.replace(InferenceStateHandoffMixin, "setup_kv_transfer", dynamic_context.no_handoff)
     _enabled.replace(parallel_state, "initialize_model_parallel", with_groups)
     _enabled.replace(parallel_state, "destroy_model_parallel", without_groups)
     if helix.hierarchical_allreduce:

@@ -43,7 +43,7 @@ from helix_megatron import compat
 from helix_megatron.checkpoint.layout import standard_layout
 from helix_megatron.exchange.groups import HelixGroups
 from helix_megatron.exchange.heads import WholeHeads
-from helix_megatron.inference import contexts
+from helix_megatron.inference import contexts, dynamic_context
 from helix_megatron.megatron import rope_tables
 from helix_megatron.megatron.core_attention import Heads, Prepare
 from helix_megatron.megatron.gradient_range import keep_in_range
@@ -179,7 +179,7 @@ class HelixParallelSelfAttention(SelfAttention):
         plan = self.helix_plan
         dynamic = context.is_dynamic_batching()
         if dynamic:
-            contexts.check_dynamic(context, plan)
+            dynamic_context.check_dynamic(context, plan)
         return plan.kv_cache == "sequence" or (plan.kv_cache == "dim" and dynamic)
 
     def _begin(self, tables: Tables | None, hidden_states: Tensor, packed: bool) -> Tables | None:

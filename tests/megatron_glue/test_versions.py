@@ -9,7 +9,7 @@ import torch
 from helix_megatron import compat
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import RankError, run_ranks
-from helix_megatron.inference import contexts
+from helix_megatron.inference import dynamic_context
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_config, make_layer, start
@@ -74,7 +74,7 @@ def test_handing_over_a_cache_of_sliced_heads_is_refused():
     calls = []
 
     class Engine:
-        @contexts.no_handoff
+        @dynamic_context.no_handoff
         def setup_kv_transfer(self, role, backend="nixl"):
             calls.append((role, backend))
 
