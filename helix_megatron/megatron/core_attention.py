@@ -236,14 +236,18 @@ class HelixCoreAttention(torch.nn.Module):
 
         The exchange does not look at positions: it is that of one long sequence. The core tells them apart.
         """
+        self.check_packed(sliced)
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        return self._whole_heads(query, key, value, None, mask_type, packed).squeeze(1)
+
+    def check_packed(self, sliced: bool = False) -> None:
+        """Refuse packed sequences, by name, that slices or a share of the positions would tear apart."""
         if sliced or self.shares_positions:
             raise NotImplementedError(
                 f"Helix grid {self.layout.grid}: packed sequences (thd) need --helix-comm-type a2a, no "
                 "context parallelism, no cache of slices, and an m that divides the query heads of a group; "
                 "use a grid with such an m, or m = 1"
             )
-        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        return self._whole_heads(query, key, value, None, mask_type, packed).squeeze(1)
 
     # ---- a2a ----
     def _whole_heads(

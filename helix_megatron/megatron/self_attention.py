@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -150,6 +151,8 @@ class HelixParallelSelfAttention(SelfAttention):
         )
         if inference_context is None and self.training:
             packed = bool(args) or kwargs.get("packed_seq_params") is not None
+            if any(isinstance(x, PackedSeqParams) for x in (*args, kwargs.get("packed_seq_params"))):
+                self.core_attention.check_packed()  # before RoPE is given a share of the positions
             refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None
         if rotary_pos_emb is not None:

@@ -423,6 +423,14 @@ def _packed(tp: int) -> list[tuple[str, dict[str, float]]]:
                 "qkv_bias": layer.linear_qkv.bias.grad, "proj_weight": layer.linear_proj.weight.grad,
             }  # fmt: skip
             found.append((plan.describe(), errors(result, expected, rows, columns)))
+    shared, helix = Case(6, 2, 16, seq=sum(DOCUMENTS), batch=1), HelixConfig(2, 2)  # of a group, 3 heads
+    shared.draw()
+    layer = make_layer(shared, helix, tp, groups.of(helix.resolve(6, 2, 16, tp).grid))
+    with pytest.raises(NotImplementedError, match=r"packed sequences \(thd\) need"):
+        layer(
+            shared.tensors["hidden"].float(), None, rotary_pos_emb=shared.rope_table(),
+            packed_seq_params=packed,
+        )  # fmt: skip
     return found
 
 
