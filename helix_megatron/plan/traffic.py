@@ -173,10 +173,11 @@ class _Step:
             self.add("gradient of the mixed QKV", "reduce_scatter", "tp", mixed, BACKWARD, part="exchange")
         if not layout.sliced:
             return
-        whole = work.kind == "train" and layout.comm_type == "a2a"  # before the norm
+        cached = work.kind != "train" and layout.kv_cache == "sequence"
+        whole = cached or (work.kind == "train" and layout.comm_type == "a2a")  # heads are, before their norm
         if shape.qk_layernorm and not whole:
             self.add_qk_norm()
-        if work.kind != "train" and layout.kv_cache == "sequence":
+        if cached:
             self.add_sequence_cache()
         elif layout.comm_type == "all_reduce" or work.kind == "decode":
             self.add_summed_scores()
