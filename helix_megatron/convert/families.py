@@ -24,10 +24,20 @@ _LACKING = {
     "after attention and MLP too, and multiplies embeddings by sqrt(hidden size); GPTModel has one RoPE "
     "base for all layers, norms only before, and does not scale embeddings",
     "phi3": "its checkpoints store q, k, v and gate, up as single tensors, which is not written here",
-    "mixtral": "it has experts; only dense models are converted",
-    "qwen2_moe": "it has experts; only dense models are converted",
-    "qwen3_moe": "it has experts; only dense models are converted",
+    "mixtral": "it has experts, and only dense models are converted here; Megatron-LM's "
+    "tools/checkpoint/convert.py has a loader for it (mixtral_hf)",
+    "qwen2_moe": "it has experts, and only dense models are converted here",
+    **dict.fromkeys(
+        ("qwen3_moe", "gpt_oss", "qwen3_5_text"),
+        "it has experts, sinks or linear attention, and only dense models of ordinary attention are "
+        "converted here; go by Megatron-Bridge (helix_megatron.with_helix), which reads and writes it",
+    ),
 }
+# A stack of layers by their letters.
+HYBRID_WAY_OUT = (
+    "; Megatron-LM's tools/checkpoint/gpt_hybrid_conversion.py hybrid-to-gpt makes a GPT of it where every * "
+    "is followed by a -"
+)
 # What --use-rope-scaling computes. Megatron 0.19 has --rope-scaling-factor too, but it does not reach a GPT:
 # `gpt_config_from_args` leaves it out, so the model keeps its default of 8.
 _LLAMA3_ROPE = {
@@ -253,7 +263,8 @@ def to_hf(args: Namespace, dtype: torch.dtype) -> Any:
         if value not in fine:
             raise ValueError(
                 f"the checkpoint's {name} is {value!r}; a model of the Llama family has "
-                f"{' or '.join(map(repr, fine))}, so it cannot be converted to Hugging Face."
+                f"{' or '.join(map(repr, fine))}, so it cannot be converted to Hugging Face"
+                f"{HYBRID_WAY_OUT if name == 'hybrid_layer_pattern' else ''}."
             )
     for name, value in compatibility.non_default_arguments(args).items():
         if name not in {*_PLAIN, *_FLAGS, "add_bias_linear"}:

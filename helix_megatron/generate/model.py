@@ -19,6 +19,7 @@ from helix_megatron.checkpoint import compatibility
 from helix_megatron.checkpoint.model_arguments import flag_of
 from helix_megatron.convert import command, files
 from helix_megatron.convert.check import HOST_FLAGS
+from helix_megatron.convert.families import HYBRID_WAY_OUT
 from helix_megatron.convert.torch_dist import Checkpoint
 
 _CONVERSION = 2  # counts up when the same files are converted into something else
@@ -141,7 +142,7 @@ def _checked_arguments(checkpoint: Path, args: Namespace) -> dict[str, Any]:
         if name not in _SERVED or (name == "position_embedding_type" and value not in _POSITIONS):
             raise ValueError(
                 f"{checkpoint} has {name} {value!r}, which is not served; this command runs dense models "
-                "with full causal attention."
+                f"with full causal attention{HYBRID_WAY_OUT if name == 'hybrid_layer_pattern' else ''}."
             )
     return unlike
 

@@ -93,7 +93,8 @@ class Requests:
             fill: puts into them what the requests say; asks the device for nothing.
         """
         if key not in self._kept:
-            made = make()
+            with torch.inference_mode(False):  # to be filled again in any mode
+                made = make()
             fill(made)
             self._kept[key] = made, fill
         return self._kept[key][0]

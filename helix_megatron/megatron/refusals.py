@@ -100,7 +100,6 @@ def _ungraphed(value: Callable, plan: HelixPlan, packed: bool) -> dict[str, bool
     if impl == "none":
         return {}
     graphs = f"CUDA graphs of training steps (--cuda-graph-impl {impl})"
-    shares = plan.comm_type == "a2a" and plan.layout.position_parts > 1
     return {
         f"{graphs} with megatron-core {compat.version()}, where layers were never recorded; "
         f"{compat.NEWEST} works": not compat.megatron().training,
@@ -108,10 +107,9 @@ def _ungraphed(value: Callable, plan: HelixPlan, packed: bool) -> dict[str, bool
         not in ("local", "transformer_engine"),
         f"{graphs} with --helix-comm-type all_reduce, which copies index tables to the device in every pass; "
         "a2a works": plan.comm_type == "all_reduce",
-        f"{graphs} where m does not divide the query heads of a group: what is cut from the RoPE table for a "
-        "rank's positions is kept from before the recording": shares,
-        f"{graphs} with --context-parallel-size > 1, where positions are shared and masks are made for each "
-        "chunk": value("context_parallel_size", 1) > 1,
+        f"{graphs} with --context-parallel-size > 1, where layers were never recorded": (
+            value("context_parallel_size", 1) > 1
+        ),
         f"{graphs} with packed sequences, whose lengths change from batch to batch": packed,
         f"{graphs} with --helix-adaptive-grad-scaling, whose hooks Megatron's graphs do not take": (
             plan.adaptive_grad_scaling and plan.layout.per_slice

@@ -174,15 +174,22 @@ class _Step:
         if not layout.sliced:
             return
         cached = work.kind != "train" and layout.kv_cache == "sequence"
-        whole = cached or (work.kind == "train" and layout.comm_type == "a2a")  # heads are, before their norm
+        whole = cached or (work.kind == "train" and layout.comm_type == "a2a")  # before the norm
         if shape.qk_layernorm and not whole:
             self.add_qk_norm()
-        if cached:
+        if cached and not self.has_prompts_as_in_training():
             self.add_sequence_cache()
-        elif layout.comm_type == "all_reduce" or work.kind == "decode":
+        elif not cached and (layout.comm_type == "all_reduce" or work.kind == "decode"):
             self.add_summed_scores()
         else:
             self.add_whole_heads()
+
+    def has_prompts_as_in_training(self) -> bool:
+        """Prompts take the core that trains where a rank attends with every KV head of its head group."""
+        layout, work, heads = self.problem.layout, self.problem.workload, self.problem.heads
+        linear = work.fused or not self.problem.shape.window_size  # in memory, with the local core
+        everyone = set(heads.kv_needed) == {heads.kv_heads}
+        return work.kind == "prefill" and layout.comm_type == "a2a" and linear and everyone
 
     def add_qk_norm(self) -> None:
         heads = self.problem.heads

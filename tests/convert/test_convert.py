@@ -152,6 +152,10 @@ def test_padding_is_added_and_taken_away():
 
 REFUSED = [
     ({"model_type": "gemma3_text"}, "'gemma3_text' cannot be converted: its local layers have a RoPE base"),
+    ({"model_type": "mixtral"}, "'mixtral' cannot be converted: it has experts.*a loader for it"),
+    ({"model_type": "qwen3_moe"}, "'qwen3_moe' cannot be converted: .*go by Megatron-Bridge"),
+    ({"model_type": "gpt_oss"}, "'gpt_oss' cannot be converted: .*go by Megatron-Bridge"),
+    ({"model_type": "qwen3_5_text"}, "'qwen3_5_text' cannot be converted: .*go by Megatron-Bridge"),
     ({"model_type": "mamba"}, "'mamba' cannot be converted: its architecture is not known here"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"rope_parameters": {**LLAMA3, "factor": 32.0}}, "llama3 RoPE scaling with factor 32.0"),
@@ -188,6 +192,7 @@ def test_refusals(tmp_path, changes, message):
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor is 32.0"),
         ({"softmax_scale": 0.1}, "softmax_scale is 0.1"),
         ({"spec": ["a.module", "spec"]}, "spec is"),
+        ({"hybrid_layer_pattern": "*-*-"}, r"hybrid_layer_pattern is '\*-\*-'.*hybrid-to-gpt makes a GPT"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "Qwen3 has no biases"),
     ],
 )

@@ -155,6 +155,7 @@ def test_a_model_is_converted_once_and_again_when_it_changes(tiny):
         ({"window_size": (8, 0)}, "window_size (8, 0)"),
         ({"num_experts": 4}, "num_experts 4"),
         ({"mup_output_mult": 0.5}, "mup_output_mult 0.5"),
+        ({"hybrid_layer_pattern": "*-*-"}, "hybrid-to-gpt makes a GPT of it where every * is"),
         ({"softmax_scale": 0.5}, "softmax_scale 0.5"),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor 32.0"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type 'mrope'"),

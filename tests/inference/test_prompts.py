@@ -1,5 +1,9 @@
 """Prompts without history: by the core that trains, kept by position."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from helix_megatron.inference.prompts import find_prompts
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
 from tests.inference.kv_cache_worker import prompts_by_the_core
+from tests.megatron_glue.te_environment import environment
 
 
 @pytest.mark.parametrize("te_core", [False, True], ids=["local core", "stand-in for Transformer Engine's"])
@@ -28,6 +33,18 @@ def test_the_core_attends_and_what_follows_finds_the_prompt_in_the_cache(te_core
         for (name, error, calls), (*_, of_te, local) in zip(rank, runs, strict=True):
             assert error < 2e-6, name
             assert calls == (of_te if te_core else local), name
+
+
+def test_transformer_engines_core_attends_over_prompts_one_and_several():
+    """Its own Python code over torch versions of its kernels."""
+    command = [sys.executable, "-m", "tests.inference.te_prompts_worker"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in json.loads(done.stdout.splitlines()[-1]):
+        assert len(rank) == 2
+        for core, error, runs, packed_error in rank:
+            assert core == "TEDotProductAttention" and runs == 1  # the cache's own kernel afterwards
+            assert max(error, packed_error) < 2e-6
 
 
 def _requests(new, before):

@@ -218,8 +218,9 @@ def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
     )
     keys = torch.zeros(2, 8, 2, 16)
     monkeypatch.setattr(backend, "choose", lambda *given, **named: calls.append((given, named)) or CHOICE)
-    assert backend.warm_up(keys, keys, 4, HALF, VisibleSlots(0.5, 7, KvInterleave(1, 4), 0), 3) is CHOICE
-    assert calls == [(("cpu", HALF, 8, True, None), dict(dim=16, major=None, flash_version=3))]
+    visible = VisibleSlots(0.5, 7, KvInterleave(1, 4), 0)
+    assert backend.warm_up(keys, keys, 4, HALF, visible, 3, graph=True) is CHOICE
+    assert calls == [(("cpu", HALF, 8, True, None), dict(dim=16, major=None, flash_version=3, graph=True))]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(HelixConfigError, match=r"first time while a CUDA graph is captured.*warm_up"):

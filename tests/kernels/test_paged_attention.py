@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron.check.paged import draw, expected
-from helix_megatron.kernels import merge, paged_attention
-from helix_megatron.kernels.paged_attention import VisibleSlots
+from helix_megatron.kernels import flash, merge, paged_attention
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
 HEADS = [(4, 4), (4, 2), (6, 1), (9, 3)]
@@ -69,3 +69,28 @@ def test_a_cache_that_is_in_order_is_not_copied(monkeypatch):
 def test_half_precision(dtype, tolerance):
     drawn = draw([50, 7], [1, 7], 2, 4, 0, (4, 2), 16, "scattered", dtype=dtype)
     check(paged_attention.paged_attention, *drawn, VisibleSlots(0.25, None, KvInterleave(2, 4), 0), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_a_step_kept_follows_the_next_step_where_it_is(dtype):
+    """As a CUDA graph needs it: the same memory, with what requests of their own would be given."""
+
+    def kept(requests: Requests) -> list[torch.Tensor]:
+        visible = VisibleSlots(1.0, None, KvInterleave(2, 3), 1)
+        parts = requests, requests.rows(1, 4), requests.single_rows(1, 3), requests.rows(1, 4).rows(0, 2)
+        of_flash = flash._of_step(requests, visible), flash._of_step(requests.single_rows(1, 3), visible)
+        return [x for part in parts for x in part.for_kernels().tensors] + [x for of in of_flash for x in of]
+
+    def step(*values: list) -> Requests:
+        return Requests(*(torch.tensor(value).to(dtype) for value in values))
+
+    requests = step([0, 1, 2, 3, 4], [5, 9, 1, 20], [[1, 2], [3, 4], [5, 0], [6, 7]])
+    before = kept(requests)
+    assert requests.host_ends_and_lengths == ([0, 1, 2, 3, 4], [5, 9, 1, 20])
+    following = step([0, 1, 2, 3, 3], [6, 3, 1, 0], [[1, 2], [9, 0], [5, 0], [0, 0]])
+    for mine, theirs in zip(requests.tensors, following.tensors, strict=True):
+        mine.copy_(theirs)
+    requests.refill()
+    for mine, again, wanted in zip(before, kept(requests), kept(following), strict=True):
+        assert mine.data_ptr() == again.data_ptr() and torch.equal(mine, wanted)
+    assert requests.host_ends_and_lengths == ([0, 1, 2, 3, 3], [6, 3, 1, 0])

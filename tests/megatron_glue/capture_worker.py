@@ -17,7 +17,7 @@ from megatron.core.transformer import cuda_graphs
 
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
-from helix_megatron.megatron import integrate
+from helix_megatron.megatron import integrate, rope_tables
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.capture import Capture, NotCapturable
 from tests.megatron_glue.layer_worker import Groups, make_layer, start
@@ -55,7 +55,7 @@ def _replayed(layer, other, case: Case, tp: int, sequence_parallel: bool) -> dic
         """Inputs of all ranks alike, weights of each its own."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for tensor in (hidden, gradient):
+            for tensor in (hidden, gradient, table):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
             generator.manual_seed(seed + torch.distributed.get_rank())
             for weight in weights:
@@ -74,7 +74,7 @@ def _replayed(layer, other, case: Case, tp: int, sequence_parallel: bool) -> dic
     capture = Capture()
     # It compares the state of the host's own generator; nothing here is random.
     fork = mock.patch.object(get_cuda_rng_tracker(), "fork", contextlib.nullcontext)
-    with fork, capture.recording():
+    with fork, mock.patch.object(rope_tables, "is_capturing", lambda table: True), capture.recording():
         recorded = [tensor.detach() for tensor in step(*static)]
     first = [tensor.clone() for tensor in recorded]
     redraw(2)

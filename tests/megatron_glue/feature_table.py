@@ -43,6 +43,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 FULL = "--recompute-granularity full --recompute-num-layers 1 --recompute-method"
 BY_LEVEL = "--helix-hierarchical-allreduce"
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-ffn-hidden-size 48"
+FP8 = "--bf16 --fp8-format hybrid"
 BUFFERS = "--hidden-size 64"  # four parts of whole groups of 8 columns
 EXPERTS_2 = "--sequence-parallel --expert-model-parallel-size 2"
 SHARED_EXPERT = "--moe-shared-expert-intermediate-size 48"
@@ -197,6 +198,7 @@ FEATURES = [
         f"{SHARED} {BY_LEVEL} --sequence-parallel --tp-comm-overlap",
     ),
     F("hierarchical all-reduce", f"{SHARED} {BY_LEVEL}", te=True, ran=REDUCED),
+    F("hierarchical all-reduce, FP8", f"{SHARED} {BY_LEVEL}", shape=f"{EVEN} {FP8}", te=True),
     F("full recompute, uniform", f"{SHARED} {FULL} uniform", ran=("recomputed",)),
     F("full recompute, block", f"{SHARED} {FULL} block", ran=("recomputed",)),
     F(
@@ -400,7 +402,6 @@ FEATURES = [
     F("hybrid `G*-`, GDN of 2 key heads", SHARED, f"{GDN} 2 {HYBRID} G*-", te=True),
     F("hybrid `+-`", SHARED, f"{HYBRID} +-", te=True),
     F("CUDA graphs, no GPU", f"{WHOLE} --cuda-graph-impl local"),
-    F("CUDA graphs, shared positions", f"{SHARED} --cuda-graph-impl local"),
     F("CUDA graphs, all_reduce", f"{WHOLE} --cuda-graph-impl local --helix-comm-type all_reduce"),
     F("CUDA graphs, context parallel 2", f"{WHOLE} {CP} --cuda-graph-impl local"),
     F("multi-latent attention", f"{SHARED} --multi-latent-attention"),

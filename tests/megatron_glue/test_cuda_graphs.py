@@ -56,6 +56,7 @@ def test_a_replay_computes_anew_but_for_what_python_kept():
 
 EVEN, NORMED = Case(8, 4, 16, seq=12), Case(8, 4, 16, qk_norm="RMSNorm", gate=True, seq=12)
 ODD = Case(12, 3, 16, seq=12)  # of four ranks two need two KV heads, unevenly often
+ODD_HEADS = Case(6, 2, 16, qk_norm="RMSNorm", seq=12)  # of each group two ranks share three
 HEADS, DIMS = HelixConfig(2, 2, query_placement="heads"), HelixConfig(2, 2, query_placement="dims")
 SEQUENCE = dict(sequence_parallel=True)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
@@ -68,10 +69,14 @@ JOBS = {  # and the collectives of a pass: two of Megatron's (with sequence para
     "by level, sequence parallel": (EVEN, replace(HEADS, hierarchical_allreduce=True), SEQUENCE, 12),
     "sinks in a window": (replace(EVEN, sinks=True, window=(4, 0)), HEADS, {}, 4),
     "per-slice": (EVEN, HelixConfig(2, 2, softmax="per-slice"), {}, 2),
+    "shared positions": (ODD_HEADS, HelixConfig(2, 2, core_attention="spec"), {}, 6),
     "uneven KV heads": (ODD, HelixConfig(1, 4, query_placement="heads"), {}, 4),
 }
 REPLAYED = {"same": True, "moved": True, "finite": True}
-OF_TE = ("heads", "dims, uneven slices, QK norm, gate", "heads, QK norm, gate, sequence parallel")
+OF_TE = (
+    "heads", "dims, uneven slices, QK norm, gate", "heads, QK norm, gate, sequence parallel",
+    "shared positions",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +107,10 @@ def test_a_recorded_layer_of_transformer_engines():
         assert rank == [{**REPLAYED, "collectives": JOBS[name][3]} for name in OF_TE]
 
 
-SHARED = HelixConfig(2, 2).resolve(6, 2, 16, 4)  # m does not divide the query heads of a group
 SUMMED = HelixConfig(2, 2, comm_type="all_reduce").resolve(8, 4, 16, 4)
 SCALED = HelixConfig(2, 2, softmax="per-slice", adaptive_grad_scaling=True).resolve(8, 4, 16, 4)
 PLANS = [helix.resolve(8, 4, 16, 4) for helix in (HEADS, DIMS, HelixConfig(2, 2, softmax="per-slice"))]
+PLANS.append(HelixConfig(2, 2).resolve(6, 2, 16, 4))  # positions are shared
 
 
 def _refuse_training(impl, plan, **settings):
@@ -120,7 +125,6 @@ def test_what_is_recorded_and_what_stands_in_the_way(impl):
     for plan in PLANS:
         _refuse_training(impl, plan)
     for plan, more, reason in (
-        (SHARED, {}, "m does not divide the query heads of a group: what is cut from the RoPE table"),
         (SUMMED, {}, "all_reduce, which copies index tables to the device"),
         (SCALED, {}, "--helix-adaptive-grad-scaling, whose hooks"),
         (PLANS[0], dict(context_parallel_size=2), "--context-parallel-size > 1"),

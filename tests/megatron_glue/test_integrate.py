@@ -172,6 +172,8 @@ def test_what_a_tensor_parallel_size_must_divide():
         (dict(mamba_num_groups=2, hybrid_layer_pattern="M*"), 2),
         (dict(mamba_num_groups=2, hybrid_layer_pattern="G*"), None),
         (dict(linear_num_key_heads=2, hybrid_layer_pattern="G*"), 2),
+        (dict(linear_num_key_heads=2, experimental_attention_variant="gated_delta_net"), 2),
+        (dict(linear_num_key_heads=2, experimental_attention_variant="dsa"), None),
         (dict(linear_num_value_heads=6, hybrid_layer_pattern="*G"), 6),
     ]
     for changes, size in cases:

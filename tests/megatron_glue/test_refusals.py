@@ -54,6 +54,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--multi-latent-attention", "not support --multi-latent-attention with sliced heads (here m = 2)"),
         ("--spec a b", "does not support --spec with sliced heads (here m = 2); give helix_megatron"),
         ("--heterogeneous-layers-config-path f", "--heterogeneous-layers-config-path with sliced heads"),
+        ("--experimental-attention-variant dsa", "not support --experimental-attention-variant with sliced"),
         ("--inference-shards tp=3,role=prefill+tp=3,role=decode", "prefill and decode apart"),
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
         ("--attention-output-gate --helix-softmax per-slice", "--attention-output-gate"),

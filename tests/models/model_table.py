@@ -29,8 +29,9 @@ A cell is Megatron's word, and where heads are sliced Helix's grid: head groups 
 
 Experts do not bound T: `--expert-tensor-parallel-size` may be 1. Mamba and GDN layers (Nemotron, Qwen3-Next,
 Qwen3.5) are Megatron's own, beside Helix attention in its HybridModel (`--hybrid-layer-pattern`), and have
-their own divisibility; they need a GPU, where the two together were not tried yet. What was trained is in
-[features](features.md). Other models: `helix show --heads H --kv-heads G --tensor-model-parallel-size T`.
+their own divisibility; their kernels need a GPU, where the two together were not tried yet. What was
+trained is in [features](features.md). Other models:
+`helix show --heads H --kv-heads G --tensor-model-parallel-size T`.
 
 | model | query / KV heads | d (rotated) | T = 2 | T = 4 | T = 8 | T = 16 | other T with Helix | stops both |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
