@@ -66,6 +66,7 @@ PROBLEMS = {
     "decode": Problem(LLAMA, Layout(2, 1, 2, micro_batch=2), work("decode")),
     "decode, KV duplicated": Problem(KV2, Layout(4, micro_batch=4), work("decode")),
     "decode 1x4 dims": Problem(QWEN25, sliced(1, 4, micro_batch=4), work("decode")),
+    "decode, QK norm": Problem(QWEN3, sliced(2, 2, placement="heads", micro_batch=4), work("decode")),
     "decode 2x2 heads": Problem(LLAMA, sliced(2, 2, placement="heads", micro_batch=4), work("decode")),
     "decode, slices cached": Problem(LLAMA, sliced(2, 2, placement="heads", cache="dim", micro_batch=4),
                                      work("decode")),
