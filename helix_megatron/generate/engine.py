@@ -149,6 +149,8 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
         TextGenerationController,
     )
 
+    from helix_megatron.inference import contexts
+
     class Watched(GPTInferenceWrapper):
         """Shows the logits of every step."""
 
@@ -160,6 +162,8 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
             return logits
 
     context = DynamicInferenceContext(model.config, inference_config(model.config, size, **more))
+    if context.memory_buffer.device.type == "cuda":
+        contexts.warm_up(model, context)
     wrapper = (GPTInferenceWrapper if watch is None else Watched)(model, context)
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helix_megatron import compat
 from helix_megatron.exchange.slices import query_slices, share_of_sinks, whole_outputs
+from helix_megatron.inference.partial_exchange import piece_shapes
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
@@ -22,7 +23,7 @@ from helix_megatron.inference.position_cache import (
 )
 from helix_megatron.inference.prompts import attend_among_themselves
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
-from helix_megatron.partition.config import HelixPlan
+from helix_megatron.kernels import backend
 from helix_megatron.partition.kv_layout import interleave_of_sequence
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -78,7 +79,7 @@ def forward_with_shards(
             f"{', '.join(given)}, which it does not serve; leave that out, or use a grid with m = 1"
         )
     plan, core = layer.helix_plan, layer.core_attention
-    attention = _attention_of(core, plan, getattr(layer.config, "flash_attention_version", None))
+    attention = attention_of(layer)
     if layer.config.no_rope_freq and layer.config.no_rope_freq[layer.layer_number - 1]:
         rope = None
     gated = getattr(layer.config, "attention_output_gate", False)
@@ -159,7 +160,9 @@ def _prepare(layer: Any, rows: Any) -> Prepare:
     )
 
 
-def _attention_of(core: Any, plan: HelixPlan, flash_version: int | None) -> Attention:
+def attention_of(layer: Any) -> Attention:
+    """What a layer's attention over a cache needs to know. NotImplementedError where it is not causal."""
+    core, plan = layer.core_attention, layer.helix_plan
     if not core.is_causal:
         raise NotImplementedError(
             f"Helix grid {plan.grid}: KV cache '{plan.kv_cache}' holds for causal attention, and this "
@@ -171,6 +174,7 @@ def _attention_of(core: Any, plan: HelixPlan, flash_version: int | None) -> Atte
             f"Helix grid {plan.grid}: sliding window {core.window_size} looks {right} positions ahead; an "
             "inference cache holds for windows that end at the query, (left, 0)"
         )
+    flash_version = getattr(layer.config, "flash_attention_version", None)
     return Attention(core.softmax_scale, left if left >= 0 else None, flash_version)
 
 
@@ -214,17 +218,42 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
 
 
 # ---- dynamic engine ----
+def warm_up(model: torch.nn.Module, context: Any) -> None:
+    """Choose, compare and compile what attention over the layers' cache will need, before requests come.
+
+    Args:
+        model: its layers with KV cache "sequence"; others are left alone.
+        context: Megatron's dynamic context, its memory allocated.
+    """
+    done = set()
+    for layer in model.modules():
+        plan = getattr(layer, "helix_plan", None)
+        if plan is None or plan.kv_cache != "sequence" or not hasattr(layer, "core_attention"):
+            continue
+        attention = attention_of(layer)
+        if attention not in done:
+            done.add(attention)
+            keys, values = _paged_memory(layer, context)
+            step, shapes = context.helix_step, set(piece_shapes(plan.layout))
+            adds_sinks = layer.core_attention.sinks is not None and plan.layout.query_placement == "dims"
+            backend.warm_up(
+                keys,
+                values,
+                plan.layout.query_heads,
+                layer.config.params_dtype,
+                attention.over(step.interleave, step.rank),
+                attention.flash_version,
+                layer.config.cuda_graph_impl == "local",
+                None if adds_sinks or len(shapes) > 1 else shapes.pop(),
+            )
+
+
 def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
-    plan, step = layer.helix_plan, context.helix_step
-    keys, values = _memory(layer, context)
-    page = (
-        context.block_size_tokens // plan.grid.dim_parallel_size,
-        plan.layout.kv_heads,
-        plan.layout.shape.kv_channels,
-    )
+    step = context.helix_step
+    keys, values = _paged_memory(layer, context)
     return PagedStep(
-        _pages(keys, page),
-        _pages(values, page),
+        keys,
+        values,
         step.interleave,
         step.rank,
         attention,
@@ -236,9 +265,13 @@ def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
     )
 
 
-def _pages(memory: Tensor, page: tuple[int, int, int]) -> Tensor:
-    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy."""
-    return memory.flatten(1)[:, : math.prod(page)].unflatten(1, page)
+def _paged_memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
+    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy: keys and values."""
+    layout = layer.helix_plan.layout
+    slots = context.block_size_tokens // layout.grid.dim_parallel_size
+    page = (slots, layout.kv_heads, layout.shape.kv_channels)
+    keys, values = (x.flatten(1)[:, : math.prod(page)].unflatten(1, page) for x in _memory(layer, context))
+    return keys, values
 
 
 def _over_slices(

@@ -44,6 +44,14 @@ def piece_views(pieces: Tensor, rows: tuple[int, ...], heads: int, dim: int) -> 
     return outs, lses.unflatten(-1, (*rows, heads))
 
 
+def piece_shapes(layout: HelixLayout) -> list[tuple[int, int]]:
+    """Heads N' and dimensions D' of the piece for each rank of the dim group."""
+    m, heads = layout.grid.dim_parallel_size, layout.query_heads
+    if layout.query_placement == "heads":
+        return [(heads // m, layout.shape.kv_channels)] * m
+    return [(heads, d_s) for d_s in layout.all_slice_dims]
+
+
 class PartialExchange:
     """The all-to-all over `group` that gives a rank its share of all partial outputs; no backward.
 
@@ -55,13 +63,9 @@ class PartialExchange:
     """
 
     def __init__(self, rows: tuple[int, ...], like: Tensor, layout: HelixLayout, group: dist.ProcessGroup):
-        m, heads, dim = group.size(), layout.query_heads, layout.shape.kv_channels
         self._work: AsyncAllToAll | None = None
         self._rows, self._layout, self._group, self._dtype = rows, layout, group, like.dtype
-        if layout.query_placement == "heads":
-            shapes = [(heads // m, dim)] * m
-        else:
-            shapes = [(heads, d_s) for d_s in layout.all_slice_dims]
+        m, shapes = group.size(), piece_shapes(layout)
         sizes = [piece_elements(prod(rows), *shape, like.element_size())[1] for shape in shapes]
         self._own = shapes[group.rank()]
         self._received = like.new_empty(m, sizes[group.rank()])

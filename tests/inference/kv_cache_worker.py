@@ -377,6 +377,27 @@ def generate_like(
     return found
 
 
+def warmed_up(tp: int, helix: HelixConfig, model: dict) -> list[dict]:
+    """What is compiled before requests come: slots and KV heads of a page, window, and the piece written."""
+    from unittest import mock
+
+    from helix_megatron.inference import contexts
+    from helix_megatron.kernels import backend
+
+    running = engine(tp, helix, model, {})
+    with mock.patch.object(backend, "warm_up") as warm_up:
+        contexts.warm_up(running.controller.inference_wrapped_model.model, running.context)
+    found, memory = [], running.context.memory_buffer
+    for layer, call in enumerate(warm_up.call_args_list):
+        keys, values, heads, dtype, visible, *settings, piece = call.args
+        assert keys.shape == values.shape and len(keys) == memory.shape[2]
+        assert [keys.data_ptr(), values.data_ptr()] == [x[layer].data_ptr() for x in memory]
+        assert dtype is torch.float32 and settings == [None, False]
+        kind = dict(left=visible.left, rank=visible.rank, piece=piece)
+        found.append(dict(page=tuple(keys.shape[1:]), heads=heads, **kind))
+    return found
+
+
 def generate_without_cache(tp: int, helix: HelixConfig) -> tuple[list[int], list[int]]:
     """Greedy tokens after one prompt: by the dynamic engine, and by running all tokens anew for each."""
     from megatron.core.inference.sampling_params import SamplingParams

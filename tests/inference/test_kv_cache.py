@@ -31,6 +31,7 @@ from tests.inference.kv_cache_worker import (
     generate_by_the_static_engine,
     generate_without_cache,
     refused,
+    warmed_up,
 )
 
 # ---- layers, against float64 ----
@@ -392,6 +393,16 @@ def test_the_dynamic_engine_with(model, inference):
         assert found["cached prompt tokens"] == (16 if "enable_prefix_caching" in inference else 0)
         # with one KV head; first chunks and prompts that share no prefix
         assert (found["prompt tokens by the core"] > 30) == (model.get("num_query_groups") == 1) or windowed
+
+
+@pytest.mark.dynamic_engine
+def test_what_attention_needs_is_compiled_once_for_each_kind_of_layer():
+    windows = dict(window_size=(5, 0), window_attn_skip_freq=2)
+    for placement, piece, model, kinds in (("heads", (2, 8), windows, [5, None]), ("dims", (4, 4), {}, [None])):
+        helix = HelixConfig(1, 2, query_placement=placement)
+        for rank, found in enumerate(run_ranks(warmed_up, 2, 2, helix, model)):
+            expected = dict(page=(4, 2, 8), heads=4, rank=rank, piece=piece)
+            assert found == [expected | {"left": left} for left in kinds]
 
 
 @pytest.mark.dynamic_engine
