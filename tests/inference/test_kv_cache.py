@@ -398,7 +398,8 @@ def test_the_dynamic_engine_with(model, inference):
 @pytest.mark.dynamic_engine
 def test_what_attention_needs_is_compiled_once_for_each_kind_of_layer():
     windows = dict(window_size=(5, 0), window_attn_skip_freq=2)
-    for placement, piece, model, kinds in (("heads", (2, 8), windows, [5, None]), ("dims", (4, 4), {}, [None])):
+    ways = (("heads", (2, 8), windows, [5, None]), ("dims", (4, 4), {}, [None]))
+    for placement, piece, model, kinds in ways:
         helix = HelixConfig(1, 2, query_placement=placement)
         for rank, found in enumerate(run_ranks(warmed_up, 2, 2, helix, model)):
             expected = dict(page=(4, 2, 8), heads=4, rank=rank, piece=piece)
