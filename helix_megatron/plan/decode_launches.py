@@ -6,8 +6,8 @@ Note [What a decode step takes besides reading its cache]
                1.85 ms of wall time eager, 23 us a launch; with short contexts 120 us of GPU time, 1.5 us a
                kernel. `dim`: 46 launches. FlashAttention 3 in a CUDA graph (kernel_h200.json): 16 us beside
                its bytes
-    counted    on the host, collectives apart: a `sequence` layer has 22 launches at most today
-               (tests/inference/test_graphs.py)
+    counted    on the host, collectives apart: a `sequence` layer has 14 launches today, with QK norm 20 at
+               most (tests/inference/test_graphs.py)
     assumed    launches of Megatron's own attention and of the rest of a layer; the same constants elsewhere
 
     graph    kernels follow one another: what an exchange has besides Megatron's is added to a layer
@@ -25,8 +25,10 @@ KERNEL = 1.5e-6
 """Seconds of a small kernel; measured."""
 FLASH_START = 16e-6
 """Seconds of a flash attention kernel over a cache besides its bytes; measured."""
-ATTENTION = {"none": 11, "sequence": 22, "dim": 46}
+ATTENTION = {"none": 11, "sequence": 14, "dim": 46}
 """Launches of an attention layer by its cache: Megatron's own ("none") assumed, counted, measured."""
+QK_NORM = 6
+"""Further launches of a `sequence` layer with QK norm; counted."""
 REST = 10
 """Launches of a layer besides attention, and of a gated delta net in its place; assumed."""
 
@@ -43,10 +45,15 @@ def has_launches(problem: Problem) -> bool:
 
 def added_kernels(problem: Problem) -> int:
     """Small kernels of an attention layer that Megatron's own has not."""
-    return ATTENTION[problem.layout.kv_cache] - ATTENTION["none"]
+    return _of_attention(problem) - ATTENTION["none"]
 
 
 def all_launches(problem: Problem) -> int:
     """Of a stage's layers."""
-    attention = problem.attention_layers * ATTENTION[problem.layout.kv_cache]
+    attention = problem.attention_layers * _of_attention(problem)
     return attention + (2 * problem.layers - problem.attention_layers) * REST
+
+
+def _of_attention(problem: Problem) -> int:
+    normed = problem.layout.kv_cache == "sequence" and problem.shape.qk_layernorm
+    return ATTENTION[problem.layout.kv_cache] + normed * QK_NORM

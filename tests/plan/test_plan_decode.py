@@ -51,7 +51,7 @@ def test_a_replayed_step_adds_the_kernels_of_the_exchange_and_an_eager_one_waits
         assert eager.seconds == pytest.approx(launches * decode_launches.HOST)
         assert replayed.seconds < eager.seconds or cache == "dim"
     added = next(line for line in predict(step("sequence"), H200).lines if line.name.startswith("kernels of"))
-    assert added.seconds == pytest.approx(80 * (22 - 11) * 1.5e-6)
+    assert added.seconds == pytest.approx(80 * (14 - 11) * 1.5e-6)
 
 
 def test_long_eager_steps_do_not_wait_for_the_host():
