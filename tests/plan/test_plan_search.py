@@ -339,7 +339,7 @@ def test_the_rule_is_the_fastest_grid_of_its_size(name, cache, work):
             g: predict(Problem(shape, replace(layout, grid=g), replace(work, batch=8)), H100).seconds
             for g in grids
         }
-        assert min(times, key=times.__getitem__) == grid
+        assert times[grid] == pytest.approx(min(times.values()), rel=1e-9)  # hosts may be waited for as long
 
 
 # ---- the probe ----
