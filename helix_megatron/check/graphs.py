@@ -7,6 +7,7 @@ sizes, which reads what Megatron's context and StepTokens have filled. Outputs a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -170,8 +171,9 @@ class Replays:
 
 
 def _apart(mine: torch.Tensor, want: torch.Tensor) -> float:
-    """The greatest difference, beside the greatest value."""
-    return ((mine.float() - want.float()).abs().max() / want.float().abs().max()).item()
+    """The greatest difference, beside the greatest value; infinite where one is NaN, which `max` may lose."""
+    apart = ((mine.float() - want.float()).abs().max() / want.float().abs().max()).item()
+    return apart if math.isfinite(apart) else math.inf
 
 
 def _inferring() -> Any:

@@ -185,18 +185,25 @@ class AsyncAllToAll:
         send: the pieces, flat, one after another.
         received: [m, piece], equal pieces for what arrives.
         sizes: of the pieces that are sent, where they differ.
+        async_op: False where nothing is computed meanwhile: a GPU needs no second stream then.
     """
 
     def __init__(
-        self, send: Tensor, received: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None
+        self,
+        send: Tensor,
+        received: Tensor,
+        group: dist.ProcessGroup,
+        sizes: list[int] | None = None,
+        async_op: bool = True,
     ):
         self._sent, self._received = send, received  # they must live until the exchange has ended
         splits = () if sizes is None else ([received.shape[1]] * group.size(), sizes)
         self._work = dist.all_to_all_single(
-            received.view(-1), send.view(-1), *splits, group=group, async_op=True
+            received.view(-1), send.view(-1), *splits, group=group, async_op=async_op
         )
 
     def wait(self) -> Tensor:
         """What arrived; on a GPU, the current stream waits for it."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._received

@@ -149,8 +149,6 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
         TextGenerationController,
     )
 
-    from helix_megatron.inference import contexts
-
     class Watched(GPTInferenceWrapper):
         """Shows the logits of every step."""
 
@@ -162,10 +160,17 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
             return logits
 
     context = DynamicInferenceContext(model.config, inference_config(model.config, size, **more))
-    if context.memory_buffer.device.type == "cuda":
-        contexts.warm_up(model, context)
+    warm_up(model, context)
     wrapper = (GPTInferenceWrapper if watch is None else Watched)(model, context)
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
+
+
+def warm_up(model: Any, context: Any) -> None:
+    """Compile on a GPU what attention over the context's memory needs, so that no request waits for it."""
+    from helix_megatron.inference import contexts
+
+    if context.memory_buffer.device.type == "cuda":
+        contexts.warm_up(model, context)
 
 
 def end_at_tokens(engine: Any, tokens: tuple[int, ...]) -> None:

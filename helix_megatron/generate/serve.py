@@ -89,6 +89,7 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
+    engines.warm_up(model, llm.engine.context)
     engines.end_at_tokens(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
     stops.end_at_stop_texts(llm.engine, tokenizer)

@@ -228,7 +228,9 @@ def warm_up(model: torch.nn.Module, context: Any) -> None:
     done = set()
     for layer in model.modules():
         plan = getattr(layer, "helix_plan", None)
-        if plan is None or plan.kv_cache != "sequence" or not hasattr(layer, "core_attention"):
+        if plan is None or plan.is_megatron or plan.kv_cache != "sequence":
+            continue
+        if _layer_index(layer) not in context.layer_map:  # of multi-token prediction: it has no memory here
             continue
         attention = attention_of(layer)
         if attention not in done:
@@ -304,5 +306,10 @@ def _over_slices(
 
 def _memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, [blocks, B, K, paged_dim] each, as Megatron has made them."""
-    number = context.layer_map[layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1]
+    number = context.layer_map[_layer_index(layer)]
     return context.memory_buffer[0, number], context.memory_buffer[1, number]
+
+
+def _layer_index(layer: Any) -> int:
+    """Of this stage's layers, from 0."""
+    return layer.layer_number - layer._get_pp_layer_offset_for_inference() - 1

@@ -60,11 +60,20 @@ class PartialExchange:
     Args:
         rows: S, B.
         like: of the model's dtype and on its device.
+        async_op: something is computed between send() and merged().
     """
 
-    def __init__(self, rows: tuple[int, ...], like: Tensor, layout: HelixLayout, group: dist.ProcessGroup):
+    def __init__(
+        self,
+        rows: tuple[int, ...],
+        like: Tensor,
+        layout: HelixLayout,
+        group: dist.ProcessGroup,
+        async_op: bool,
+    ):
         self._work: AsyncAllToAll | None = None
         self._rows, self._layout, self._group, self._dtype = rows, layout, group, like.dtype
+        self._async_op = async_op
         m, shapes = group.size(), piece_shapes(layout)
         sizes = [piece_elements(prod(rows), *shape, like.element_size())[1] for shape in shapes]
         self._own = shapes[group.rank()]
@@ -86,7 +95,7 @@ class PartialExchange:
         `target` holds."""
         if partial is not None:
             self._write(partial[0].flatten(0, -3), partial[1].flatten(0, -2))
-        self._work = AsyncAllToAll(self._send, self._received, self._group, self._sizes)
+        self._work = AsyncAllToAll(self._send, self._received, self._group, self._sizes, self._async_op)
 
     def _write(self, out: Tensor, lse: Tensor) -> None:
         if self.target is not None:

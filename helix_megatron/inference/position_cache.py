@@ -109,7 +109,7 @@ def attend_with_shards(
     on_their_way, receives_own_heads = [], layout.query_placement == "heads"
     for start, stop in pairwise(bounds):
         part = query.narrow(step.dim, start, stop - start)
-        exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group)
+        exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group, async_op=chunks > 1)
         adds = sinks is not None and not receives_own_heads
         partial = step.attend(part, start, stop, None if adds else exchange.target)
         if adds and partial is not None:

@@ -85,7 +85,10 @@ def _attend_slots(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["rank", "left", "tiles", "out_piece", "lse_piece", "table_r"])
+@triton.jit(  # integers come from slices of Megatron's bookkeeping, aligned as it happens
+    do_not_specialize=["rank", "left", "tiles", "out_piece", "lse_piece", "table_r"],
+    do_not_specialize_on_alignment=["starts", "owners", "ends", "lengths", "table"],
+)
 def attention_kernel(
     query, keys, values, out, lse, parts, logs, starts, owners, ends, lengths, table,
     scale, rank, left, tiles, out_piece, lse_piece,

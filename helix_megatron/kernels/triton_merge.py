@@ -87,7 +87,8 @@ def out_offsets(
 
 
 @triton.jit(
-    do_not_specialize=["requests", "programs", "tiles_few", "tiles_many", "out_piece", "lse_piece"]
+    do_not_specialize=["requests", "programs", "tiles_few", "tiles_many", "out_piece", "lse_piece"],
+    do_not_specialize_on_alignment=["plan", "ends"],
 )
 def merge_programs_kernel(
     parts, logs, plan, ends, out, lse, requests, programs, tiles_few, tiles_many, out_piece, lse_piece,

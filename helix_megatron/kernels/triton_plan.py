@@ -55,7 +55,10 @@ def holder(bounds, number, value):
     return found
 
 
-@triton.jit(do_not_specialize=["rank", "left", "requests", "tiles", "rounds"])
+@triton.jit(
+    do_not_specialize=["rank", "left", "requests", "tiles", "rounds"],
+    do_not_specialize_on_alignment=["ends", "lengths", "starts", "owners"],
+)
 def plan_kernel(
     ends, lengths, starts, owners, rank, left, requests, tiles, rounds,
     RANKS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
@@ -94,7 +97,10 @@ def plan_kernel(
         total += tl.sum(steps, axis=0)
 
 
-@triton.jit(do_not_specialize=["rank", "spare", "tokens"])
+@triton.jit(
+    do_not_specialize=["rank", "spare", "tokens"],
+    do_not_specialize_on_alignment=["of_tokens", "places", "blocks", "slots"],
+)
 def place_kernel(
     of_tokens, places, blocks, slots, rank, spare, tokens,
     RANKS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,

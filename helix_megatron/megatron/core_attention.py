@@ -175,7 +175,8 @@ class HelixCoreAttention(torch.nn.Module):
             return False
         core = self.core
         linear = core.is_fused if isinstance(core, ScaledDotProductAttention) else _is_te(core)
-        return linear and not (packed and self.shares_positions)
+        sinks = self.softmax_type != "vanilla"  # for which Transformer Engine may have its unfused kernel
+        return linear and not (packed and (self.shares_positions or sinks))
 
     @property
     def is_causal(self) -> bool:

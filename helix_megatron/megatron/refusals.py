@@ -96,8 +96,9 @@ def _ungraphed(value: Callable, plan: HelixPlan, packed: bool) -> dict[str, bool
     Layers may be recorded whose forward and backward ask the device for nothing, make nothing of Python's own
     numbers and compute the same when they are replayed (tests/megatron_glue/test_cuda_graphs.py).
     """
-    impl = value("cuda_graph_impl", "none")
-    if impl == "none":
+    impl, modules = value("cuda_graph_impl", "none"), value("cuda_graph_modules") or []
+    names = {getattr(one, "name", one) for one in ([modules] if isinstance(modules, str) else modules)}
+    if impl == "none" or (names and not {"attn", "full"} & names):  # of other modules alone
         return {}
     graphs = f"CUDA graphs of training steps (--cuda-graph-impl {impl})"
     return {

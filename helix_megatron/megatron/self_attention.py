@@ -151,7 +151,8 @@ class HelixParallelSelfAttention(SelfAttention):
         )
         if inference_context is None and self.training:
             packed = bool(args) or kwargs.get("packed_seq_params") is not None
-            if any(isinstance(x, PackedSeqParams) for x in (*args, kwargs.get("packed_seq_params"))):
+            given = (*args, kwargs.get("packed_seq_params"))
+            if self.helix_plan.comm_type != "none" and any(isinstance(x, PackedSeqParams) for x in given):
                 self.core_attention.check_packed()  # before RoPE is given a share of the positions
             refuse_graphs_of_training(self.config, self.helix_plan, packed)
         tables: Tables | None = None

@@ -8,7 +8,7 @@ sent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helix_megatron.partition.grid import HelixConfigError
@@ -21,18 +21,25 @@ _PIPELINED = {"proj_fprop": 4, "fc2_fprop": 4}
 """GEMMs whose output is scattered in parts, and how many by default."""
 
 
-def refuse_userbuffers(tokens: int, hidden_size: int, tp: int, layers: Mapping[str, Any]) -> None:
+def refuse_userbuffers(
+    tokens: int, hidden_size: int, tp: int, layers: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
     """Refuse, before the first step, a shape that userbuffers would not carry whole.
 
     Args:
         tokens: of a micro-batch on all tensor-parallel ranks, s * b / context-parallel size.
         hidden_size: h.
         tp: tensor-parallel size.
-        layers: what --tp-comm-overlap-cfg says, {GEMM: {"method", "num_splits", ...}}.
+        layers: what --tp-comm-overlap-cfg says, {GEMM: {"method", "num_splits", ...}}; a list of such has one
+            for each precision.
 
     Raises:
         HelixConfigError: naming the number and what would do.
     """
+    if not isinstance(layers, Mapping):
+        for of_precision in layers:
+            refuse_userbuffers(tokens, hidden_size, tp, of_precision)
+        return
     why = None
     if tp not in RANKS:
         sizes = ", ".join(map(str, RANKS))

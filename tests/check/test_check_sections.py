@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from helix_megatron.check import collectives, exactness, generation, kernel_times, kernels, layers, training
+from helix_megatron.check import (
+    collectives,
+    exactness,
+    generation,
+    graphs,
+    kernel_times,
+    kernels,
+    layers,
+    training,
+)
 from helix_megatron.check.rows import Place, Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.kernels import backend
@@ -199,3 +208,10 @@ def test_kernels_are_told_apart_by_name():
 def test_ranks_share_a_gpu_only_where_there_are_too_few():
     assert Place(1, 0, True, 1.0).shares(2) and not Place(8, 0, True, 1.0).shares(8)
     assert not Place(0, 0, True, 1.0).shares(4)  # a host
+
+
+def test_a_replay_of_nan_is_no_replay():
+    """`max` keeps what it has beside NaN."""
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert graphs._apart(good, good) == 0.0
+    assert graphs._apart(bad, good) == graphs._apart(good, bad) == float("inf")

@@ -404,6 +404,7 @@ def test_what_attention_needs_is_compiled_once_for_each_kind_of_layer():
         for rank, found in enumerate(run_ranks(warmed_up, 2, 2, helix, model)):
             expected = dict(page=(4, 2, 8), heads=4, rank=rank, piece=piece)
             assert found == [expected | {"left": left} for left in kinds]
+    assert run_ranks(warmed_up, 2, 2, HelixConfig(2, 1), {}) == [[], []]  # Megatron's own
 
 
 @pytest.mark.dynamic_engine

@@ -363,6 +363,15 @@ FEATURES = [
         shape=ONE,
     ),
     F("packed sequences, per-slice softmax", f"{WHOLE} {PACKED} {PER_SLICE}", DOCUMENTS, shape=ONE),
+    F(
+        "packed sequences, per-slice softmax",
+        f"{WHOLE} {PACKED} {PER_SLICE}",
+        DOCUMENTS,
+        shape=f"{ONE} {NO_ROPE}",
+        vanilla=SLICES_AS_HEADS,
+        says="per-slice",
+        te=True,
+    ),
     F("named layer spec", f"{SHARED} {SPECS} gpt_layer_spec"),
     F(
         "named layer spec, mixture of experts, stages",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.enums import CudaGraphModule
 
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
@@ -133,6 +134,10 @@ def test_what_is_recorded_and_what_stands_in_the_way(impl):
         with pytest.raises(HelixConfigError, match=f"--cuda-graph-impl {impl}.*{reason}"):
             _refuse_training(impl, plan, **more)
     refuse_unsupported(SimpleNamespace(cuda_graph_impl="local"), SUMMED)  # of inference steps
+    _refuse_training(impl, SUMMED, cuda_graph_modules=[CudaGraphModule.mlp, CudaGraphModule.moe_router])
+    for modules in ([CudaGraphModule.mlp, CudaGraphModule.attn], ["attn"], "full", []):
+        with pytest.raises(HelixConfigError, match="all_reduce, which copies"):
+            _refuse_training(impl, SUMMED, cuda_graph_modules=modules)
 
 
 def test_graphs_of_more_than_layers_are_refused():

@@ -21,8 +21,10 @@ def test_refused_exactly_where_columns_would_be_lost(hidden, splits):
     if carried(hidden, splits) == hidden:
         refuse_userbuffers(64, hidden, 4, layers)
         return
-    with pytest.raises(HelixConfigError, match=f"--hidden-size {hidden}"):
-        refuse_userbuffers(64, hidden, 4, layers)
+    carries = {name: {"method": "ring_exchange"} for name in layers}
+    for given in (layers, [carries, layers]):  # of each precision
+        with pytest.raises(HelixConfigError, match=f"--hidden-size {hidden}"):
+            refuse_userbuffers(64, hidden, 4, given)
 
 
 @pytest.mark.parametrize(
