@@ -31,6 +31,7 @@ from helix_megatron.check.layer import MASK_TYPES, sinks_of
 from helix_megatron.check.reference import Case, attention, normalise
 from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
+from helix_megatron.partition.derived import slices_for
 from helix_megatron.partition.grid import HelixConfigError
 from tests.megatron_glue.layer_worker import (
     Groups,
@@ -114,7 +115,8 @@ def build(job: Job, tp: int, cp: int, pgs: ProcessGroupCollection, groups=None) 
     attn.params = {"attn_mask_type": AttnMaskType[MASK_TYPES[case.mask]]}
     if groups is not None:
         attn.params["helix_groups"] = groups
-    if job.te_core and tp > 1 and job.helix.softmax == "exact":  # else Megatron itself calls it, with views
+    exact = job.helix.softmax == "exact" and slices_for(job.helix, config, tp) > 1
+    if job.te_core and exact:  # else Megatron itself calls it, with views
         attn.submodules.core_attention = TEDotProductAttention
     return build_module(attn if job.block is None else spec, config=config, layer_number=1, pg_collection=pgs)
 
