@@ -47,32 +47,16 @@ def to_fp8(x: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
 def rank_draw(arguments: list[str], seed: int) -> None:
     """Train with the stand-in's scales, moved."""
     import transformer_engine_torch as te
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
     os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"
     claim_hopper(lambda tensor, dtype: None)
     generator = torch.Generator().manual_seed(seed)
 
-    def quantize(tensor, quantizer, output=None, noop=None):
-        kind = te._FP8[te.DType(int(quantizer.dtype))]
-        amax = tensor.detach().float().abs().amax()
-        if isinstance(quantizer, Float8Quantizer):  # delayed scaling
-            scale = quantizer.scale.clone()
-            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
-        else:
-            scale = te._current_scale(amax, torch.finfo(kind).max, quantizer)
+    def rounded(tensor, scale, kind):
         scale = scale * 2 ** -torch.rand((), generator=generator)
-        data = to_fp8(tensor.detach().double() * scale.double(), kind).to(kind).view(torch.uint8)
-        output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype) if output is None else output
-        if output._data is not None:
-            output._data.copy_(data)
-        if quantizer.columnwise_usage:
-            output._transpose = data.reshape(-1, data.shape[-1]).t().contiguous()
-            output._transpose_invalid = False
-        output._scale_inv.copy_((1 / scale).reshape(1))
-        return output
+        return scale, to_fp8(tensor.double() * scale.double(), kind).to(kind)
 
-    te.quantize = quantize
+    te._rounded = rounded
     rank_train(arguments)
 
 

@@ -125,6 +125,12 @@ def _current_scale(amax, top, quantizer):
     return torch.exp2(torch.floor(torch.log2(scale))) if quantizer.force_pow_2_scales else scale
 
 
+def _rounded(tensor, scale, kind):
+    """The scale, and the scaled numbers in FP8."""
+    top = torch.finfo(kind).max
+    return scale, (tensor.float() * scale).clamp(-top, top).to(kind)
+
+
 def quantize(tensor, quantizer, output=None, noop=None):
     """tensor as FP8 with scale = largest FP8 number / largest magnitude; delayed scaling: the quantizer's.
 
@@ -140,13 +146,13 @@ def quantize(tensor, quantizer, output=None, noop=None):
     if not isinstance(quantizer, (Float8CurrentScalingQuantizer, Float8Quantizer)):
         raise NotImplementedError(f"the stand-in has no {type(quantizer).__name__}")
     amax = tensor.detach().float().abs().amax()
-    top = torch.finfo(kind).max
     if isinstance(quantizer, Float8Quantizer):
         scale = quantizer.scale.clone()
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     else:
-        scale = _current_scale(amax, top, quantizer)
-    data = (tensor.detach().float() * scale).clamp(-top, top).to(kind).view(torch.uint8)
+        scale = _current_scale(amax, torch.finfo(kind).max, quantizer)
+    scale, data = _rounded(tensor.detach(), scale, kind)
+    data = data.view(torch.uint8)
     if output is None:
         output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype)
     if output._data is not None:
