@@ -187,7 +187,9 @@ class _Step:
     def has_prompts_as_in_training(self) -> bool:
         """Prompts take the core that trains where a rank attends with every KV head of its head group."""
         layout, work, heads = self.problem.layout, self.problem.workload, self.problem.heads
-        linear = work.fused or not self.problem.shape.window_size  # in memory, with the local core
+        shape = self.problem.shape
+        local = not shape.window_size and shape.softmax_type == "vanilla"  # its core is PyTorch's fused one
+        linear = work.fused or local  # in memory
         everyone = set(heads.kv_needed) == {heads.kv_heads}
         return work.kind == "prefill" and layout.comm_type == "a2a" and linear and everyone
 
