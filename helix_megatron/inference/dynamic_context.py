@@ -43,6 +43,9 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
             refuse_dynamic(plan, model_config, inference_config)
             model_config = derived_config(model_config, plan, plan.paged_dim)
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
+            self.reinitialize_inference_state_buffers = _zeroed_when_resumed(
+                self, self.reinitialize_inference_state_buffers
+            )
         original(self, model_config, inference_config)
         if sliced:
             self.helix_step = _step_tokens(plan, model_config, inference_config)
@@ -87,6 +90,20 @@ def _zeroed_memory(context: Any, original: Callable) -> Callable:
     return _allocate_memory_buffer
 
 
+def _zeroed_when_resumed(context: Any, original: Callable) -> Callable:
+    """reinitialize_inference_state_buffers, where memory may come back without being allocated, or kept."""
+
+    @functools.wraps(original)
+    def reinitialize_inference_state_buffers() -> None:
+        recomputes = context.kv_cache_management_mode.value == "recompute"
+        lost = recomputes and not context.is_tensor_state_allocated
+        original()
+        if lost:
+            context.memory_buffer.zero_()
+
+    return reinitialize_inference_state_buffers
+
+
 def _step_tokens(plan: HelixPlan, model_config: Any, inference_config: Any) -> StepTokens | None:
     """None where the cache is Megatron's own, of slices that are heads of the derived model."""
     if plan.kv_cache == "none":
@@ -116,12 +133,15 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
     """Refuse, by name, what the dynamic engine would compute wrong, or not at all, with sliced heads."""
     exact = not plan.layout.per_slice
     graphs = model_config.cuda_graph_impl == "local"
+    speculative = inference_config.num_speculative_tokens > 0
     invariant = getattr(model_config, "batch_invariant_mode", False)
     reasons = {
         "CUDA graphs (--cuda-graph-impl local) with --helix-kv-cache dim, which asks the device for lengths "
         "(sequence has graphs)": graphs and plan.kv_cache == "dim",
         "CUDA graphs without a step before the capture (--cuda-graph-warmup-steps 0), in which kernels are "
         "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
+        "CUDA graphs (--cuda-graph-impl local) with speculative tokens (num_speculative_tokens > 0), whose "
+        "replays were never compared": exact and graphs and speculative,
         "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
             inference_config.use_flashinfer_fused_rope
         ),

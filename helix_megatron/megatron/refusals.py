@@ -48,6 +48,9 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),
+        "residual streams beside each other (--enable-mhc-connections), which were never tried": value(
+            "enable_mhc_connections"
+        ),
         "an experimental attention variant (--experimental-attention-variant)": (
             value("experimental_attention_variant") not in (False, *LINEAR_ATTENTION)
         ),

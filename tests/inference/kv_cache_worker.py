@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from unittest import mock
 
 import torch
 
@@ -208,6 +209,9 @@ def engine(tp: int, helix: HelixConfig | None, model_settings: dict, settings: d
 
 def refuse_unwritten_memory(context):
     """Memory that is allocated holds NaN, and the cache's does not: kernels may multiply it by 0."""
+    from megatron.core.inference.config import KVCacheManagementMode
+    from megatron.core.inference.contexts import dynamic_context
+
     allocated = torch.empty
 
     def of_nan(*shape, **options):
@@ -220,6 +224,22 @@ def refuse_unwritten_memory(context):
     finally:
         torch.empty = allocated
     assert context.memory_buffer.isfinite().all(), "the cache is made of what memory held before"
+    saver = mock.Mock(resume=lambda tag: context.memory_buffer.fill_(torch.nan))
+    resumed = dict(
+        is_tensor_state_allocated=False,
+        _uses_torch_memory_saver=True,
+        kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE,
+    )
+    with (
+        mock.patch.object(dynamic_context, "torch_memory_saver", saver, create=True),
+        mock.patch.multiple(context, **resumed),
+    ):
+        context.reinitialize_inference_state_buffers()
+        assert context.memory_buffer.isfinite().all(), "the cache is resumed with what memory held before"
+        context.memory_buffer.fill_(1.0)
+        context.reinitialize_inference_state_buffers()  # nothing was given away
+        assert context.memory_buffer.eq(1.0).all()
+        context.memory_buffer.zero_()
 
 
 def hybrid_model(config, layer, **sizes):
@@ -379,8 +399,6 @@ def generate_like(
 
 def warmed_up(tp: int, helix: HelixConfig, model: dict) -> list[dict]:
     """What is compiled before requests come: slots and KV heads of a page, window, and the piece written."""
-    from unittest import mock
-
     from helix_megatron.inference import contexts
     from helix_megatron.kernels import backend
 

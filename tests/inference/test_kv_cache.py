@@ -555,6 +555,7 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
         ({}, dict(cuda_graph_impl="local"), {}, "built"),
         (dict(kv_cache="dim"), dict(cuda_graph_impl="local"), {}, "(sequence has graphs)"),
         ({}, dict(cuda_graph_impl="local", cuda_graph_warmup_steps=0), {}, "--cuda-graph-warmup-steps 0"),
+        ({}, dict(cuda_graph_impl="local"), dict(num_speculative_tokens=2), "replays were never compared"),
         ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
         ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not

@@ -142,3 +142,11 @@ def test_blockwise_fp8_wants_whole_blocks():
     message = r"blockwise works in blocks of 128, .* rank 0 of Helix grid 1x2 holds 480 rows of linear_qkv"
     with pytest.raises(HelixConfigError, match=message):
         refuse_unsupported(blockwise, plan)
+
+
+def test_residual_streams_beside_each_other_are_refused():
+    """Of Megatron core 0.20."""
+    plan = HelixConfig(1, 2).resolve(8, 4, 16, 2)
+    refuse_unsupported(SimpleNamespace(enable_mhc_connections=False), plan)
+    with pytest.raises(HelixConfigError, match=r"--enable-mhc-connections\), which were never tried"):
+        refuse_unsupported(SimpleNamespace(enable_mhc_connections=True), plan)
