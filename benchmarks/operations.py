@@ -40,8 +40,9 @@ CASES = {
 SEQUENCE, HIDDEN = 256, 512
 
 
-def count(case: str) -> dict[str, float]:
+def count(case: str, fused_rope: bool = True) -> dict[str, float]:
     """One layer, forward + backward, on rank 0."""
+    from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import rope_utils
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -56,7 +57,7 @@ def count(case: str) -> dict[str, float]:
     operations, comm = OperationMeter(), CommMeter()
     torch.nn.RMSNorm.forward, rope_utils.fused_apply_rotary_pos_emb = _norm, _rotate
     with bench.attention_layer(shape, tp, torch.bfloat16, helix, qk_norm=qk_norm) as (layer, _):
-        layer.config.apply_rope_fusion = True
+        layer.config.apply_rope_fusion = fused_rope
         hidden = torch.randn(SEQUENCE, 1, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
         rope = bench.rotary(SEQUENCE, dim)
         gradient = torch.ones(SEQUENCE, 1, HIDDEN, dtype=torch.bfloat16)
@@ -70,6 +71,7 @@ def count(case: str) -> dict[str, float]:
         masks = mock.patch.object(sdpa, "causal_lower_right", lower_right)
         with masks, comm.counting(), operations.counting():
             step()
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     tallies, inside = operations.tallies, [v for k, v in comm.tallies.items() if k.endswith(f" x{m}")]
     assert tallies[ATTENTION].count and tallies[MATRIX].count
@@ -132,16 +134,33 @@ def _uncounted(make: Callable[..., Any], *args: Any) -> Any:
         return make(*args)
 
 
+def table(document: dict[str, Any]) -> str:
+    """The counts in Markdown, each behind the one before where there is one."""
+    lines = ["| layer | operations | read, kB | written, kB | collectives | received, kB |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for case, now in document["cases"].items():
+        columns = [(now[key], 1 if key in ("operations", "collectives") else 1000) for key in now]
+        then = document.get("before", {}).get(case, {})
+        cells = [
+            (f"{then[key] / unit:,.0f} → " if then else "") + f"{value / unit:,.0f}"
+            for key, (value, unit) in zip(now, columns, strict=True)
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     from helix_megatron.host.launcher import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--no-rope-fusion", action="store_true", help="Megatron's RoPE of many kernels")
     parser.add_argument("--before", help="an earlier document, to be shown (and kept) beside this one")
     parser.add_argument("--out", help="also write the JSON document here")
     options = parser.parse_args()
     cases = list(CASES) if options.case == "all" else [options.case]
-    found = {case: run_ranks(count, 1, case, timeout_s=300)[0] for case in cases}
+    fused = not options.no_rope_fusion
+    found = {case: run_ranks(count, 1, case, fused, timeout_s=300)[0] for case in cases}
     document = {
         "benchmark": "operations",
         "measured": "counted, per layer, forward + backward, on rank 0; collectives of a fake process group",
@@ -153,16 +172,7 @@ def main() -> None:
     if options.before:
         with open(options.before, encoding="utf-8") as file:
             document["before"] = json.load(file)["cases"]
-    print(f"| {'layer':30} | operations | read, kB | written, kB | collectives | received, kB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for case, now in found.items():
-        columns = [(now[key], 1 if key in ("operations", "collectives") else 1000) for key in now]
-        then = document.get("before", {}).get(case, {})
-        cells = [
-            (f"{then[key] / unit:,.0f} → " if then else "") + f"{value / unit:,.0f}"
-            for key, (value, unit) in zip(now, columns, strict=True)
-        ]
-        print(f"| {case:30} | {' | '.join(cells)} |")
+    print(table(document))
     text = json.dumps(document)
     if options.out:
         with open(options.out, "w", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from helix_megatron.exchange.views import aligned_views, merge_slices
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.partition.grid import AttentionShape, HelixGrid
 from helix_megatron.partition.layout import HelixLayout, position_chunks
+from tests.exchange.late import late_collectives
 
 S, B = 9, 2  # 9: chunks of unequal length
 
@@ -43,6 +44,13 @@ def positions(layout, rank, length=S):
 
 def rank_exchanges(overlap):
     torch.distributed.init_process_group("gloo")
+    with late_collectives() as started:
+        number = exchange_all(overlap)
+    assert len(started) == (2 * number if overlap else 0)  # there and back
+    return number
+
+
+def exchange_all(overlap):
     group = torch.distributed.group.WORLD
     m, rank = group.size(), group.rank()
     for number, layout in enumerate(layouts(m)):
@@ -95,9 +103,9 @@ def rank_exchanges(overlap):
     return number + 1
 
 
-@pytest.mark.parametrize("m", [2, 3, 4])
-def test_whole_heads_and_back(m):
-    assert set(run_ranks(rank_exchanges, m, m == 2, timeout_s=120)) <= set(range(6, 13))
+@pytest.mark.parametrize(("m", "overlap"), [(2, True), (3, True), (4, False)])
+def test_whole_heads_and_back(m, overlap):
+    assert set(run_ranks(rank_exchanges, m, overlap, timeout_s=120)) <= set(range(6, 13))
 
 
 def rank_counts():

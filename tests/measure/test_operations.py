@@ -1,9 +1,13 @@
 """Operations and bytes are counted as a list of kernels by hand would have them."""
 
+import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,18 +100,80 @@ def test_the_exchange_walks_every_number_once_each_way():
     assert (dims.count, dims.read, dims.written) == (3 * 4, 3 * 4 * size, 3 * 4 * size)
 
 
-def committed() -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / "operations.json").read_text(encoding="utf-8"))
+# ---- of a layer ----
+UNFUSED = "64/8 TP=16 8x2 heads"
 
 
-def test_the_layers_counts_are_those_of_the_table(monkeypatch):
-    """What is committed is what the layer does; fewer operations must be counted anew, more are a fault."""
+@pytest.fixture
+def operations(monkeypatch):
+    """benchmarks/operations.py."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("operations")
+    for name in ("operations", "bench"):
+        sys.modules.pop(name, None)
+
+
+def layer_counts() -> tuple[dict, dict]:
+    """Of every case; of one without fused RoPE."""
     import operations
 
-    document = committed()
-    assert document["cases"].keys() == operations.CASES.keys()
-    for case in ("64/8 TP=16 8x2 heads", "40/8 TP=16 8x2 dims, QK norm"):
-        found = run_ranks(operations.count, 1, case, timeout_s=100)[0]
-        assert found == document["cases"][case]
-    sys.modules.pop("operations"), sys.modules.pop("bench")
+    counts = {case: operations.count(case) for case in operations.CASES}
+    return counts, operations.count(UNFUSED, fused_rope=False)
+
+
+def test_the_layers_counts_are_those_of_the_table(operations):
+    """What is committed is what the layer does; fewer operations must be counted anew, more are a fault."""
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    document = json.loads((ROOT / "benchmarks/results/operations.json").read_text(encoding="utf-8"))
+    counts, unfused = run_ranks(layer_counts, 1, timeout_s=200)[0]
+    assert counts == document["cases"]
+    assert operations.table(document) in page
+    read, written = (f"{unfused[key] / 1000:,.0f} kB" for key in ("read", "written"))
+    assert f"`heads` then reads {read} and writes {written}" in " ".join(page.split())
+
+
+def key_counts(slices: tuple[int, ...]) -> dict[str, list[int]]:
+    """{what is done to the key of one KV head: bytes and operations whole, then as a slice for each m}.
+
+    A norm of whole heads is one kernel each way, RoPE is Megatron's unfused one.
+    """
+    import operations
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from helix_megatron.megatron.qk_norm import slice_norm
+
+    torch.nn.RMSNorm.forward = operations._norm
+    config = SimpleNamespace(qk_l2_norm=False, normalization="RMSNorm", layernorm_zero_centered_gamma=False)
+    dim, found = 128, {"norm": [], "kernels of it": [], "RoPE": [], "kernels of RoPE": []}
+    for m in (1, *slices):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=m)
+        norm = torch.nn.RMSNorm(dim, eps=1e-5, dtype=torch.bfloat16)
+        norm = slice_norm(norm, config, np.arange(dim // m), dim, torch.distributed.group.WORLD)
+        key = torch.randn(256, 1, 1, dim // m, dtype=torch.bfloat16, requires_grad=True)
+        table, gradient = torch.randn(256, 1, 1, dim // m), torch.ones_like(key)
+        rotate = partial(_apply_rotary_pos_emb_bshd, freqs=table)
+        normed, rotated = (
+            counted(lambda f=f, of=of: torch.autograd.grad(f(key), of, gradient))[OTHER]
+            for f, of in ((norm, (key, norm.weight)), (rotate, key))
+        )
+        found["norm"].append(normed.read + normed.written)
+        found["kernels of it"].append(normed.count)
+        found["RoPE"].append(rotated.read + rotated.written)
+        found["kernels of RoPE"].append(rotated.count)
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def test_what_a_key_costs_whole_and_as_a_slice(operations):
+    """Where ranks share a KV head each norms and rotates all of it: fewer bytes of the norm up to 8 slices."""
+    found = run_ranks(key_counts, 1, (2, 4, 8, 16), timeout_s=60)[0]
+    whole, *of_slices = found["norm"]
+    assert [whole < one for one in of_slices] == [True, True, True, False]
+    page = " ".join((ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8").split())
+    kernels, of_slice, *_ = found["kernels of it"]
+    two, four, eight, sixteen = (f"{one / 1000:,.0f}" for one in of_slices)
+    assert f"{kernels} kernels and {whole / 1000:,.0f} kB whole" in page
+    assert f"{of_slice} and {two}, {four}, {eight} or {sixteen} kB as one of 2, 4, 8 or 16 slices" in page
+    assert f"(`--no-rope-fusion`) it is {found['kernels of RoPE'][0]} kernels" in page
+    assert f"{(found['RoPE'][0] - found['RoPE'][1]) / 1e6:.1f} MB of it (a tenth)" in page

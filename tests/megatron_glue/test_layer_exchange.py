@@ -14,6 +14,8 @@ from helix_megatron.megatron.refusals import refuse_unsupported
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import plan_for
 from helix_megatron.partition.grid import HelixConfigError
+from tests.exchange.late import late_collectives
+from tests.megatron_glue.collective_order import orders
 from tests.megatron_glue.layer_worker import Groups, load, make_config, make_layer, run, start
 
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
@@ -38,7 +40,7 @@ def rank_runs(tp: int, variants: list[tuple[dict, dict]]) -> list[list[dict]]:
             layer = make_layer(case, helix, tp, groups.of(layout.grid), **overrides).train()
             load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
             result, meter = {}, CommMeter()
-            with meter.counting():
+            with meter.counting(), late_collectives():
                 result["numbers"] = run(layer, case, tp)
             result["calls"] = {k: v.calls for k, v in meter.tallies.items() if "all_reduce" not in k}
             hidden = case.tensors["hidden"].float().requires_grad_()
@@ -129,3 +131,60 @@ def test_exchanging_again_needs_something_computed_again():
     summed = dataclasses.replace(helix, comm_type="all_reduce")
     with pytest.raises(HelixConfigError, match="which is all_reduce here"):
         refuse_unsupported(make_config(case, 2, **SELECTIVE), plan_for(summed, config, 2))
+
+
+# ---- order ----
+THREE = Case(6, 2, 16, qk_norm="RMSNorm", seq=12)  # query heads of a group: two ranks share positions
+ORDERED = [
+    (Case(8, 4, 16, qk_norm="RMSNorm", gate=True, seq=12), HelixConfig(2, 2), {}),
+    (Case(8, 4, 16, qk_norm="LayerNorm", seq=12), HelixConfig(2, 2), dict(sequence_parallel=True)),
+    (Case(8, 4, 16, seq=12), HelixConfig(2, 2, query_placement="dims", slice_weights=(3, 1)), {}),
+    (Case(12, 3, 16, seq=12), HelixConfig(1, 4), {}),  # KV heads of ranks are unequal
+    (THREE, HelixConfig(2, 2), SELECTIVE),
+    (THREE, HelixConfig(2, 2, recompute_exchange=True), SELECTIVE),
+    (dataclasses.replace(THREE, seq=1), HelixConfig(2, 2), {}),  # ranks without a query
+    (Case(8, 2, 16, qk_norm="RMSNorm", seq=12, batch=1, documents=(5, 7)), HelixConfig(2, 2), {}),
+]
+OF_POSITIONS = [
+    (Case(8, 4, 16, qk_norm="RMSNorm", seq=12), HelixConfig(1, 2), {}),
+    (Case(8, 4, 16, seq=12), HelixConfig(1, 2, query_placement="dims"), dict(sequence_parallel=True)),
+    (Case(3, 1, 16, seq=12), HelixConfig(1, 2), SELECTIVE),
+]
+
+
+@pytest.mark.parametrize(("tp", "cp", "jobs"), [(4, 1, ORDERED), (2, 2, OF_POSITIONS)])
+def test_every_rank_makes_the_same_collectives_in_an_order_that_data_imposes(tp, cp, jobs):
+    """Whatever autograd runs first: of any two exchanges of a backward one needs the other's result."""
+    (found,) = run_ranks(orders, 1, tp, cp, jobs, timeout_s=120)
+    for job, of_ranks in zip(jobs, found, strict=True):
+        for rank in of_ranks:
+            assert rank["made"] == of_ranks[0]["made"] and rank["made"], job
+            assert not rank["open"], job
+
+
+def rank_raises(tp: int) -> tuple[str, list[dict]]:
+    """A pass that fails while K and V travel, and then two that do not, of a layer that has and has not seen it."""
+    start(tp)
+    case, helix = CASES[0]
+    case.draw()
+    layout = helix.resolve(case.heads, case.groups, case.dim, tp).layout
+    groups, rank, said, found = Groups().of(layout.grid), torch.distributed.get_rank(), "", []
+    for fails in (True, False):
+        layer = make_layer(case, helix, tp, groups).train()
+        load(layer, case, layout.qkv_rows(rank), layout.proj_columns(rank), torch.float32)
+        if fails:
+            hook = layer.q_layernorm.register_forward_pre_hook(lambda *_: 1 / 0)
+            try:
+                run(layer, case, tp)
+            except ZeroDivisionError as error:
+                said = str(error)
+            hook.remove()
+            assert layer._prepare is None and layer.core_attention.prepare is None
+        found.append(run(layer, case, tp))
+    return said, found
+
+
+def test_a_pass_that_fails_meanwhile_leaves_nothing_behind():
+    for said, (again, fresh) in run_ranks(rank_raises, 2, 2):
+        assert said == "division by zero"
+        assert_same_numbers(again, fresh)

@@ -1,0 +1,101 @@
+"""In which order ranks of test_layer_exchange.py make their collectives, and what autograd leaves of it open.
+
+A process stands for one rank after another, in groups whose collectives move nothing: an order that differs
+between ranks is a list that differs, and no rank waits for another.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch.distributed import ProcessGroup, destroy_process_group, init_process_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from helix_megatron.check.reference import Case
+from helix_megatron.exchange.levels import CompletedWork
+from helix_megatron.measure.comm import _METHODS
+from helix_megatron.partition.config import HelixConfig
+from tests.megatron_glue.layer_worker import Groups, make_layer
+
+Job = tuple[Case, HelixConfig, dict[str, Any]]
+
+
+def orders(tp: int, cp: int, jobs: list[Job]) -> list[list[dict]]:
+    """For each job what `_order` says of every rank."""
+    found: list[list[dict]] = [[] for _ in jobs]
+    for rank in range(tp * cp):
+        init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * cp)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+        tensor_parallel.model_parallel_cuda_manual_seed(123)
+        groups = Groups()
+        for of_ranks, (case, helix, overrides) in zip(found, jobs, strict=True):
+            plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
+            layer = make_layer(case, helix, tp, groups.of(plan.grid), context_parallel_size=cp, **overrides)
+            of_ranks.append(_order(layer.train(), case, tp))
+        parallel_state.destroy_model_parallel()
+        destroy_process_group()
+    return found
+
+
+def _order(layer: torch.nn.Module, case: Case, tp: int) -> dict:
+    """{"made": collectives with the size and stride of their groups, forward and backward; "open": pairs of
+    exchanges in the backward of which neither needs the other's result}."""
+    made: list[tuple[str, tuple[int, ...]]] = []
+    own = case.seq // tp if layer.config.sequence_parallel else case.seq
+    hidden = torch.randn(own, case.batch, case.hidden, requires_grad=True)
+    packed = None
+    if case.documents:
+        ends = torch.tensor([0, *case.documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=case.seq, max_seqlen_kv=case.seq)
+    with ExitStack() as patches:
+        for name in (name for name in _METHODS if name in vars(ProcessGroup)):
+            patches.enter_context(mock.patch.object(ProcessGroup, name, _noted(_METHODS[name][0], made)))
+        out, _ = layer(hidden, None, rotary_pos_emb=case.rope_table(), packed_seq_params=packed)
+        unordered = _unordered(out.grad_fn)
+        out.sum().backward()
+    return {"made": made, "open": unordered}
+
+
+def _noted(kind: str, made: list) -> Any:
+    def collective(group: ProcessGroup, *_: Any, **__: Any) -> CompletedWork:
+        if group.size() > 1:
+            ranks = torch.distributed.get_process_group_ranks(group)
+            made.append((kind, (len(ranks), ranks[1] - ranks[0])))
+        return CompletedWork()
+
+    return collective
+
+
+def _unordered(last: Any) -> list[tuple[str, str]]:
+    """Nodes of an autograd graph, of helix_megatron.exchange, that no path connects."""
+    behind: dict[Any, set] = {}  # every node, and the exchanges that need its gradient first
+    order, stack = [], [(last, False)]
+    while stack:  # depth first: what a node leads to comes before it
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+            following = [then for then, _ in node.next_functions if then is not None]
+            exchanges = {then for then in following if _exchanges(then)}
+            behind[node] = exchanges.union(*(behind[then] for then in following))
+        elif node not in behind:
+            behind[node] = set()
+            stack.append((node, True))
+            stack += [(then, False) for then, _ in node.next_functions if then is not None]
+    all_of_them = [node for node in order if _exchanges(node)]
+    assert len(all_of_them) >= 2 or any("Checkpoint" in type(node).__name__ for node in order)
+    return [
+        (type(one).__name__, type(other).__name__)
+        for number, one in enumerate(all_of_them)
+        for other in all_of_them[:number]
+        if other not in behind[one] and one not in behind[other]
+    ]
+
+
+def _exchanges(node: Any) -> bool:
+    forward = getattr(type(node), "_forward_cls", None)
+    return forward is not None and forward.__module__.startswith("helix_megatron.exchange")
