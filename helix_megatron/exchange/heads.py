@@ -77,7 +77,10 @@ class HeadExchange:
 
 @dataclass
 class _Transfer:
-    """A collective under way: what must live until it has ended."""
+    """A collective under way: what must live until `wait`.
+
+    Memory that is freed after that goes to what the current stream computes next, behind the collective.
+    """
 
     work: Any
     sent: Tensor

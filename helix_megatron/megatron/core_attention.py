@@ -267,7 +267,8 @@ class HelixCoreAttention(torch.nn.Module):
         def gathered(query: Tensor, key: Tensor, value: Tensor) -> Heads:
             if prepare is not None:
                 query, key, value = prepare(query, key, value)
-            return query, *self._all_positions(key, value)
+            # A query that nothing rotates is a view, which would keep all of the projection's output.
+            return query.contiguous(), *self._all_positions(key, value)
 
         def attend(*heads: Tensor) -> Tensor:
             return self._attend(*heads, length, mask, mask_type, packed)

@@ -21,7 +21,8 @@ Note [Out of the way]
     With whole query heads, K and V travel while the query is normed and rotated; in the backward dK and dV
     travel while the query's part runs, for autograd runs what was computed last first: K's part ends in the
     collective, then comes the query's, and the start of the exchange, which waits, was computed before it.
-    Every rank computes the same graph in the same order, so collectives pair up.
+    Collectives pair up in any case: the query's part makes none, and of any two others in a backward one
+    needs the other's result, so that their order is not for autograd to choose.
 """
 
 from __future__ import annotations

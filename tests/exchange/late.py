@@ -16,8 +16,8 @@ from torch import Tensor
 class _UnderWay:
     """Reads what is sent and writes what is received as late as may be. It keeps neither alive."""
 
-    def __init__(self, collective: Callable[..., Any], received: Tensor, sent: Tensor, *more: Any, **group: Any):
-        self._run = lambda *flat: collective(*flat, *more, **group)
+    def __init__(self, run: Callable[[Tensor, Tensor], Any], received: Tensor, sent: Tensor):
+        self._run = run
         received.fill_(float("nan"))  # what is read too early
         self._buffers = [weakref.ref(x if x._base is None else x._base) for x in (received, sent)]
 
@@ -40,7 +40,7 @@ def late_collectives() -> Iterator[list[int]]:
             if not async_op:
                 return collective(received, sent, *more, **group)
             started.append(received.numel())
-            return _UnderWay(collective, received, sent, *more, **group)
+            return _UnderWay(lambda out, flat: collective(out, flat, *more, **group), received, sent)
 
         return call
 

@@ -132,6 +132,10 @@ def test_the_layers_counts_are_those_of_the_table(operations):
     assert f"`heads` then reads {read} and writes {written}" in " ".join(page.split())
 
 
+def _there_and_back(function, given, of, gradient) -> None:
+    torch.autograd.grad(function(given), of, gradient)
+
+
 def key_counts(slices: tuple[int, ...]) -> dict[str, list[int]]:
     """{what is done to the key of one KV head: bytes and operations whole, then as a slice for each m}.
 
@@ -153,10 +157,8 @@ def key_counts(slices: tuple[int, ...]) -> dict[str, list[int]]:
         key = torch.randn(256, 1, 1, dim // m, dtype=torch.bfloat16, requires_grad=True)
         table, gradient = torch.randn(256, 1, 1, dim // m), torch.ones_like(key)
         rotate = partial(_apply_rotary_pos_emb_bshd, freqs=table)
-        normed, rotated = (
-            counted(lambda f=f, of=of: torch.autograd.grad(f(key), of, gradient))[OTHER]
-            for f, of in ((norm, (key, norm.weight)), (rotate, key))
-        )
+        ways = ((norm, (key, norm.weight)), (rotate, key))
+        normed, rotated = (counted(partial(_there_and_back, f, key, of, gradient))[OTHER] for f, of in ways)
         found["norm"].append(normed.read + normed.written)
         found["kernels of it"].append(normed.count)
         found["RoPE"].append(rotated.read + rotated.written)
@@ -166,7 +168,7 @@ def key_counts(slices: tuple[int, ...]) -> dict[str, list[int]]:
 
 
 def test_what_a_key_costs_whole_and_as_a_slice(operations):
-    """Where ranks share a KV head each norms and rotates all of it: fewer bytes of the norm up to 8 slices."""
+    """Ranks that share a KV head norm and rotate all of it: the norm's bytes are fewer up to 8 slices."""
     found = run_ranks(key_counts, 1, (2, 4, 8, 16), timeout_s=60)[0]
     whole, *of_slices = found["norm"]
     assert [whole < one for one in of_slices] == [True, True, True, False]

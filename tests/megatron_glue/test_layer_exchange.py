@@ -15,8 +15,8 @@ from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.derived import plan_for
 from helix_megatron.partition.grid import HelixConfigError
 from tests.exchange.late import late_collectives
-from tests.megatron_glue.collective_order import orders
 from tests.megatron_glue.layer_worker import Groups, load, make_config, make_layer, run, start
+from tests.megatron_glue.rank_alone import passes
 
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 CASES = [
@@ -122,6 +122,32 @@ def test_recompute_keeps_whole_heads_or_slices():
             assert slices["kept"] < kept["kept"] < everything["kept"], (case, helix)
 
 
+KEPT = [
+    (Case(8, 4, 16, seq=12), HelixConfig(1, 2)),
+    (Case(8, 1, 16, seq=12), HelixConfig(1, 2)),
+    (Case(8, 2, 16, seq=12, rotary_percent=0.0), HelixConfig(1, 2, rotary_percent=0.0)),
+    (Case(8, 1, 16, seq=12), HelixConfig(1, 2, query_placement="dims")),
+    (Case(8, 4, 16, seq=12), HelixConfig(1, 2, query_placement="dims")),
+]
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_recompute_keeps_as_many_bytes_as_the_page_says(cp):
+    """docs/how_it_works.md, and besides: the input, that of linear_proj, cosines and sines of two tables."""
+    whole = [(case, helix, SELECTIVE) for case, helix in KEPT]
+    slices = [(case, dataclasses.replace(helix, recompute_exchange=True), SELECTIVE) for case, helix in KEPT]
+    (found,) = run_ranks(passes, 1, 2, cp, whole + slices, timeout_s=120)
+    for (case, helix), kept, again in zip(KEPT, found[: len(KEPT)], found[len(KEPT) :], strict=True):
+        sb, d, m, hq, hk = case.seq * case.batch, case.dim, 2, case.heads, case.groups
+        k, d_s, dims = max(1, hk // m), d // m, helix.query_placement == "dims"
+        anyway, tables = sb * (case.hidden + hq * d_s), 4 * case.seq * case.rotary_dim
+        of_slices = sb * ((hq if dims else hq // m * m) + 2 * hk) * d_s
+        if dims and hk > 1:
+            of_slices += sb * hq * d_s
+        assert {rank["kept"] for rank in kept} == {4 * (anyway + tables + sb * (hq // m + 2 * k * cp) * d)}
+        assert {rank["kept"] for rank in again} == {4 * (anyway + of_slices)}, case
+
+
 def test_exchanging_again_needs_something_computed_again():
     case, helix = Case(8, 4, 16), HelixConfig(1, 2, recompute_exchange=True)
     config = make_config(case, 2)
@@ -155,7 +181,7 @@ OF_POSITIONS = [
 @pytest.mark.parametrize(("tp", "cp", "jobs"), [(4, 1, ORDERED), (2, 2, OF_POSITIONS)])
 def test_every_rank_makes_the_same_collectives_in_an_order_that_data_imposes(tp, cp, jobs):
     """Whatever autograd runs first: of any two exchanges of a backward one needs the other's result."""
-    (found,) = run_ranks(orders, 1, tp, cp, jobs, timeout_s=120)
+    (found,) = run_ranks(passes, 1, tp, cp, jobs, timeout_s=120)
     for job, of_ranks in zip(jobs, found, strict=True):
         for rank in of_ranks:
             assert rank["made"] == of_ranks[0]["made"] and rank["made"], job
@@ -163,7 +189,7 @@ def test_every_rank_makes_the_same_collectives_in_an_order_that_data_imposes(tp,
 
 
 def rank_raises(tp: int) -> tuple[str, list[dict]]:
-    """A pass that fails while K and V travel, and then two that do not, of a layer that has and has not seen it."""
+    """A pass that fails while K and V travel; then one of the same layer, and one of another."""
     start(tp)
     case, helix = CASES[0]
     case.draw()

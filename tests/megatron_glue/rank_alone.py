@@ -1,4 +1,4 @@
-"""In which order ranks of test_layer_exchange.py make their collectives, and what autograd leaves of it open.
+"""What ranks of test_layer_exchange.py do in one pass: which collectives, in which order, and what they keep.
 
 A process stands for one rank after another, in groups whose collectives move nothing: an order that differs
 between ranks is a list that differs, and no rank waits for another.
@@ -19,14 +19,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from helix_megatron.check.reference import Case
 from helix_megatron.exchange.levels import CompletedWork
 from helix_megatron.measure.comm import _METHODS
+from helix_megatron.measure.memory import activation_bytes
 from helix_megatron.partition.config import HelixConfig
 from tests.megatron_glue.layer_worker import Groups, make_layer
 
 Job = tuple[Case, HelixConfig, dict[str, Any]]
 
 
-def orders(tp: int, cp: int, jobs: list[Job]) -> list[list[dict]]:
-    """For each job what `_order` says of every rank."""
+def passes(tp: int, cp: int, jobs: list[Job]) -> list[list[dict]]:
+    """For each job what `_one_pass` says of every rank."""
     found: list[list[dict]] = [[] for _ in jobs]
     for rank in range(tp * cp):
         init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * cp)
@@ -36,15 +37,15 @@ def orders(tp: int, cp: int, jobs: list[Job]) -> list[list[dict]]:
         for of_ranks, (case, helix, overrides) in zip(found, jobs, strict=True):
             plan = helix.resolve(case.heads, case.groups, case.dim, tp, case.interleaved, case.gate)
             layer = make_layer(case, helix, tp, groups.of(plan.grid), context_parallel_size=cp, **overrides)
-            of_ranks.append(_order(layer.train(), case, tp))
+            of_ranks.append(_one_pass(layer.train(), case, tp))
         parallel_state.destroy_model_parallel()
         destroy_process_group()
     return found
 
 
-def _order(layer: torch.nn.Module, case: Case, tp: int) -> dict:
+def _one_pass(layer: torch.nn.Module, case: Case, tp: int) -> dict:
     """{"made": collectives with the size and stride of their groups, forward and backward; "open": pairs of
-    exchanges in the backward of which neither needs the other's result}."""
+    exchanges in the backward of which neither needs the other's result; "kept": bytes for the backward}."""
     made: list[tuple[str, tuple[int, ...]]] = []
     own = case.seq // tp if layer.config.sequence_parallel else case.seq
     hidden = torch.randn(own, case.batch, case.hidden, requires_grad=True)
@@ -55,10 +56,15 @@ def _order(layer: torch.nn.Module, case: Case, tp: int) -> dict:
     with ExitStack() as patches:
         for name in (name for name in _METHODS if name in vars(ProcessGroup)):
             patches.enter_context(mock.patch.object(ProcessGroup, name, _noted(_METHODS[name][0], made)))
-        out, _ = layer(hidden, None, rotary_pos_emb=case.rope_table(), packed_seq_params=packed)
-        unordered = _unordered(out.grad_fn)
-        out.sum().backward()
-    return {"made": made, "open": unordered}
+        outs: list[torch.Tensor] = []
+
+        def forward() -> None:
+            outs.append(layer(hidden, None, rotary_pos_emb=case.rope_table(), packed_seq_params=packed)[0])
+
+        kept = activation_bytes([layer], forward)
+        unordered = _unordered(outs[0].grad_fn)
+        outs[0].sum().backward()
+    return {"made": made, "open": unordered, "kept": kept}
 
 
 def _noted(kind: str, made: list) -> Any:
