@@ -1,5 +1,6 @@
 """Transformer Engine chooses a kernel once for every shape, however shapes alternate."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,11 +51,19 @@ def test_what_was_asked_to_be_chosen_anew_is(engine):
     assert engine.chosen == ["a", "b", "a", "b"]
 
 
-def test_the_choice_is_where_transformer_engine_has_it():
-    code = (
-        "import transformer_engine.pytorch; from helix_megatron.megatron import te_backends; "
-        "assert te_backends.last_choice()['attention_params'] is None"
+def test_a_layer_is_chosen_for_once():
+    """Its ranks share query positions: two chunks, of two shapes, in every pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.megatron_glue.te_choice_worker"],
+        env={**environment(), "NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"},
+        capture_output=True,
+        text=True,
+        timeout=150,
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    ranks = json.loads(done.stdout.splitlines()[-1])
+    assert ranks == [{"found": True, "chosen": [2, 0, 0]}] * 2
+
+
+def test_nothing_is_found_without_transformer_engine():
     assert te_backends.last_choice() is None or "transformer_engine" in sys.modules
