@@ -45,7 +45,7 @@ class HeadExchange:
     Args:
         layout: shape, grid and placement.
         group: the dim group.
-        overlap: collectives run beside what is computed until their result is needed.
+        overlap: K and V travel beside what is computed until they are needed, where they go without queries.
     """
 
     layout: HelixLayout
@@ -140,6 +140,11 @@ class _Pending:
     forward: _Transfer | None = None
     backward: _Transfer | None = None
 
+    @property
+    def overlap(self) -> bool:
+        """Whether something is computed meanwhile; otherwise a GPU needs no second stream."""
+        return self.exchange.overlap and not self.queries
+
     def shapes(self, receive: bool) -> list[list[torch.Size]]:
         return self.exchange._shapes(self.s, self.b, self.queries, True, receive)
 
@@ -156,7 +161,7 @@ class _Start(torch.autograd.Function):
             send[0].copy_(key)
             send[1].copy_(value)
             out = send.new_empty(group.size() * send.numel())
-            work = dist.all_gather_into_tensor(out, send.view(-1), group=group, async_op=exchange.overlap)
+            work = dist.all_gather_into_tensor(out, send.view(-1), group=group, async_op=pending.overlap)
             pending.forward = _Transfer(work, send, out)
             return key.new_empty(0)
         send = key.new_empty(sum(_sizes(shapes)))
@@ -166,7 +171,7 @@ class _Start(torch.autograd.Function):
         _write(key_views(keys, key, layout))
         _write(key_views(values, value, layout))
         received = _sizes(pending.shapes(receive=True))
-        pending.forward = _transfer(send, _sizes(shapes), received, group, exchange.overlap)
+        pending.forward = _transfer(send, _sizes(shapes), received, group, pending.overlap)
         return key.new_empty(0)
 
     @staticmethod
@@ -209,7 +214,7 @@ class _Finish(torch.autograd.Function):
             of_keys = number < len(grads) - 1
             _write(aligned_views(pieces, grad, exchange.layout, of_keys))
         received = _sizes(pending.shapes(receive=False))
-        pending.backward = _transfer(send, _sizes(shapes), received, exchange.group, exchange.overlap)
+        pending.backward = _transfer(send, _sizes(shapes), received, exchange.group, pending.overlap)
         return None, grads[0].new_empty(0)
 
 
