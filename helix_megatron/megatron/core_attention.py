@@ -342,8 +342,8 @@ class HelixCoreAttention(torch.nn.Module):
 
         if self.core_is_local or not self.shares_positions:
             return attend()
-        shape = (query.shape, key.shape, query.dtype, mask_type, mask is None, self.training)
-        return with_choice_of(shape, attend)
+        sizes = (query.shape, key.shape, query.dtype, self.window_size)
+        return with_choice_of((*sizes, mask_type, mask is None, self.training), attend)
 
     # ---- all_reduce ----
     def _summed_scores(

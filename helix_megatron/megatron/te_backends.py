@@ -1,4 +1,4 @@
-"""Transformer Engine's choice of an attention kernel, remembered for every shape.
+"""Transformer Engine's choice of an attention kernel, remembered for every shape and window.
 
 It keeps its last choice alone, and looks through all its kernels anew when a call differs from the last one.
 The chunks of a share of the positions differ at every call, the same ones in every layer and step. A choice

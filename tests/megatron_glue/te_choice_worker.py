@@ -1,9 +1,10 @@
-"""How often Transformer Engine chooses a kernel for a layer that shares positions (test_te_backends.py).
+"""How often Transformer Engine chooses a kernel for layers that share positions (test_te_backends.py).
 
 A program, in a process with Transformer Engine; its last line is what rank_choices returns on both ranks.
 """
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -21,14 +22,16 @@ def rank_choices() -> dict:
 
     start(2)
     case, helix = Case(3, 3, 16, seq=12), HelixConfig(1, 2)
-    grid = helix.resolve(case.heads, case.groups, case.dim, 2).grid
-    layer = make_layer(case, helix, 2, Groups().of(grid), te=True).train()
+    groups = Groups().of(helix.resolve(case.heads, case.groups, case.dim, 2).grid)
+    cases = [case, replace(case, window=(4, 0))]  # as in models whose layers look at a window in turns
+    layers = [make_layer(of_layer, helix, 2, groups, te=True).train() for of_layer in cases]
     found, chosen = te_backends.last_choice()["attention_params"] is None, []
     choose = utils.get_attention_backend
     for _ in range(3):
         with mock.patch.object(utils, "get_attention_backend", side_effect=choose) as seen:
-            out, _ = layer(torch.randn(case.seq, 2, case.hidden), None, rotary_pos_emb=case.rope_table())
-            out.sum().backward()
+            for layer in layers:
+                out, _ = layer(torch.randn(case.seq, 2, case.hidden), None, rotary_pos_emb=case.rope_table())
+                out.sum().backward()
         chosen.append(seen.call_count)
     return {"found": found, "chosen": chosen}
 

@@ -51,8 +51,8 @@ def test_what_was_asked_to_be_chosen_anew_is(engine):
     assert engine.chosen == ["a", "b", "a", "b"]
 
 
-def test_a_layer_is_chosen_for_once():
-    """Its ranks share query positions: two chunks, of two shapes, in every pass."""
+def test_layers_are_chosen_for_once():
+    """Their ranks share query positions: two chunks, of two shapes, in every pass of each of two layers."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.megatron_glue.te_choice_worker"],
         env={**environment(), "NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"},
@@ -62,7 +62,7 @@ def test_a_layer_is_chosen_for_once():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     ranks = json.loads(done.stdout.splitlines()[-1])
-    assert ranks == [{"found": True, "chosen": [2, 0, 0]}] * 2
+    assert ranks == [{"found": True, "chosen": [4, 0, 0]}] * 2
 
 
 def test_nothing_is_found_without_transformer_engine():
