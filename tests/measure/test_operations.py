@@ -13,6 +13,8 @@ import torch
 
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.measure.operations import ATTENTION, MATRIX, OTHER, OperationMeter, Operations
+from helix_megatron.partition.grid import AttentionShape, HelixGrid
+from helix_megatron.partition.layout import HelixLayout
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +130,10 @@ def test_the_layers_counts_are_those_of_the_table(operations):
     counts, unfused = run_ranks(layer_counts, 1, timeout_s=200)[0]
     assert counts == document["cases"]
     assert operations.table(document) in page
+    for case, (heads, groups, dim, _, n, m, placement, _) in operations.CASES.items():
+        layout = HelixLayout(AttentionShape(heads, groups, dim, dim), HelixGrid(n, m), placement)
+        elements = operations.SEQUENCE * sum(layout.exchanged_elements().values())
+        assert counts[case]["received"] == 2 * 2 * elements, case  # of two bytes, there and back
     read, written = (f"{unfused[key] / 1000:,.0f} kB" for key in ("read", "written"))
     assert f"`heads` then reads {read} and writes {written}" in " ".join(page.split())
 
