@@ -38,7 +38,24 @@ def _layout(options: argparse.Namespace) -> Any:
         raise ValueError(f"--kv-block-size {options.kv_block_size}: a block holds at least one token.")
     host = ranks.on_host()
     dtype = ("float32" if host else "bfloat16") if options.dtype == "auto" else options.dtype
-    return Layout(size, options.attention_impl, dtype, host, tuple(shlex.split(options.megatron_args)))
+    more = _megatron_args(options.megatron_args)
+    return Layout(size, options.attention_impl, dtype, host, more)
+
+
+def _megatron_args(text: str) -> tuple[str, ...]:
+    """The words of --megatron-args. ValueError for what is no flag and value of Megatron or Helix."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--megatron-args {text!r}: {error}.") from error
+    if words:
+        from helix_megatron.megatron import arguments, yaml_config
+
+        parser = yaml_config.megatron_parser()
+        if "--attention-impl" not in yaml_config.known_flags(parser):  # not installed in this process
+            arguments.add_helix_arguments(parser)
+        yaml_config.check_flags(words, parser)
+    return tuple(words)
 
 
 def add_generate(subparsers: Any) -> None:

@@ -42,8 +42,13 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 def _json_prompt(line: str, where: str) -> str:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if [name for name, _ in pairs].count("prompt") > 1:
+            raise ValueError(f"{where} has two of `prompt`; give each a line of its own.")
+        return dict(pairs)
+
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     found = found.get("prompt") if isinstance(found, dict) else found

@@ -123,6 +123,10 @@ def test_a_grid_that_cannot_work_is_one_line(tiny):
         (["x", "--temperature", "1", "--top-p", "1.5"], "a probability up to 1"),
         (["x", "--tokenizer", "nowhere"], "no tokenizer at nowhere"),
         (["x", "--kv-block-size", "0"], "at least one token"),
+        (["x", "--megatron-args", "--lr 'high"], "--megatron-args \"--lr 'high\": No closing quotation"),
+        (["x", "--megatron-args", "--lr high"], "argument --lr: invalid float value: 'high'"),
+        (["x", "--megatron-args", "--helix-softmax soft"], "--helix-softmax: invalid choice: 'soft'"),
+        (["x", "--megatron-args", "--num-layer 2"], "no flag --num-layer; did you mean --num-layers?"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_a_rank_starts(tiny, arguments, message, capsys):
@@ -475,6 +479,7 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
         ("{", ":1 is not JSON"),
         ("[1]", ":1 is neither"),
         ('{"text": 1}', ":1 is neither"),
+        ('{"prompt": "a", "prompt": "b"}', ":1 has two of `prompt`"),
     ]:
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(ValueError, match=message):
