@@ -159,8 +159,17 @@ REFUSED = [
     ({"model_type": "mamba"}, "'mamba' cannot be converted: its architecture is not known here"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"rope_parameters": {**LLAMA3, "factor": 32.0}}, "llama3 RoPE scaling with factor 32.0"),
+    (
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 4096},  # transformers' model has 4096
+        "llama3 RoPE scaling with original_max_position_embeddings 4096",
+    ),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "type 'yarn'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "rope_theta is 10000.5"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None; it is a number"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta is -5.0"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0, and it is a number above 0"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings 0, and it is a number above 0"),
     ({"attention_bias": True}, "attention_bias True and mlp_bias False"),
     ({"model_type": "mistral", "sliding_window": 32}, r"sliding-window attention \(sliding_window 32 of 64"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
