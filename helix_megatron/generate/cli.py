@@ -104,7 +104,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompt, options.prompts_file)
     layout = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
-    tokenizer = open_tokenizer(checkpoint, options.tokenizer)
+    tokenizer = open_tokenizer(checkpoint, options.tokenizer, options.model)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
     limit = Checkpoint(checkpoint).args.max_position_embeddings
@@ -161,7 +161,7 @@ def _serve(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
     layout = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
-    open_tokenizer(checkpoint, options.tokenizer)
+    open_tokenizer(checkpoint, options.tokenizer, options.model)
     limit = Checkpoint(checkpoint).args.max_position_embeddings
     if options.max_sequence_length > limit:
         raise ValueError(

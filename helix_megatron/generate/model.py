@@ -224,12 +224,13 @@ def stop_tokens(checkpoint: Path, tokenizer: Any, given: str | None) -> tuple[in
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
-def open_tokenizer(checkpoint: Path, given: str | None) -> Any:
+def open_tokenizer(checkpoint: Path, given: str | None, called: Path | None = None) -> Any:
     """Megatron's Hugging Face tokenizer of a model.
 
     Args:
         checkpoint: a converted model brings its own.
         given: folder of another one, or None.
+        called: what the user calls the model, for messages.
 
     Raises:
         ValueError: there is none.
@@ -243,8 +244,8 @@ def open_tokenizer(checkpoint: Path, given: str | None) -> Any:
         if kind != "HuggingFaceTokenizer" or not model:
             has = f"was trained with {kind}" if kind else "brings none"
             raise ValueError(
-                f"there is no Hugging Face tokenizer in {checkpoint}: the model {has}; give the folder of "
-                "one with --tokenizer."
+                f"there is no Hugging Face tokenizer in {called or checkpoint}: the model {has}; give the "
+                "folder of one with --tokenizer."
             )
         folder = Path(model)
     if not folder.is_dir():

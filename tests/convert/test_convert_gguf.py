@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helix_megatron.convert import command, files, hf
+from helix_megatron.generate.model import open_tokenizer
 from tests.convert.test_convert import make
 
 transformers = pytest.importorskip("transformers")
@@ -167,6 +168,14 @@ def test_a_file_without_a_tokenizer_is_converted_without_one(tmp_path, llama, ki
     file = tiny_gguf.write(tmp_path / "m.gguf", llama, without)
     args = command.to_megatron(file, tmp_path / "out")
     assert not hasattr(args, "tokenizer_model") and args.vocab_size == 203 and args.eos_token_id is None
+    assert [path.name for path in (tmp_path / "out" / "hf").iterdir()] == ["config.json"]
+    with pytest.raises(ValueError, match=r"no Hugging Face tokenizer in .*m\.gguf: the model brings none;"):
+        open_tokenizer(tmp_path / "out", None, file)
+
+
+def test_tokens_of_no_vocabulary_are_no_tokenizer(tmp_path, llama):
+    file = tiny_gguf.write(tmp_path / "m.gguf", llama, {"tokenizer.ggml.model": "no_vocab"})
+    command.to_megatron(file, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "hf").iterdir()] == ["config.json"]
 
 

@@ -285,6 +285,31 @@ def test_the_tokenizer_is_found_wherever_a_run_is_started(spoken, tmp_path, monk
     assert told == args.tokenizer_model == str(tmp_path / "out" / "hf")
 
 
+# ---- a Megatron checkpoint ----
+def cut(name, length):
+    return lambda folder: [path.write_bytes(path.read_bytes()[:length]) for path in folder.glob(name)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("latest*", 0), "latest_checkpointed_iteration.txt says ''; it says release"),
+        (cut("release/metadata.json", 1), "release is no complete checkpoint (Expecting property name"),
+        (cut("release/.metadata", 100), "pickle data was truncated"),
+        (cut("release/*.distcp", 0), "release is no complete checkpoint ("),
+        (lambda folder: (folder / "release" / ".metadata").unlink(), "release is no complete checkpoint ("),
+    ],
+)
+def test_a_broken_checkpoint_is_named(spoken, tmp_path, damage, message):
+    """By torch, a traceback of several hundred lines, and no exception of Python's Exception."""
+    folder = shutil.copytree(spoken.parent / "out", tmp_path / "out")
+    damage(folder)
+    with pytest.raises(ValueError) as refused:
+        command.to_hf(folder, tmp_path / "back")
+    said = str(refused.value)
+    assert message in said and said.startswith(str(folder)) and "\n" not in said and len(said) < 600
+
+
 # ---- the cache ----
 def test_every_file_of_the_converted_model_is_noticed(spoken, tmp_path):
     """What conversion has copied or read: by its content, as time and size can be the same."""
