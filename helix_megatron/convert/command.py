@@ -200,6 +200,8 @@ def _check_tensors(model: Any, wanted: list[Entry], args: Namespace, source: Pat
             found, dtype = model.describe(name)
             if found != shape:
                 raise ValueError(f"{source}: {name} is {list(found)}, config.json says {list(shape)}.")
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise ValueError(f"{source}: {name} is {dtype}: quantized, without what it was scaled by.")
             dtypes.add(dtype)
             used.add(name)
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

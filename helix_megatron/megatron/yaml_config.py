@@ -54,7 +54,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which no mapping has a key twice, and 022, 22:30 and 2024-1-1 are what they look like.
+    """Safe YAML, in which no mapping has a key twice, and 022, 22:30 and 2024-01-01 are what they look like.
 
     To YAML 1.1 they are 18 in octal, 1,350 in base 60, and a date.
     """

@@ -225,6 +225,40 @@ def test_mixed_dtypes_need_a_choice(tmp_path):
     assert command.to_megatron(tmp_path / "hf", tmp_path / "out", "bfloat16").params_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused_whatever_config_json_says(tmp_path, dtype):
+    make(tmp_path / "hf", "llama")
+    file = next(file for file in (tmp_path / "hf").glob("*.safetensors") if len(load_file(file)) > 1)
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is {dtype}: quantized"):
+        command.to_megatron(tmp_path / "hf", tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--make-vocab-size-divisible-by 0", "--max-shard-gib 0", "--max-shard-gib nan"]
+)
+def test_numbers_of_the_command_line(capsys, flags):
+    assert cli.main(["convert", "--from", "hf", "x", "--to", "megatron", "y", *flags.split()]) == 2
+    assert f"helix: {flags.split()[0]} " in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_not_known_is_told(tmp_path, capsys):
+    """A run whose tokenizer is not of Hugging Face saves its padded rows alone."""
+    from tests.convert.test_convert_sources import retrained
+
+    make(tmp_path / "hf", "llama", bos_token_id=1)
+    command.to_megatron(tmp_path / "hf", tmp_path / "out")
+    for way, unknown in (("like", False), ("own", True)):
+        source = retrained(tmp_path / "out", tmp_path / way, load=None)
+        like = ["--like", str(tmp_path / "hf")] if way == "like" else []
+        argv = ["--from", "megatron", str(source), "--to", "hf", str(tmp_path / f"{way} back"), *like]
+        assert cli.main(["convert", *argv]) == 0
+        told = "do not say how many of the 256 rows of the embedding mean a token"
+        assert (told in capsys.readouterr().out) is unknown
+
+
 def test_command_line(tmp_path, capsys):
     make(tmp_path / "hf", "llama")
     folders = {name: str(tmp_path / name) for name in ("hf", "out", "back")}
