@@ -91,7 +91,7 @@ def test_refusals_are_one_line_and_say_what_would_do(tmp_path, text, words):
 
 
 def test_values_are_what_they_look_like(tmp_path):
-    """Not what YAML 1.1 makes of them: octal 18, 1,350 in base 60, 2024-01-01."""
+    """Not what YAML 1.1 makes of them: octal 18, 1,350 in base 60, a date."""
     config = yaml_config.load(write(tmp_path, "ENV_VARS: {UMASK: 022, AT: 22:30, DAY: 2024-01-01, A: 0.5}"))
     assert config.env_vars == {"UMASK": "022", "AT": "22:30", "DAY": "2024-01-01", "A": "0.5"}
     flags = "MODEL_ARGS: {num-layers: 012, split: 99:1:0, lr: 1.5e-3, data-path: [-.5, .25, 1_000, 0x10, -3]}"
