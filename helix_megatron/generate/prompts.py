@@ -24,9 +24,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
             text = file.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompts-file {file}: {error}.") from error
+        as_json = file.suffix.lower() == ".jsonl"
         for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
             if line.strip():
-                prompts.append(_json_prompt(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
+                prompts.append(_json_prompt(line, f"{file}:{number}") if as_json else line)
     if not prompts:
         raise ValueError(
             'there is no prompt; give one in quotes ("Once upon a time") or --prompts-file FILE.'

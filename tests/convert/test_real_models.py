@@ -70,7 +70,7 @@ def test_weights_are_those_transformers_reads(smollm2, theirs, folder):
 
 
 def test_prompts_are_split_as_by_the_models_own_tokenizer(smollm2):
-    """Digits alone, and what is between them as by GPT-2; transformers' reader of GGUF splits all as GPT-2."""
+    """Digits alone, and what is between them as by GPT-2; transformers' reader splits all as GPT-2."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2 / "hf")

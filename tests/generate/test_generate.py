@@ -466,6 +466,8 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]
     (tmp_path / "a.jsonl").write_text('"one\\n"\n{"prompt": "two", "id": 3}\n')
     assert read_prompts([], tmp_path / "a.jsonl") == ["one\n", "two"]
+    (tmp_path / "B.JSONL").write_text('"three"')
+    assert read_prompts([], tmp_path / "B.JSONL") == ["three"]
     # a line ends at \\n or \\r\\n, nowhere else, and a byte-order mark is not text
     inside = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei\rj"
     for name, write in [("b.txt", str), ("b.jsonl", lambda text: json.dumps(text, ensure_ascii=False))]:
