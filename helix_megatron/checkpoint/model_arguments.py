@@ -46,6 +46,10 @@ def _mla_yarn(args: Namespace) -> Any:
     return args.multi_latent_attention and args.rope_type == "yarn"
 
 
+def _bends_the_gate(args: Namespace) -> bool:
+    return args.activation_func_clamp_value is not None or bool(args.glu_linear_offset)
+
+
 def _has_layers(letter: str, *variants: str) -> Callable[[Namespace], Any]:
     """Whether a hybrid model has layers of a letter, or every layer is one of these attention variants."""
     return lambda args: (
@@ -154,6 +158,13 @@ FUNCTION = (
     # Megatron's fused SwiGLU leaves the clamp out, the unfused one applies it.
     Group("whether SwiGLU is clamped", dict(bias_swiglu_fusion=True),
           lambda args: args.swiglu and args.activation_func_clamp_value is not None),
+    Group("the same, left out by Transformer Engine's activation", dict(use_te_activation_func=False),
+          lambda args: args.swiglu and _bends_the_gate(args)),
+    Group("the same, left out by its fused MLP", dict(use_transformer_engine_op_fuser=False),
+          lambda args: args.swiglu and not args.num_experts and _bends_the_gate(args)),
+    Group("the same, left out by shared experts beside the others", dict(moe_shared_expert_overlap=False),
+          lambda args: args.num_experts and args.moe_shared_expert_intermediate_size
+          and (args.swiglu or args.quick_geglu) and _bends_the_gate(args)),
     Group(
         "weights that are there or not: a model without them drops those of the checkpoint in silence",
         dict(add_bias_linear=True, add_qkv_bias=False, untie_embeddings_and_output_weights=False),

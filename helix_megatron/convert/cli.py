@@ -41,6 +41,12 @@ def _convert(options: argparse.Namespace) -> int:
     from helix_megatron.convert import command, families
 
     (kind, source), (target_kind, target) = options.source, options.target
+    if options.make_vocab_size_divisible_by < 1:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by {options.make_vocab_size_divisible_by}: a number from 1."
+        )
+    if not 0 < options.max_shard_gib < float("inf"):
+        raise ValueError(f"--max-shard-gib {options.max_shard_gib}: a number above 0.")
     if (kind, target_kind) == ("hf", "megatron"):
         args = command.to_megatron(
             Path(source), Path(target), options.dtype, options.make_vocab_size_divisible_by, progress=True
@@ -53,6 +59,11 @@ def _convert(options: argparse.Namespace) -> int:
         shard_bytes = int(options.max_shard_gib * 2**30)
         config = command.to_hf(Path(source), Path(target), options.like, shard_bytes, progress=True)
         print(f"{target}: a {config.model_type} model, {config.dtype}")
+        if config.vocab_size == command.unknown_vocabulary(Path(source)):
+            print(
+                f"its arguments do not say how many of the {config.vocab_size} rows of the embedding mean a "
+                "token; all were written (--like FOLDER, with the model's config.json, leaves out the others)"
+            )
     else:
         raise ValueError(
             f"--from {kind} --to {target_kind}: give --from hf … --to megatron …, or the other way round."

@@ -95,8 +95,6 @@ def to_hf(
             describes; or `out` is not empty.
     """
     hf.require_packages("transformers", "safetensors")
-    from transformers import AutoConfig
-
     source = torch_dist.Checkpoint(checkpoint)
     args = source.args
     if not getattr(args, "group_query_attention", True):
@@ -109,7 +107,7 @@ def to_hf(
     like = like or (own if (own / files.CONFIG).is_file() else _described_in(args))
     tokenizer = like or trained_tokenizer(args)
     if like is not None:
-        config = AutoConfig.from_pretrained(like)
+        config = hf.read_config(like)
         families.check_like(config, args)
         config.dtype = dtype
     else:
@@ -138,6 +136,13 @@ def to_hf(
     return config
 
 
+def unknown_vocabulary(checkpoint: Path) -> int | None:
+    """The rows of a checkpoint's embedding where it does not say which of them are padding; else None."""
+    source = torch_dist.Checkpoint(checkpoint)
+    known = getattr(source.args, "vocab_size", None) or not getattr(source.args, "pad_vocab_size", True)
+    return None if known else source.tensors["embedding.word_embeddings.weight"].size[0]
+
+
 def trained_tokenizer(args: Namespace) -> Path | None:
     """The folder of the Hugging Face tokenizer that a checkpoint's arguments name, if it is there."""
     kind, model = (getattr(args, name, None) for name in ("tokenizer_type", "tokenizer_model"))
@@ -149,14 +154,12 @@ def _described_in(args: Namespace) -> Path | None:
     """The folder, still there, whose config.json describes the model: its tokenizer's, or that of the
     converted checkpoint from which its training began.
     """
-    from transformers import AutoConfig
-
     loaded = getattr(args, "load", None)
     for folder in (trained_tokenizer(args), Path(loaded, HF_FOLDER) if loaded else None):
         if folder is None or not (folder / files.CONFIG).is_file():
             continue
         try:
-            families.check_like(AutoConfig.from_pretrained(folder), args)
+            families.check_like(hf.read_config(folder), args)
         except ValueError:  # another model's
             continue
         return folder
@@ -197,6 +200,8 @@ def _check_tensors(model: Any, wanted: list[Entry], args: Namespace, source: Pat
             found, dtype = model.describe(name)
             if found != shape:
                 raise ValueError(f"{source}: {name} is {list(found)}, config.json says {list(shape)}.")
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise ValueError(f"{source}: {name} is {dtype}: quantized, without what it was scaled by.")
             dtypes.add(dtype)
             used.add(name)
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

@@ -65,7 +65,8 @@ def refuse_unknown(file: Path, keys: dict[str, Any]) -> None:
             f"{file} has {name!r} {_shown(value)}, which no {kind} model that is understood here has, so the "
             "model cannot be converted exactly; if it changes nothing that the model computes, remove it."
         )
-    classes = [name.lower() for name in keys.get("architectures") or ()]
+    classes = keys.get("architectures") or []
+    classes = [str(name).lower() for name in classes] if isinstance(classes, list) else ["no list"]
     if classes and classes[0] not in [f"{family}forcausallm" for family in FAMILIES]:
         raise ValueError(
             f"{file} has 'architectures' {keys['architectures']}: only language models ("
@@ -75,7 +76,9 @@ def refuse_unknown(file: Path, keys: dict[str, Any]) -> None:
         _refuse_rope(file, section, keys.get(section) or {})
 
 
-def _refuse_rope(file: Path, section: str, rope: dict[str, Any]) -> None:
+def _refuse_rope(file: Path, section: str, rope: Any) -> None:
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} has {section!r} {_shown(rope)}; it maps settings to values, or is null.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         return  # refused as a whole

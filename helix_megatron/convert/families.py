@@ -172,10 +172,17 @@ def to_megatron(config: Any, divisible_by: int = 128) -> Namespace:
     return args
 
 
-def _rotary_base(theta: float) -> int:
+def _rotary_base(theta: Any) -> int:
+    if not _is_positive(theta):
+        raise ValueError(f"rope_theta is {theta!r}; it is a number above 0.")
     if theta != int(theta):
         raise ValueError(f"rope_theta is {theta}; Megatron's --rotary-base is a whole number.")
     return int(theta)
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value < float("inf")
 
 
 def _refuse_features(config: Any, kind: str) -> None:
@@ -200,9 +207,14 @@ def _refuse_features(config: Any, kind: str) -> None:
             "Helix attends to all positions; up to the window both are the same model, so set "
             "sliding_window to null and max_position_embeddings to the window in config.json",
         )
+    for name in ("rms_norm_eps", "max_position_embeddings"):
+        if not _is_positive(value(name)):
+            refuse(f"{name} {value(name)!r}", "it is a number above 0")
     rope = dict(config.rope_parameters)
     kind_of_rope = rope.get("rope_type", "default")
     if kind_of_rope == "llama3":
+        outside = "original_max_position_embeddings"  # which counts more in a model of transformers
+        rope[outside] = rope[outside] if value(outside) is None else value(outside)
         for name, wanted in _LLAMA3_ROPE.items():
             if rope[name] != wanted:
                 refuse(

@@ -49,12 +49,21 @@ def copy(source: Path, target: Path) -> bool:
     return any(path.name.startswith(("tokenizer", "vocab", "tekken")) for path in found)
 
 
+def is_listed(file: Path) -> bool:
+    """Whether a folder has a file of that name, be it a link to nothing."""
+    return file.exists() or file.is_symlink()
+
+
 def check(file: Path) -> None:
-    """ValueError for a file that is missing, empty, or a Git-LFS pointer in place of the file."""
+    """ValueError for a file that is missing, unreadable, empty, or a Git-LFS pointer in place of the file."""
     if not file.is_file():
-        raise ValueError(f"{file} is missing; download the model again, all of its files.")
-    with file.open("rb") as opened:
-        start = opened.read(len(_LFS))
+        link = " (a link to a file that is not there)" if file.is_symlink() else ""
+        raise ValueError(f"{file} is missing{link}; download the model again, all of its files.")
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS))
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}.") from error
     if not start:
         raise ValueError(f"{file} is empty; download it again.")
     if start == _LFS:
@@ -96,10 +105,19 @@ def token_ids(folder: Path) -> dict[str, Any]:
     """bos_token_id, eos_token_id (a number or several) and pad_token_id of a model; None where it says none.
 
     generation_config.json is asked first, as transformers' generate does, then config.json.
+
+    Raises:
+        ValueError: one of them is no number, nor a list of numbers.
     """
     found: dict[str, Any] = dict.fromkeys(_TOKEN_IDS)
-    for name in (CONFIG, GENERATION):
-        if (folder / name).is_file():
-            told = read_json(folder / name)
-            found |= {key: told[key] for key in _TOKEN_IDS if told.get(key) is not None}
+    for file in (folder / CONFIG, folder / GENERATION):
+        told = read_json(file) if file.is_file() else {}
+        for key in (key for key in _TOKEN_IDS if told.get(key) is not None):
+            value = told[key]
+            for token in value if isinstance(value, list) else [value]:
+                if not isinstance(token, int) or isinstance(token, bool):
+                    raise ValueError(
+                        f"{file}: {key} is {value!r}; it is a token's number, or a list of them."
+                    )
+            found[key] = value
     return found

@@ -2,16 +2,18 @@
 
 Every key of the architecture is a setting that is taken over, is off, says nothing about what the model
 computes, or is refused by name. transformers' own reader drops the keys it does not know; llama.cpp, whose
-format this is, computes what they say.
+format this is, computes what they say. Those of the tokenizer: gguf_tokenizer.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from helix_megatron.convert import gguf_tokenizer
 from helix_megatron.convert.families import refuse_family
 
 _CONFIGS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
@@ -55,9 +57,10 @@ _OFF: dict[str, tuple[Any, ...]] = {
 # Of training, or of what is off; the layout is that of every file of the `llama` architecture.
 _NOTES = ("rope.scaling.finetuned", "rope.scaling.original_context_length")
 _LAYOUT = ("tensor_data_layout", "Meta AI original pth")
-# Namespaces without a function: the reader's, the author's, the tokenizer's, those of quantization.
-_APART = ("GGUF", "general", "tokenizer", "quantize", "mradermacher")
-_ENDS = ("eos", "eot", "eom")
+# Namespaces without a function: the reader's, the author's, those of quantization.
+_APART = ("GGUF", "general", "quantize", "mradermacher")
+_REALS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.scale")
+_ZERO_IS_UNSET = ("attention.scale", "attention.sliding_window")
 
 
 def architecture(file: Path, fields: dict[str, Any]) -> str:
@@ -74,7 +77,7 @@ def architecture(file: Path, fields: dict[str, Any]) -> str:
     if kind != "model":
         raise ValueError(f"{file} holds no model: its general.type is {kind!r}.")
     parts = fields.get("split.count", 1)
-    if parts > 1:
+    if parts not in (0, 1):
         raise ValueError(
             f"{file} is part {fields.get('split.no', 0) + 1} of {parts} of a model; merge them into one file "
             "first: llama-gguf-split --merge FIRST_PART OUT.gguf."
@@ -88,7 +91,9 @@ def architecture(file: Path, fields: dict[str, Any]) -> str:
     return arch
 
 
-def configuration(file: Path, fields: dict[str, Any], rows: int, tied: bool) -> Any:
+def configuration(
+    file: Path, fields: dict[str, Any], rows: int, tied: bool, tokens: Iterable[str] = ()
+) -> Any:
     """The transformers configuration of the file's model.
 
     Args:
@@ -96,9 +101,10 @@ def configuration(file: Path, fields: dict[str, Any], rows: int, tied: bool) -> 
         fields: the file's metadata, key → value.
         rows: of the embedding.
         tied: it has no output matrix of its own.
+        tokens: its vocabulary.
 
     Raises:
-        ValueError: a key is missing, or says what GPTModel does not compute.
+        ValueError: a key is missing or is no number, or says what GPTModel does not compute.
     """
     import transformers
 
@@ -108,11 +114,17 @@ def configuration(file: Path, fields: dict[str, Any], rows: int, tied: bool) -> 
     missing = [key for key in list(_SETTINGS)[:_NEEDED] if key not in own]
     if missing:
         raise ValueError(f"{file} lacks {arch}.{missing[0]}, without which the model is unknown.")
+    _refuse_no_numbers(file, arch, own)
     found = {name: own[key] for key, name in _SETTINGS.items() if key in own}
     # Stored as float32: 1e-05 arrives as 9.999999747378752e-06, the same number to a float32 model.
     found["rms_norm_eps"] = float(str(np.float32(found["rms_norm_eps"])))
     heads = found["num_attention_heads"]
     found.setdefault("num_key_value_heads", heads)
+    if "head_dim" not in found and found["hidden_size"] % heads:
+        raise ValueError(
+            f"{file}: {heads} of {arch}.attention.head_count do not divide {found['hidden_size']} of "
+            f"{arch}.embedding_length, and there is no {arch}.attention.key_length."
+        )
     found.setdefault("head_dim", found["hidden_size"] // heads)
     _check(file, arch, own, found, rows)
     theta = found.pop("rope_theta", 10000.0)
@@ -123,14 +135,8 @@ def configuration(file: Path, fields: dict[str, Any], rows: int, tied: bool) -> 
         vocab_size=rows,
         tie_word_embeddings=tied,
         architectures=[config.__name__.replace("Config", "ForCausalLM")],
-        **_token_ids(fields),
+        **gguf_tokenizer.token_ids(fields, tokens),
     )
-
-
-def has_tokenizer(fields: dict[str, Any]) -> bool:
-    """Whether the file carries a tokenizer."""
-    kind = fields.get("tokenizer.ggml.model", "none")
-    return kind not in ("none", "no_vocab") and "tokenizer.ggml.tokens" in fields
 
 
 def _uniform(value: Any) -> Any:
@@ -144,7 +150,9 @@ def _refuse_others(file: Path, arch: str, fields: dict[str, Any]) -> None:
     refused = []
     for name, value in fields.items():
         space, _, key = name.partition(".")
-        if space != arch:
+        if space == "tokenizer":
+            fine = gguf_tokenizer.understands(key, value)
+        elif space != arch:
             fine = space in _APART or name.startswith("split.")
         elif key in _OFF:
             unscaled = key == "rope.scaling.type" and value == "linear" and linear
@@ -161,15 +169,27 @@ def _refuse_others(file: Path, arch: str, fields: dict[str, Any]) -> None:
         )
 
 
+def _refuse_no_numbers(file: Path, arch: str, own: dict[str, Any]) -> None:
+    """ValueError for a size that is none, or that is another in every layer."""
+    for key in (*_SETTINGS, *_CHECKED):
+        value, real = own.get(key, 1), key in _REALS
+        if isinstance(value, list):
+            why = f"another {_SETTINGS.get(key, 'value')} in every layer, and GPTModel's layers are all alike"
+            raise ValueError(f"{file} has {arch}.{key} {value!r}, {why}; it cannot be converted exactly.")
+        number = isinstance(value, int | float if real else int) and not isinstance(value, bool)
+        unset = key in _ZERO_IS_UNSET and value == 0
+        if not unset and not (number and 0 < value < float("inf")):
+            raise ValueError(
+                f"{file} has {arch}.{key} {value!r}; it is a {'' if real else 'whole '}number above 0."
+            )
+
+
 def _check(file: Path, arch: str, own: dict[str, Any], found: dict[str, Any], rows: int) -> None:
     """ValueError for a key that does not agree with the settings `found`, or goes beyond them."""
 
     def refuse(key: str, why: str) -> None:
         raise ValueError(f"{file} has {arch}.{key} {own[key]!r}, {why}; it cannot be converted exactly.")
 
-    for key, name in _SETTINGS.items():
-        if isinstance(own.get(key), list):
-            refuse(key, f"another {name} in every layer, and GPTModel's layers are all alike")
     head = found["head_dim"]
     if own.get("attention.value_length", head) != head:
         refuse("attention.value_length", f"but keys of {head} dimensions")
@@ -184,10 +204,3 @@ def _check(file: Path, arch: str, own: dict[str, Any], found: dict[str, Any], ro
     if 0 < own.get("attention.sliding_window", 0) < positions:
         refuse("attention.sliding_window", f"and Helix attends to all {positions} positions")
 
-
-def _token_ids(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of the beginning, the padding and every end: of a text, a turn, a message."""
-    get = lambda name: fields.get(f"tokenizer.ggml.{name}_token_id")  # noqa: E731
-    ends = list(dict.fromkeys(get(name) for name in _ENDS if get(name) is not None))
-    end = ends if len(ends) > 1 else next(iter(ends), None)
-    return {"bos_token_id": get("bos"), "eos_token_id": end, "pad_token_id": get("padding")}

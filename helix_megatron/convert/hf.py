@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_megatron.convert import files, gguf_metadata
+from helix_megatron.convert import files, gguf_metadata, gguf_tokenizer
 from helix_megatron.convert.config_json import refuse_unknown
 from helix_megatron.convert.families import refuse_family
 
@@ -42,6 +41,23 @@ def require_packages(*names: str) -> None:
         raise ValueError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
 
 
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder. ValueError when there is none that can be converted."""
+    file = folder / files.CONFIG
+    if not files.is_listed(file):
+        raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    keys = files.read_json(file)
+    refuse_family(str(keys.get("model_type", "")))  # before transformers, which may not know it either
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds, its validation's among them
+        raise ValueError(f"{file} cannot be read by transformers: {error}") from error
+    refuse_unknown(file, keys)
+    return config
+
+
 class SafetensorsFolder:
     """A folder with config.json and model.safetensors, or its shards with their index.
 
@@ -56,23 +72,12 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         require_packages("transformers", "safetensors")
         self.folder = folder
-        config = folder / files.CONFIG
         if (folder / files.ADAPTER).is_file():
             raise ValueError(
                 f"{folder} holds an adapter ({files.ADAPTER}), which is no model or changes it; merge it "
                 "into its model first (peft: merge_and_unload(), then save_pretrained())."
             )
-        if not config.exists():
-            raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
-        keys = files.read_json(config)
-        refuse_family(keys.get("model_type", ""))  # before transformers, which may not know it either
-        from transformers import AutoConfig
-
-        try:
-            self.config: Any = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # of many kinds, its validation's among them
-            raise ValueError(f"{config} cannot be read by transformers: {error}") from error
-        refuse_unknown(config, keys)
+        self.config: Any = read_config(folder)
         self._file_of = self._files()
         self.names = set(self._file_of)
 
@@ -80,16 +85,20 @@ class SafetensorsFolder:
         """The file of every tensor, as the files themselves say."""
         index, single = self.folder / files.INDEX, self.folder / files.WEIGHTS
         listed: dict[str, str] = {}
-        if index.exists():
+        if files.is_listed(index):
             listed = files.read_json(index).get("weight_map") or {}
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise ValueError(
+                    f"the weight_map of {index} does not say which file holds each tensor; download it again."
+                )
             others = sorted(set(listed.values()) - {single.name})
-            if others and single.exists():
+            if others and files.is_listed(single):
                 raise ValueError(
                     f"{self.folder} holds both {single.name} and an index of other files ({others[0]}, ...), "
                     "which may be other weights: transformers reads the first, others the second. Remove the "
                     "one that is not the model."
                 )
-        elif not single.exists():
+        elif not files.is_listed(single):
             raise ValueError(
                 f"{self.folder} has neither {single.name} nor {index.name}; other weight formats are not "
                 "read: load the model with transformers and save_pretrained() it."
@@ -155,7 +164,8 @@ class GgufFile:
             raise ValueError(f"{file} lacks token_embd.weight; download it again.")
         rows = self.describe(embedding)[0][0]
         tied = "lm_head.weight" not in self.names
-        self.config: Any = gguf_metadata.configuration(file, self._fields, rows, tied)
+        tokens = _texts(reader.fields.get("tokenizer.ggml.tokens"))
+        self.config: Any = gguf_metadata.configuration(file, self._fields, rows, tied, tokens)
 
     def _reader(self) -> Any:
         """Of the file. ValueError when it is broken."""
@@ -210,21 +220,16 @@ class GgufFile:
 
     def save_tokenizer(self, folder: Path) -> bool:
         """Write the tokenizer in the file, if there is one, as Hugging Face files."""
-        from transformers import AutoTokenizer
+        if gguf_tokenizer.exists(self._fields):
+            gguf_tokenizer.save(self.file, self._fields, folder)
+            return True
+        return False
 
-        if not gguf_metadata.has_tokenizer(self._fields):
-            return False
-        with tempfile.TemporaryDirectory() as alone:  # transformers would prefer files beside it
-            Path(alone, self.file.name).symlink_to(self.file.resolve())
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=self.file.name)
-            except Exception as error:  # it has many converters
-                raise ValueError(
-                    f"{self.file}: transformers cannot read its tokenizer "
-                    f"({self._fields['tokenizer.ggml.model']}): {error}; convert its safetensors."
-                ) from error
-            tokenizer.save_pretrained(folder)
-        return True
+
+def _texts(field: Any) -> Iterator[str]:
+    """The texts in an array of a GGUF file's metadata; none where there is no such array."""
+    for index in () if field is None else field.data:
+        yield field.parts[index].tobytes().decode("utf-8", "replace")
 
 
 def open_source(path: Path) -> SafetensorsFolder | GgufFile:

@@ -8,6 +8,7 @@ model in memory, so this one gives PyTorch a plan whose tensors are made when th
 from __future__ import annotations
 
 import io
+import pickle
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as load_planned
 from torch.distributed.checkpoint import save as save_planned
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -78,6 +80,24 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """ValueError that names the folder for what a checkpoint that is cut or lacks files runs into."""
+    try:
+        with _quiet():
+            yield
+    except CheckpointException as error:  # torch's, of every rank's failures
+        failure = next(iter(error.failures.values()))[0]
+        raise _broken(folder, failure) from error
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _broken(folder, error) from error
+
+
+def _broken(folder: Path, error: BaseException) -> ValueError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{folder} is no complete checkpoint ({told}); copy or save it again.")
 
 
 class _Writer(FileSystemWriter):
@@ -149,13 +169,14 @@ class Checkpoint:
         from megatron.core import dist_checkpointing
 
         self.folder = self._find(folder)
-        with _quiet():
+        with _named(self.folder):
             common = dist_checkpointing.load_common_state_dict(str(self.folder))
         if common.get("args") is None:
             raise ValueError(f"{self.folder} holds no Megatron arguments, so its architecture is unknown.")
         self.args: Namespace = common["args"]
         self._reader = FileSystemReader(self.folder)
-        metadata = integrity.metadata_of(self._reader)
+        with _named(self.folder):
+            metadata = integrity.metadata_of(self._reader)
         self._reader.read_metadata = lambda *_, **__: metadata  # once, not once a tensor
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: stored
@@ -171,8 +192,12 @@ class Checkpoint:
         tracker = folder / _TRACKER
         if tracker.is_file():
             step = tracker.read_text().strip()
+            if step != "release" and not step.isdecimal():
+                raise ValueError(f"{tracker} says {step!r}; it says release, or a checkpoint's iteration.")
             folder = folder / ("release" if step == "release" else f"iter_{int(step):07d}")
-        if not check_is_distributed_checkpoint(str(folder)):
+        with _named(folder):
+            distributed = check_is_distributed_checkpoint(str(folder))
+        if not distributed:
             raise ValueError(
                 f"{folder} is not a torch_dist checkpoint (it has no metadata.json); give the folder that "
                 "Megatron's --load takes, of a run with --ckpt-format torch_dist (its default)."
@@ -194,7 +219,7 @@ class Checkpoint:
         offsets = (entry.layer if stacked else 0, *[0] * (len(sizes) - 1))
         into = torch.empty(sizes, dtype=stored.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        with _quiet():
+        with _named(self.folder):
             planner = _ChunkLoad(entry.key, box, into)
             load_planned({}, storage_reader=self._reader, planner=planner, no_dist=True)
         return into.squeeze(0) if stacked else into

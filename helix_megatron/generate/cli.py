@@ -38,7 +38,24 @@ def _layout(options: argparse.Namespace) -> Any:
         raise ValueError(f"--kv-block-size {options.kv_block_size}: a block holds at least one token.")
     host = ranks.on_host()
     dtype = ("float32" if host else "bfloat16") if options.dtype == "auto" else options.dtype
-    return Layout(size, options.attention_impl, dtype, host, tuple(shlex.split(options.megatron_args)))
+    more = _megatron_args(options.megatron_args)
+    return Layout(size, options.attention_impl, dtype, host, more)
+
+
+def _megatron_args(text: str) -> tuple[str, ...]:
+    """The words of --megatron-args. ValueError for what is no flag and value of Megatron or Helix."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"--megatron-args {text!r}: {error}.") from error
+    if words:
+        from helix_megatron.megatron import arguments, yaml_config
+
+        parser = yaml_config.megatron_parser()
+        if "--attention-impl" not in yaml_config.known_flags(parser):  # not installed in this process
+            arguments.add_helix_arguments(parser)
+        yaml_config.check_flags(words, parser)
+    return tuple(words)
 
 
 def add_generate(subparsers: Any) -> None:
@@ -87,7 +104,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompts = read_prompts(options.prompt, options.prompts_file)
     layout = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
-    tokenizer = open_tokenizer(checkpoint, options.tokenizer)
+    tokenizer = open_tokenizer(checkpoint, options.tokenizer, options.model)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
     limit = Checkpoint(checkpoint).args.max_position_embeddings
@@ -144,7 +161,7 @@ def _serve(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
     layout = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
-    open_tokenizer(checkpoint, options.tokenizer)
+    open_tokenizer(checkpoint, options.tokenizer, options.model)
     limit = Checkpoint(checkpoint).args.max_position_embeddings
     if options.max_sequence_length > limit:
         raise ValueError(

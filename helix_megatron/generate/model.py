@@ -22,7 +22,7 @@ from helix_megatron.convert.check import HOST_FLAGS
 from helix_megatron.convert.families import HYBRID_WAY_OUT
 from helix_megatron.convert.torch_dist import Checkpoint
 
-_CONVERSION = 2  # counts up when the same files are converted into something else
+_CONVERSION = 3  # counts up when the same files are converted into something else
 # What a model run here may have unlike Megatron's defaults; all of it is given back as flags, since
 # --use-checkpoint-args restores a part.
 _SERVED = set(
@@ -53,6 +53,8 @@ def _fingerprint(source: Path, dtype: str) -> str:
     """
     digest = hashlib.sha256(f"{_CONVERSION} {source.resolve()} {dtype}".encode())
     for path in files.used_files(source):
+        if not path.exists():  # a link to nothing, of which conversion speaks
+            continue
         found = path.stat()
         weights = path.suffix in (".safetensors", ".gguf")
         state = f"{found.st_size} {found.st_mtime_ns}".encode() if weights else path.read_bytes()
@@ -222,12 +224,13 @@ def stop_tokens(checkpoint: Path, tokenizer: Any, given: str | None) -> tuple[in
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
-def open_tokenizer(checkpoint: Path, given: str | None) -> Any:
+def open_tokenizer(checkpoint: Path, given: str | None, called: Path | None = None) -> Any:
     """Megatron's Hugging Face tokenizer of a model.
 
     Args:
         checkpoint: a converted model brings its own.
         given: folder of another one, or None.
+        called: what the user calls the model, for messages.
 
     Raises:
         ValueError: there is none.
@@ -239,9 +242,10 @@ def open_tokenizer(checkpoint: Path, given: str | None) -> Any:
         args = Checkpoint(checkpoint).args
         kind, model = (getattr(args, name, None) for name in ("tokenizer_type", "tokenizer_model"))
         if kind != "HuggingFaceTokenizer" or not model:
+            has = f"was trained with {kind}" if kind else "brings none"
             raise ValueError(
-                f"{checkpoint} names no Hugging Face tokenizer (it was trained with {kind}); give the folder "
-                "of one with --tokenizer."
+                f"there is no Hugging Face tokenizer in {called or checkpoint}: the model {has}; give the "
+                "folder of one with --tokenizer."
             )
         folder = Path(model)
     if not folder.is_dir():

@@ -24,9 +24,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
             text = file.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompts-file {file}: {error}.") from error
+        as_json = file.suffix.lower() == ".jsonl"
         for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
             if line.strip():
-                prompts.append(_json_prompt(line, f"{file}:{number}") if file.suffix == ".jsonl" else line)
+                prompts.append(_json_prompt(line, f"{file}:{number}") if as_json else line)
     if not prompts:
         raise ValueError(
             'there is no prompt; give one in quotes ("Once upon a time") or --prompts-file FILE.'
@@ -42,8 +43,13 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 def _json_prompt(line: str, where: str) -> str:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if [name for name, _ in pairs].count("prompt") > 1:
+            raise ValueError(f"{where} has two of `prompt`; give each a line of its own.")
+        return dict(pairs)
+
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}.") from error
     found = found.get("prompt") if isinstance(found, dict) else found

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
 from helix_megatron import compat
 from helix_megatron.checkpoint.compatibility import refuse_other_function, refuse_other_softmax
-from helix_megatron.megatron import weight_readers
+from helix_megatron.megatron import flag_values, weight_readers
 from helix_megatron.megatron.arguments import (
     add_helix_arguments,
     helix_config_from_args,
@@ -46,7 +46,13 @@ def install() -> None:
     from megatron.training import arguments, checkpointing
 
     def with_flags(original: Callable) -> Callable:
-        return functools.wraps(original)(lambda parser: add_helix_arguments(original(parser)))
+        @functools.wraps(original)
+        def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
+            if not isinstance(parser, flag_values.Parser):
+                parser.error = flag_values.refuse
+            return add_helix_arguments(original(parser))
+
+        return add_megatron_arguments
 
     def then_guard(original: Callable) -> Callable:
         @functools.wraps(original)

@@ -18,6 +18,7 @@ take with what it takes.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,21 +50,39 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which no mapping has a key twice."""
+    """Safe YAML, in which no mapping has a key twice, and 022, 22:30 and 2024-01-01 are what they look like.
+
+    To YAML 1.1 they are 18 in octal, 1,350 in base 60, and a date.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # its keys are defaults, which others override
-                continue
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        for key_node, _ in node.value:  # those of << are defaults, which the mapping's own override
+            merged, line = key_node.tag == f"{_TAG}merge", key_node.start_mark.line + 1
+            key = "<<" if merged else self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 continue  # refused below
             if key in lines:
                 raise _GivenTwice(f"{key!r} is given twice, on lines {lines[key]} and {line}; keep one")
             lines[key] = line
         return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    f"{_TAG}int": re.compile("[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    f"{_TAG}float": re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _NUMBERS.get(tag, expression)) for tag, expression in found if tag != f"{_TAG}timestamp"]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _GivenTwice(ValueError):
@@ -92,9 +111,8 @@ def check_keys(mapping: Mapping[str, Any], known: Iterable[str], where: str) -> 
     known = list(known)
     for key in mapping:
         if key not in known:
-            raise ValueError(
-                f"{where}: unknown key {key!r}{nearest(str(key), known)} Known keys: {', '.join(known)}."
-            )
+            close = nearest(str(key), known) or "."
+            raise ValueError(f"{where}: unknown key {key!r}{close} Known keys: {', '.join(known)}.")
 
 
 def model_args(mapping: Any, where: str) -> dict[str, Any]:
@@ -109,8 +127,8 @@ def model_args(mapping: Any, where: str) -> dict[str, Any]:
         if flag in normal:
             raise ValueError(f"{where}: {flag} is given twice, with and without its dashes; keep one.")
         items = value if isinstance(value, list) else [value]
-        refused = (dict, list, bool) if isinstance(value, list) else (dict, list)
-        if any(item is None or isinstance(item, refused) for item in items):
+        fine = [isinstance(item, str | int | float) and not isinstance(item, bool) for item in items]
+        if not isinstance(value, bool) and not all(fine):
             raise ValueError(
                 f"{where}: {flag} has the value {value!r}; write true for a flag alone, false to leave it "
                 "out, one value, or a list of values."
@@ -130,6 +148,10 @@ def env_vars(mapping: Any, where: str) -> dict[str, str]:
             raise ValueError(
                 f"{where}: {key} has the value {value!r}; write a number or a string (1 or 0 for yes or no)."
             )
+        if isinstance(key, bool):
+            raise ValueError(f"{where}: a key is {key}, as YAML reads on, off, yes, no; write it in quotes.")
+        if not str(key) or set("=\0") & set(str(key)) or "\0" in str(value):
+            raise ValueError(f"{where}: {key!r} = {value!r} can be no variable of an environment.")
     return {str(key): str(value) for key, value in mapping.items()}
 
 
@@ -165,12 +187,12 @@ def known_flags(parser: flag_values.Parser | None = None) -> list[str]:
     return [flag for flag in parser._option_string_actions if flag.startswith("--")]
 
 
-def check_flags(argv: list[str]) -> None:
+def check_flags(argv: list[str], parser: flag_values.Parser | None = None) -> None:
     """ValueError for a `--flag` in argv that the parser does not know, naming the nearest that it does.
 
     And for a value that its flag does not take.
     """
-    parser = megatron_parser()
+    parser = megatron_parser() if parser is None else parser
     known = known_flags(parser)
     for word in argv:
         flag = word.partition("=")[0]

@@ -34,12 +34,12 @@ OTHER = {
     "kernels, fusions and graphs: the same function computed otherwise":
         """cross_entropy_loss_fusion cross_entropy_fusion_impl attention_backend flash_attention_version
         dsa_kernel_backend use_fused_weighted_squared_relu fused_residual_rmsnorm
-        use_transformer_engine_op_fuser use_kitchen_attention kitchen_attention_backend
+        use_kitchen_attention kitchen_attention_backend
         use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp moe_grouped_gemm
         moe_single_grouped_weight moe_single_grouped_bias moe_pad_experts_for_cuda_graph_inference
         moe_permute_fusion moe_router_fusion enable_cuda_graph cuda_graph_warmup_steps external_cuda_graph
         cuda_graph_impl inference_cuda_graph_scope clone_scatter_output_in_embedding
-        use_te_activation_func use_mamba_mem_eff_path mlp_chunks_for_prefill mlp_chunks_for_training
+        use_mamba_mem_eff_path mlp_chunks_for_prefill mlp_chunks_for_training
         transformer_impl delay_offload_until_cuda_graph masked_softmax_fusion bias_dropout_fusion
         apply_rope_fusion use_flash_attn optimizer_cuda_graph no_persist_layer_norm
         gradient_accumulation_fusion rl_persist_cuda_graphs rl_training_cuda_graphs disable_jit_fuser
@@ -76,7 +76,7 @@ OTHER = {
         use_ring_exchange_p2p defer_embedding_wgrad_compute wgrad_deferral_limit
         overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage mtp_standalone
         account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-        high_priority_a2a_comm_stream moe_shared_expert_overlap moe_token_dispatcher_type
+        high_priority_a2a_comm_stream moe_token_dispatcher_type
         moe_enable_deepep moe_flex_dispatcher_backend moe_permute_fusion_into_hybridep
         moe_hybridep_pad_uneven_dispatch_inputs moe_flex_dispatcher_num_sms moe_deepep_num_sms
         moe_hybridep_num_sms moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute

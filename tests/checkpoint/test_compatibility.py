@@ -124,6 +124,8 @@ MLA = dict(multi_latent_attention=True, group_query_attention=False)
 EXPERTS = dict(num_experts=4)
 MUP = dict(use_mup=True, mup_base_hidden_size=32)
 DSA = MLA | dict(experimental_attention_variant="dsa")
+CLAMPED = dict(activation_func_clamp_value=7.0)
+SHARED = EXPERTS | CLAMPED | dict(moe_shared_expert_intermediate_size=64)
 LINEAR = dict(experimental_attention_variant="gated_delta_net", linear_attention_freq=2)
 MAMBA = dict(hybrid_layer_pattern="M*M*")
 PRODUCT = MAMBA | dict(spec=["a.module", "gdp_stack_spec"])
@@ -131,8 +133,8 @@ STREAMS = dict(enable_mhc_connections=True)
 # Something that turns every argument on.
 CONTEXTS = [
     {}, LEARNED, dict(position_embedding_type="relative"), dict(position_embedding_type="mrope"),
-    dict(use_rope_scaling=True), YARN, dict(window_size=(8, 0)), dict(activation_func_clamp_value=7.0),
-    dict(mtp_num_layers=1), MUP, EXPERTS, MLA, DSA, LINEAR, MAMBA, PRODUCT, STREAMS,
+    dict(use_rope_scaling=True), YARN, dict(window_size=(8, 0)), CLAMPED,
+    dict(mtp_num_layers=1), MUP, EXPERTS, SHARED, MLA, DSA, LINEAR, MAMBA, PRODUCT, STREAMS,
 ]  # fmt: skip
 CONTEXT_OF = dict(
     hybrid_layer_pattern=MAMBA,
@@ -216,6 +218,8 @@ SAME = [
     (EXPERTS | dict(moe_layer_freq=2), dict(moe_layer_freq=[1, 0, 1, 0])),
     (EXPERTS, dict(moe_router_load_balancing_type=["seq_aux_loss", "aux_loss"], moe_aux_loss_coeff=[1, 1])),
     (EXPERTS, dict(moe_router_topk_scaling_factor=1.0, moe_expert_capacity_factor=1.0)),
+    ({}, dict(use_te_activation_func=True, use_transformer_engine_op_fuser=True)),
+    (EXPERTS, dict(moe_shared_expert_overlap=True)),
     (LINEAR, dict(linear_attention_freq=[1, 0, 1, 0])),
     (LINEAR, dict(experimental_attention_variant="gdn")),
     ({}, dict(gdp_num_householder=1, mhc_num_residual_streams=2)),  # read by nothing

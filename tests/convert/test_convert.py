@@ -159,8 +159,17 @@ REFUSED = [
     ({"model_type": "mamba"}, "'mamba' cannot be converted: its architecture is not known here"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"rope_parameters": {**LLAMA3, "factor": 32.0}}, "llama3 RoPE scaling with factor 32.0"),
+    (
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 4096},  # transformers' model has 4096
+        "llama3 RoPE scaling with original_max_position_embeddings 4096",
+    ),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "type 'yarn'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "rope_theta is 10000.5"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None; it is a number"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta is '1e4'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta is -5.0"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0, and it is a number above 0"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings 0, and it is a number above 0"),
     ({"attention_bias": True}, "attention_bias True and mlp_bias False"),
     ({"model_type": "mistral", "sliding_window": 32}, r"sliding-window attention \(sliding_window 32 of 64"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
@@ -214,6 +223,40 @@ def test_mixed_dtypes_need_a_choice(tmp_path):
     with pytest.raises(ValueError, match=r"several dtypes \(float16, float32\); choose one with --dtype"):
         command.to_megatron(tmp_path / "hf", tmp_path / "out")
     assert command.to_megatron(tmp_path / "hf", tmp_path / "out", "bfloat16").params_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused_whatever_config_json_says(tmp_path, dtype):
+    make(tmp_path / "hf", "llama")
+    file = next(file for file in (tmp_path / "hf").glob("*.safetensors") if len(load_file(file)) > 1)
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is {dtype}: quantized"):
+        command.to_megatron(tmp_path / "hf", tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--make-vocab-size-divisible-by 0", "--max-shard-gib 0", "--max-shard-gib nan"]
+)
+def test_numbers_of_the_command_line(capsys, flags):
+    assert cli.main(["convert", "--from", "hf", "x", "--to", "megatron", "y", *flags.split()]) == 2
+    assert f"helix: {flags.split()[0]} " in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_not_known_is_told(tmp_path, capsys):
+    """A run whose tokenizer is not of Hugging Face saves its padded rows alone."""
+    from tests.convert.test_convert_sources import retrained
+
+    make(tmp_path / "hf", "llama", bos_token_id=1)
+    command.to_megatron(tmp_path / "hf", tmp_path / "out")
+    for way, unknown in (("like", False), ("own", True)):
+        source = retrained(tmp_path / "out", tmp_path / way, load=None)
+        like = ["--like", str(tmp_path / "hf")] if way == "like" else []
+        argv = ["--from", "megatron", str(source), "--to", "hf", str(tmp_path / f"{way} back"), *like]
+        assert cli.main(["convert", *argv]) == 0
+        told = "do not say how many of the 256 rows of the embedding mean a token"
+        assert (told in capsys.readouterr().out) is unknown
 
 
 def test_command_line(tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helix_megatron.convert import command, files, hf
+from helix_megatron.generate.model import open_tokenizer
 from tests.convert.test_convert import make
 
 transformers = pytest.importorskip("transformers")
@@ -88,6 +89,16 @@ def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path, name):
         ({"xielu.beta": 0.5}, "xielu.beta 0.5"),
         ({".vocab_size": 200}, "llama.vocab_size 200, but an embedding of 203"),
         ({".block_count": None}, "lacks llama.block_count"),
+        ({".block_count": "three"}, "llama.block_count 'three'; it is a whole number above 0"),
+        ({".attention.head_count": 0}, "llama.attention.head_count 0; it is a whole number above 0"),
+        ({".attention.head_count": [6, 6, 3]}, "another num_attention_heads in every layer"),
+        ({".attention.head_count": 5, ".attention.key_length": None}, "5 of .*head_count do not divide 48"),
+        ({".attention.sliding_window": [8, 64, 8]}, "attention.sliding_window .8, 64, 8., another value in"),
+        ({".attention.layer_norm_rms_epsilon": "small"}, "epsilon 'small'; it is a number above 0"),
+        ({".rope.freq_base": float("inf")}, "llama.rope.freq_base inf; it is a number above 0"),
+        ({"split.count": "3"}, "is part 1 of 3 of a model"),
+        ({"tokenizer.ggml.suppress_tokens": [5, 6]}, "tokenizer.ggml.suppress_tokens .5, 6."),
+        ({"tokenizer.ggml.a_key_of_tomorrow": 3}, "tokenizer.ggml.a_key_of_tomorrow 3"),
         ({".attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
         ({"general.architecture": None}, "names no architecture"),
         ({"general.type": "adapter"}, "general.type is 'adapter'"),
@@ -110,7 +121,9 @@ def test_keys_that_are_off_or_say_nothing_change_nothing(tmp_path, llama):
         ".attention.scale": 0.25, ".attention.sliding_window": 64, ".attention.causal": True,
         ".attention.head_count_kv": [3, 3, 3], ".attn_logit_softcapping": 0.0, ".expert_count": 0,
         ".tensor_data_layout": "Meta AI original pth", "general.file_type": 3, "split.count": 1,
-        "general.sampling.temp": 0.5, "quantize.imatrix.chunks_count": 4,
+        "general.sampling.temp": 0.5, "tokenizer.ggml.remove_extra_whitespaces": False,
+        "tokenizer.ggml.fim_pre_token_id": 3, "tokenizer.ggml.add_sep_token": False,
+        "quantize.imatrix.chunks_count": 4,
     }  # fmt: skip
     assert config_of(tiny_gguf.write(tmp_path / "more.gguf", llama, more)).to_dict() == plain.to_dict()
     fewer = {".rope.scaling.type": "none", ".attention.value_length": None, ".vocab_size": None,
@@ -155,6 +168,14 @@ def test_a_file_without_a_tokenizer_is_converted_without_one(tmp_path, llama, ki
     file = tiny_gguf.write(tmp_path / "m.gguf", llama, without)
     args = command.to_megatron(file, tmp_path / "out")
     assert not hasattr(args, "tokenizer_model") and args.vocab_size == 203 and args.eos_token_id is None
+    assert [path.name for path in (tmp_path / "out" / "hf").iterdir()] == ["config.json"]
+    with pytest.raises(ValueError, match=r"no Hugging Face tokenizer in .*m\.gguf: the model brings none;"):
+        open_tokenizer(tmp_path / "out", None, file)
+
+
+def test_tokens_of_no_vocabulary_are_no_tokenizer(tmp_path, llama):
+    file = tiny_gguf.write(tmp_path / "m.gguf", llama, {"tokenizer.ggml.model": "no_vocab"})
+    command.to_megatron(file, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "hf").iterdir()] == ["config.json"]
 
 

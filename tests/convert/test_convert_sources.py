@@ -81,6 +81,21 @@ def test_a_truncated_or_missing_shard_is_named(folder):
     assert f"{shard} lacks model.layers." in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
+def test_a_link_to_nothing_is_named(folder, name):
+    """What is left of a download that was cut short, or of a cache that was cleared."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "blobs" / "none")
+    assert models._fingerprint(folder, "float32")
+    assert f"{folder / name} is missing (a link to a file that is not there)" in refusal(folder)
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"model.norm.weight": 3}])
+def test_an_index_that_names_no_files_is_refused(folder, weight_map):
+    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    assert "index.json does not say which file holds each tensor" in refusal(folder)
+
+
 def test_weights_that_may_be_two_models_are_refused(folder):
     other = next(folder.glob("model-0*"))
     shutil.copy(other, folder / "model.safetensors")
@@ -114,12 +129,24 @@ def test_an_index_of_the_one_file_is_read(folder):
         ({"rope_parameters": {"full_attention": ROPE}}, "'full_attention'"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}}, "type 'linear'"),
         ({"num_hidden_layers": "three"}, "cannot be read by transformers"),
+        ({"model_type": ["llama"]}, "cannot be converted: its architecture is not known here"),
+        ({"architectures": [3]}, "only language models"),
+        ({"architectures": "LlamaForCausalLM"}, "only language models"),
+        ({"eos_token_id": [1, "2"]}, "cannot be read by transformers"),
         ({"num_attention_heads": 5}, "cannot be read by transformers"),
     ],
 )  # fmt: skip
 def test_a_key_that_is_not_understood_is_refused(folder, changes, message):
     edit(folder / "config.json", **changes)
     assert message in refusal(folder)
+
+
+def test_ends_that_are_no_tokens_are_refused(folder):
+    """They would end no answer, without a word."""
+    for ends in ([201, True], "</s>", [[201]]):
+        edit(folder / "generation_config.json", eos_token_id=ends)
+        said = f"generation_config.json: eos_token_id is {ends!r}; it is a token's number, or a list of them"
+        assert said in refusal(folder)
 
 
 def test_keys_that_say_nothing_are_fine(folder):
@@ -175,6 +202,27 @@ def test_tokens_that_a_model_has_not_are_not_made_up(tmp_path):
     shutil.rmtree(tmp_path / "out" / "hf")
     config = command.to_hf(tmp_path / "out", tmp_path / "back")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "no config.json; give the folder of a Hugging Face model"),
+        ({"logits_scaling": 8}, "has 'logits_scaling' 8"),
+        ({"num_hidden_layers": "three"}, "cannot be read by transformers"),
+        ({"rms_norm_eps": 0.5}, "layernorm_epsilon is 0.5, the checkpoint says 0.001"),
+    ],
+)
+def test_a_configuration_of_another_model_is_not_taken_over(folder, tmp_path, changes, message):
+    command.to_megatron(folder, tmp_path / "out")
+    like = tmp_path / "like"
+    like.mkdir()
+    if changes is not None:
+        shutil.copy(folder / "config.json", like)
+        edit(like / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        command.to_hf(tmp_path / "out", tmp_path / "back", like=like)
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +283,31 @@ def test_the_tokenizer_is_found_wherever_a_run_is_started(spoken, tmp_path, monk
     args = command.to_megatron(spoken, command.Path("out"))
     told = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["MODEL_ARGS"]["tokenizer-model"]
     assert told == args.tokenizer_model == str(tmp_path / "out" / "hf")
+
+
+# ---- a Megatron checkpoint ----
+def cut(name, length):
+    return lambda folder: [path.write_bytes(path.read_bytes()[:length]) for path in folder.glob(name)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("latest*", 0), "latest_checkpointed_iteration.txt says ''; it says release"),
+        (cut("release/metadata.json", 1), "release is no complete checkpoint (Expecting property name"),
+        (cut("release/.metadata", 100), "pickle data was truncated"),
+        (cut("release/*.distcp", 0), "release is no complete checkpoint ("),
+        (lambda folder: (folder / "release" / ".metadata").unlink(), "release is no complete checkpoint ("),
+    ],
+)
+def test_a_broken_checkpoint_is_named(spoken, tmp_path, damage, message):
+    """By torch, a traceback of several hundred lines, and no exception of Python's Exception."""
+    folder = shutil.copytree(spoken.parent / "out", tmp_path / "out")
+    damage(folder)
+    with pytest.raises(ValueError) as refused:
+        command.to_hf(folder, tmp_path / "back")
+    said = str(refused.value)
+    assert message in said and said.startswith(str(folder)) and "\n" not in said and len(said) < 600
 
 
 # ---- the cache ----

@@ -69,6 +69,15 @@ def test_weights_are_those_transformers_reads(smollm2, theirs, folder):
         )
 
 
+def test_prompts_are_split_as_by_the_models_own_tokenizer(smollm2):
+    """Digits alone, and what is between them as by GPT-2; transformers' reader splits all as GPT-2."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2 / "hf")
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Steps:\n\n1. one  23").input_ids)
+    assert tokens == ["Steps", ":", "ĊĊ", "1", ".", "Ġone", "ĠĠ", "2", "3"]
+
+
 @pytest.mark.parametrize("tp", [1, 6])
 def test_logits_perplexity_and_greedy_tokens(smollm2, expected, tp):
     assert len(set(expected.greedy)) > 5  # it says something

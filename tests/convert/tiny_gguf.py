@@ -49,8 +49,11 @@ def metadata(model: PreTrainedModel) -> dict:
     }
 
 
-def tokenizer(size: int) -> dict:
-    """A vocabulary of bytes, one merge of two, and the last three: a beginning and two ends."""
+def tokenizer(size: int, pre: str = "gpt-2") -> dict:
+    """A vocabulary of bytes, one merge of two, and the last three: a beginning and two ends.
+
+    pre: how text is split.
+    """
     from tokenizers import pre_tokenizers
 
     names = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 4]
@@ -58,7 +61,7 @@ def tokenizer(size: int) -> dict:
     special = [gguf.TokenType.CONTROL if name.startswith("<|") else gguf.TokenType.NORMAL for name in names]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": names,
         "tokenizer.ggml.token_type": special,
         "tokenizer.ggml.merges": [f"{names[64]} {names[65]}"],
@@ -79,8 +82,9 @@ def write(path: Path, model: PreTrainedModel, changes: dict, tensors: dict | Non
             without its architecture begins with a dot.
         tensors: further tensors, name → array.
     """
-    told = {**metadata(model), **tokenizer(model.config.vocab_size)}
+    told = metadata(model)
     kind = told["general.architecture"]
+    told |= tokenizer(model.config.vocab_size, "gpt-2" if kind == "llama" else "qwen2")
     told |= {kind + key if key.startswith(".") else key: value for key, value in changes.items()}
     writer = gguf.GGUFWriter(path, kind)
     if told["general.architecture"] is None:

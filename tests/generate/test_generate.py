@@ -123,6 +123,10 @@ def test_a_grid_that_cannot_work_is_one_line(tiny):
         (["x", "--temperature", "1", "--top-p", "1.5"], "a probability up to 1"),
         (["x", "--tokenizer", "nowhere"], "no tokenizer at nowhere"),
         (["x", "--kv-block-size", "0"], "at least one token"),
+        (["x", "--megatron-args", "--lr 'high"], "--megatron-args \"--lr 'high\": No closing quotation"),
+        (["x", "--megatron-args", "--lr high"], "argument --lr: invalid float value: 'high'"),
+        (["x", "--megatron-args", "--helix-softmax soft"], "--helix-softmax: invalid choice: 'soft'"),
+        (["x", "--megatron-args", "--num-layer 2"], "no flag --num-layer; did you mean --num-layers?"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_a_rank_starts(tiny, arguments, message, capsys):
@@ -462,6 +466,8 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]
     (tmp_path / "a.jsonl").write_text('"one\\n"\n{"prompt": "two", "id": 3}\n')
     assert read_prompts([], tmp_path / "a.jsonl") == ["one\n", "two"]
+    (tmp_path / "B.JSONL").write_text('"three"')
+    assert read_prompts([], tmp_path / "B.JSONL") == ["three"]
     # a line ends at \\n or \\r\\n, nowhere else, and a byte-order mark is not text
     inside = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei\rj"
     for name, write in [("b.txt", str), ("b.jsonl", lambda text: json.dumps(text, ensure_ascii=False))]:
@@ -475,6 +481,7 @@ def test_prompts_come_from_the_command_line_and_files(tmp_path):
         ("{", ":1 is not JSON"),
         ("[1]", ":1 is neither"),
         ('{"text": 1}', ":1 is neither"),
+        ('{"prompt": "a", "prompt": "b"}', ":1 has two of `prompt`"),
     ]:
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(ValueError, match=message):

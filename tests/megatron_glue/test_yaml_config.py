@@ -2,7 +2,7 @@
 
 import pytest
 
-from helix_megatron.megatron import yaml_config
+from helix_megatron.megatron import entry, yaml_config
 
 KNOWN = [
     "--num-layers",
@@ -63,6 +63,15 @@ def test_environment_and_host(tmp_path):
         ("MODEL_ARGS: {}\nhost: true\nMODEL_ARGS: {}", ["'MODEL_ARGS' is given twice, on lines 1 and 3"]),
         ("ENV_VARS:\n  A: 1\n  B: 2\n  A: 3", ["'A' is given twice, on lines 2 and 4"]),
         ("MODEL_ARGS: {lr: {a: {b: 1, b: 2}}}", ["'b' is given twice"]),
+        ("MODEL_ARGS: {data-path: [a, {b: 1, b: 2}]}", ["'b' is given twice"]),
+        ("MODEL_ARGS: {<<: {lr: 1}, <<: {lr: 2}}", ["'<<' is given twice"]),
+        ("MODEL_ARGS: {lr: [1, null]}", ["--lr", "a list of values"]),
+        ("MODEL_ARGS: {lr: [1, [2]]}", ["--lr", "a list of values"]),
+        ("MODEL_ARGS: {data-path: !!binary aGVsbG8=}", ["--data-path has the value b'hello'"]),
+        ("MODEL_ARGS: {data-path: !!set {a, b}}", ["--data-path has the value {"]),
+        ("ENV_VARS: {NO: 1}", ["a key is False", "write it in quotes"]),
+        ("ENV_VARS: {A=B: 1}", ["'A=B' = 1 can be no variable of an environment"]),
+        ('ENV_VARS: {A: "x\\0y"}', ["can be no variable of an environment"]),
         ("host: true\nMODEL_ARGS: {helix-host-mode: false}", ["host and --helix-host-mode are the same"]),
         ("MODEL_ARGS: {data-path: [true, x]}", ["--data-path", "a list of values"]),
         ("MODEL_ARGS: [lr]", ["expected a mapping"]),
@@ -79,6 +88,17 @@ def test_refusals_are_one_line_and_say_what_would_do(tmp_path, text, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_values_are_what_they_look_like(tmp_path):
+    """Not what YAML 1.1 makes of them: octal 18, 1,350 in base 60, a date."""
+    config = yaml_config.load(write(tmp_path, "ENV_VARS: {UMASK: 022, AT: 22:30, DAY: 2024-01-01, A: 0.5}"))
+    assert config.env_vars == {"UMASK": "022", "AT": "22:30", "DAY": "2024-01-01", "A": "0.5"}
+    flags = "MODEL_ARGS: {num-layers: 012, split: 99:1:0, lr: 1.5e-3, data-path: [-.5, .25, 1_000, 0x10, -3]}"
+    assert argv_of(tmp_path, flags) == [
+        *("--num-layers", "012", "--split", "99:1:0", "--lr", "0.0015"),
+        *("--data-path", "-0.5", "0.25", "1000", "16", "-3"),
+    ]
 
 
 def test_merged_mappings_are_overridden(tmp_path):
@@ -189,6 +209,19 @@ def test_a_command_line_that_the_parser_does_not_take_is_one_line(words):
         yaml_config.check_flags(words.split())
     message = str(refusal.value)
     assert "\n" not in message and "usage" not in message and words.split()[-1] in message
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("words", ["--lr high", "--normalization Batch", "--no-such-flag 3"])
+def test_a_script_that_parses_its_own_flags_refuses_in_one_line(helix_flags, monkeypatch, words):
+    """Megatron's parser prints 744 lines of usage and exits."""
+    from megatron.training import arguments
+
+    monkeypatch.setattr("sys.argv", ["script", *words.split()])
+    with pytest.raises(ValueError) as refusal:
+        arguments.parse_args()
+    message = entry.configuration_error(refusal.value)
+    assert "\n" not in message and "usage" not in message and words.split()[0] in message
 
 
 def test_missing_file_is_refused():
