@@ -155,7 +155,7 @@ def _refuse_in_graph(choice: Choice) -> None:
         if name == "torch" or (name in FLASH and FLASH[name].waits):
             raise HelixConfigError(
                 f"CUDA graphs (--cuda-graph-impl local) cannot hold attention by {name}, which waits for the "
-                f"device ({choice.reason}); install Triton 3.3 or newer, or leave out {OVERRIDE} or the graphs"
+                f"device ({choice.reason}); install Triton 3.3 or newer, or leave {OVERRIDE} or graphs out"
             )
 
 

@@ -32,7 +32,7 @@ def triton_obstacle() -> str:
     3.2, which torch 2.6 brings, ends the process where a while loop of Hopper's has tensor cores in it.
     """
     try:
-        import triton.language  # noqa: F401
+        import triton.language
     except ImportError:
         return "Triton is not installed"
     if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
