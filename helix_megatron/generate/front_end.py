@@ -39,6 +39,20 @@ class FrontTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    @property
+    def eos_id(self) -> int:
+        """Megatron's: where the answer ended whose tokens a message has."""
+        from quart import g
+
+        if self._tokenizer.eod is None:
+            g.refused = Refused(
+                400,
+                "a message has tokens ('prompt_token_ids') whose end is not known: this tokenizer has "
+                "no end of text; leave them out, or send 'prevent_retokenization': false",
+            )
+            raise g.refused
+        return int(self._tokenizer.eod)
+
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Megatron's; what fails is the request's fault, which the handler would call its own."""
         from quart import g

@@ -616,6 +616,21 @@ def test_the_queue_is_asked_again_when_the_tokens_are_there():
     asyncio.run(ask())
 
 
+def test_tokens_of_an_answer_want_an_end_of_text():
+    from quart import Quart, g
+
+    from helix_megatron.generate.front_end import FrontTokenizer
+
+    async def ask():
+        async with Quart(__name__).app_context():
+            assert FrontTokenizer(SimpleNamespace(eod=7)).eos_id == 7 and "refused" not in g
+            with pytest.raises(Refused):
+                FrontTokenizer(SimpleNamespace(eod=None)).eos_id  # noqa: B018
+            assert g.refused.status == 400 and "'prevent_retokenization': false" in str(g.refused)
+
+    asyncio.run(ask())
+
+
 def test_messages_that_lose_nothing_are_taken():
     check_messages(
         {
