@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from helix_megatron.measure.kernels import is_kernel
+
 _NO_KERNEL = {
     f"aten::{name}"
     for name in """view _unsafe_view as_strided _reshape_alias alias detach lift_fresh empty empty_strided
@@ -58,7 +60,7 @@ def profile_kernels(step: Callable[[], None], steps: int = 3) -> list[tuple[str,
     return [
         (event.key, event.self_device_time_total / steps, event.count // steps)
         for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if is_kernel(event)
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.kernels import backend
-from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels.merge import merge_partials, triton_obstacle
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
@@ -52,17 +52,17 @@ def check(rows: Rows, place: Place) -> None:
         check_interpreted(rows, place)
         rows.add("speed", "skipped", "no GPU: a host's times say nothing about kernels")
         return
-    for name in ("triton", "torch", ""):
+    if triton_obstacle():
+        rows.add("triton", "skipped", triton_obstacle())
+    for name in ("torch", "") if triton_obstacle() else ("triton", "torch", ""):
         check_exactness(rows, name, "cuda", place.quick)
     check_speed(rows, place)
 
 
 def check_interpreted(rows: Rows, place: Place) -> None:
     """The Triton kernel in a process that imports Triton with its interpreter on."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        rows.add("triton", "skipped", "Triton is not installed")
+    if triton_obstacle():
+        rows.add("triton", "skipped", triton_obstacle())
         return
     command = [sys.executable, "-m", "helix_megatron.check.kernels", rows.path, str(int(place.quick))]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

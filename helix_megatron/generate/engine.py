@@ -7,10 +7,11 @@ collective, its bookkeeping is the same on every rank without asking one another
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from helix_megatron.generate.kv_bytes import KvBytes
+from helix_megatron.generate.kv_bytes import KvBytes, readable
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
     requests = -(-size.requests // multiple) * multiple
     pad = -(-64 // ranks) * ranks  # Megatron pads a step's tokens to these
     one = block_bytes(config, integrate._active is not None, size.block_tokens)
+    _refuse_more_than_memory((size.blocks + 1.5) * one, size)
     settings = {
         "block_size_tokens": size.block_tokens,
         "buffer_size_gb": (size.blocks + 1.5) * one / 2**30,  # one block is Megatron's own
@@ -130,6 +132,25 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
         "use_flashinfer_fused_rope": False,
     }
     return InferenceConfig(**{**settings, **more})
+
+
+def _refuse_more_than_memory(needed: float, size: CacheSize) -> None:
+    """ValueError for a cache of `needed` bytes on each rank that could not be held by an empty machine."""
+    import torch
+
+    from helix_megatron.host.mode import host_mode_enabled
+
+    if not torch.cuda.is_available():
+        return
+    there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if host_mode_enabled():  # ranks share it
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > there:
+        raise ValueError(
+            f"a KV cache for {size.requests} sequences of {size.sequence} tokens, in blocks of "
+            f"{size.block_tokens}, takes {readable(needed)} on each rank, which has {readable(there)}; give "
+            "fewer with --max-batch-size, a smaller --kv-block-size, or shorter sequences."
+        )
 
 
 def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more: Any) -> Any:

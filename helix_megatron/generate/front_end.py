@@ -39,6 +39,20 @@ class FrontTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    @property
+    def eos_id(self) -> int:
+        """Megatron's: where the answer ended whose tokens a message has."""
+        from quart import g
+
+        if self._tokenizer.eod is None:
+            g.refused = Refused(
+                400,
+                "a message has tokens ('prompt_token_ids') whose end is not known: this tokenizer has "
+                "no end of text; leave them out, or send 'prevent_retokenization': false",
+            )
+            raise g.refused
+        return int(self._tokenizer.eod)
+
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Megatron's; what fails is the request's fault, which the handler would call its own."""
         from quart import g
@@ -86,6 +100,7 @@ class EngineClient:
         if params.add_BOS and tokens[:1] != [bos] and bos is not None:
             tokens = [bos, *tokens]
         requests.check_tokens(tokens, "the prompt", self._limits)
+        requests.check_room(1, self.waiting, self._limits)  # others came while a chat template was written
         params.stop_words = asked.stop or None
         number = len(asked.finished)
         asked.finished.append("length")
@@ -218,7 +233,7 @@ async def _check_body(limits: Limits) -> None:
 
     client, tokenizer = current_app.config["client"], current_app.config["tokenizer"]
     chat, count = request.path in CHAT, 1
-    body = requests.check_fields(requests.parse(await request.get_data()), limits, chat)
+    body = requests.check_fields(requests.parse(await _read_body(limits.body)), limits, chat)
     if not chat:
         count = requests.check_prompts(body, limits, tokenizer.tokenize)
     elif getattr(tokenizer, "chat_template", None) is None:
@@ -228,3 +243,24 @@ async def _check_body(limits: Limits) -> None:
     requests.check_room(count, client.waiting, limits)
     g.asked = RequestOptions(requests.stop_texts(body))
     request._cached_json = {False: body, True: body}  # what get_json() gives, whatever the Content-Type
+
+
+async def _read_body(most: int) -> bytes:
+    """The body of the current request; too long a one is read to its end: who still sends hears no answer."""
+    from quart import request
+
+    async def read() -> tuple[list[bytes], int]:
+        parts, size = [], 0
+        async for part in request.body:
+            size += len(part)
+            if size <= most:
+                parts.append(part)
+        return parts, size
+
+    try:
+        parts, size = await asyncio.wait_for(read(), request.body_timeout)
+    except asyncio.TimeoutError as error:
+        raise Refused(408, f"the body did not come within {request.body_timeout} s") from error
+    if size > most:
+        raise Refused(413, f"the body has {size} bytes; this server takes {most}")
+    return b"".join(parts)

@@ -86,8 +86,8 @@ def _check_template_variables(given: Any) -> None:
 
 
 def _template_parameters() -> set[str]:
-    """What transformers' apply_chat_template takes for itself."""
+    """What transformers' apply_chat_template takes for itself, and what it gives to the template."""
     from transformers import PreTrainedTokenizerBase
 
     own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    return own - {"self", "documents", "kwargs"}
+    return (own | {"messages"}) - {"documents", "kwargs"}

@@ -22,6 +22,8 @@ COLDEST, HOTTEST = 0.01, 1e38
 LEAST_TOP_P = 1e-6  # as fp32, smaller ones may be 0, which is all tokens
 _MOST_TOKENS = 2**31 - 1  # of an answer; the engine stops at --max-sequence-length
 _MOST_LOGPROBS, _MOST_STOPS = 20, 64
+_LONGEST_STOP = 1024  # characters; every rank of the engine reads them, while all requests wait
+_LEAST_BODY, _MOST_BODY = 2**24, 2**30  # bytes of the largest body; Megatron takes 2^30
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Limits:
     sequence: int
     vocabulary: int
     requests: int
+
+    @property
+    def body(self) -> int:
+        """Bytes of the largest body: room for a queue of prompts. It is read while everybody waits."""
+        return min(_MOST_BODY, max(_LEAST_BODY, 32 * self.sequence * self.requests))
 
 
 @dataclass
@@ -121,13 +128,15 @@ def _are_stops(value: Any) -> bool:
     return (
         isinstance(words, list)
         and len(words) <= _MOST_STOPS
-        and all(isinstance(word, str) and word for word in words)
+        and all(isinstance(word, str) and 0 < len(word) <= _LONGEST_STOP for word in words)
     )
 
 
 _FLAG = _Field(_is_bool, "true or false")
 _ANYTHING = _Field(lambda value: True, "")
-_STOP = _Field(_are_stops, f"a text, or a list of up to {_MOST_STOPS} texts, none of them empty")
+_STOP = _Field(
+    _are_stops, f"a text, or a list of up to {_MOST_STOPS} texts, each of 1 to {_LONGEST_STOP} characters"
+)
 
 # Clients send these without meaning anything by them, or they mean nothing to one model on one machine.
 _IGNORED = {
@@ -234,14 +243,14 @@ def check_tokens(tokens: list[int], what: str, limits: Limits) -> None:
     """Refuse a prompt that the engine cannot take."""
     if not tokens:
         raise Refused(400, f"{what} is empty")
-    if not all(0 <= token < limits.vocabulary for token in tokens):
-        raise Refused(400, f"{what} has a token outside 0 ... {limits.vocabulary - 1}")
     if len(tokens) >= limits.sequence:
         raise Refused(
             400,
             f"{what} has {len(tokens)} tokens; this server takes {limits.sequence}, answer included "
             "(--max-sequence-length)",
         )
+    if not all(0 <= token < limits.vocabulary for token in tokens):
+        raise Refused(400, f"{what} has a token outside 0 ... {limits.vocabulary - 1}")
 
 
 def check_prompts(body: dict[str, Any], limits: Limits, tokenize: Callable[[str], list[int]]) -> int:
@@ -256,13 +265,28 @@ def check_prompts(body: dict[str, Any], limits: Limits, tokenize: Callable[[str]
     check_room(len(given), 0, limits)
     for number, prompt in enumerate(given):
         if isinstance(prompt, str):
-            tokens = tokenize(prompt)
+            tokens = _tokenize(prompt, f"prompt {number}", limits, tokenize)
         elif isinstance(prompt, list) and all(is_int(token) for token in prompt):
             tokens = prompt
         else:
             raise Refused(400, f"prompt {number} is neither a text nor a list of tokens")
         check_tokens(tokens, f"prompt {number}", limits)
     return len(given)
+
+
+def _tokenize(text: str, what: str, limits: Limits, tokenize: Callable[[str], list[int]]) -> list[int]:
+    """The tokens of a prompt; of one that is far too long only the beginning is looked at."""
+    start = text[: 16 * limits.sequence]
+    tokens = tokenize(start)
+    if len(start) == len(text):
+        return tokens
+    if len(tokens) < 2 * limits.sequence:
+        return tokenize(text)
+    raise Refused(
+        400,
+        f"{what} has {len(text)} characters, more than {len(tokens)} tokens; this server takes "
+        f"{limits.sequence}, answer included (--max-sequence-length)",
+    )
 
 
 def check_room(prompts: int, waiting: int, limits: Limits) -> None:

@@ -54,14 +54,21 @@ class Server:
 
 
 def refuse_port(host: str, port: int) -> None:
-    """ValueError when something listens there: Megatron's server would share the port with it."""
+    """ValueError for what is no IPv4 address of this machine, and when something listens there: Megatron's
+    server would share the port with it."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port {port}: give a number from 1 to {2**16 - 1}.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except socket.gaierror as error:
+            raise ValueError(
+                f"--host {host}: {error.strerror}; give an IPv4 address of this machine, or its name."
+            ) from error
         except OSError as error:
             raise ValueError(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another --port."
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another --port, or --host."
             ) from error
 
 

@@ -34,7 +34,9 @@ class Stops:
         """Of the `stop` of a request; a word that is a special token's name means that token."""
         texts, tokens = [], set()
         for word in words:
-            ids = [token for token in tokenizer.tokenize(word) if token != tokenizer.bos]
+            ids = tokenizer.tokenize(word)
+            if len(ids) > 1 and ids[0] == tokenizer.bos:  # that a text begins with; alone, it is the word
+                ids = ids[1:]
             if len(ids) == 1 and not decoder(tokenizer)(ids):
                 tokens.add(ids[0])
             else:

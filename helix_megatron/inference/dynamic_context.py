@@ -41,6 +41,8 @@ def sliced_context(original: Callable, helix: HelixConfig) -> Callable:
         if sliced:
             plan = plan_for(helix, model_config, tp)
             refuse_dynamic(plan, model_config, inference_config)
+            if inference_config.use_flashinfer_fused_rope is None:  # where it is installed; it has no slices
+                inference_config.use_flashinfer_fused_rope = False
             model_config = derived_config(model_config, plan, plan.paged_dim)
             self._allocate_memory_buffer = _zeroed_memory(self, self._allocate_memory_buffer)
             self.reinitialize_inference_state_buffers = _zeroed_when_resumed(
@@ -142,7 +144,7 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         "chosen and compiled and groups meet": graphs and not model_config.cuda_graph_warmup_steps,
         "CUDA graphs (--cuda-graph-impl local) with speculative tokens (num_speculative_tokens > 0), whose "
         "replays were never compared": exact and graphs and speculative,
-        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False)": _takes_fused_rope(
+        "FlashInfer's fused RoPE (use_flashinfer_fused_rope; set it to False, or leave it to None)": (
             inference_config.use_flashinfer_fused_rope
         ),
         "batch-invariant mode (--batch-invariant-mode)": exact and invariant,
@@ -161,13 +163,6 @@ def refuse_dynamic(plan: HelixPlan, model_config: Any, inference_config: Any) ->
         interleave_of_block(
             plan.grid.dim_parallel_size, plan.kv_interleave_size, inference_config.block_size_tokens
         )
-
-
-def _takes_fused_rope(asked: bool | None) -> bool:
-    """What Megatron's context makes of use_flashinfer_fused_rope: None means wherever FlashInfer is."""
-    from megatron.core.inference.contexts import dynamic_context
-
-    return dynamic_context.HAVE_FLASHINFER if asked is None else asked
 
 
 def check_dynamic(context: Any, plan: HelixPlan) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
-from helix_megatron.kernels.merge import write_partials
+from helix_megatron.kernels.merge import triton_obstacle, write_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
 from helix_megatron.partition.grid import HelixConfigError
 
@@ -155,7 +155,7 @@ def _refuse_in_graph(choice: Choice) -> None:
         if name == "torch" or (name in FLASH and FLASH[name].waits):
             raise HelixConfigError(
                 f"CUDA graphs (--cuda-graph-impl local) cannot hold attention by {name}, which waits for the "
-                f"device ({choice.reason}); install Triton, leave {OVERRIDE} out, or leave the graphs out"
+                f"device ({choice.reason}); install Triton 3.3 or newer, or leave {OVERRIDE} or graphs out"
             )
 
 
@@ -164,6 +164,8 @@ def _overridden(
 ) -> Choice:
     if override not in NAMES:
         raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(NAMES)}")
+    if override == "triton" and triton_obstacle():
+        raise HelixConfigError(f"{OVERRIDE}={override}: {triton_obstacle()}")
     if override in ("torch", "triton"):
         return Choice(override, override, f"{override}, as {OVERRIDE} says")
     reasons = []
@@ -183,11 +185,8 @@ def _overridden(
 def _without_flash(device: str) -> tuple[str, str]:
     if device != "cuda":
         return "torch", f"the cache is on the {device}"
-    try:
-        import triton.language  # noqa: F401
-    except ImportError:
-        return "torch", "Triton is not installed"
-    return "triton", "the cache is on a GPU"
+    obstacle = triton_obstacle()
+    return ("torch", obstacle) if obstacle else ("triton", "the cache is on a GPU")
 
 
 def _obstacle(

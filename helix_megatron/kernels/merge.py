@@ -13,7 +13,7 @@ S queries, L keys, B batch, N query heads, K KV heads (K divides N), D head dime
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 
 import torch
@@ -22,11 +22,29 @@ from torch import Tensor
 _SCORE_BYTES = 256 * 2**20  # scores that exist at a time
 
 
+_OLDEST_TRITON = (3, 3)
+
+
+@functools.cache
+def triton_obstacle() -> str:
+    """Why kernels cannot be Triton's; empty when they can.
+
+    3.2, which torch 2.6 brings, ends the process where a while loop of Hopper's has tensor cores in it.
+    """
+    try:
+        import triton.language
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} cannot compile these kernels; 3.3 or newer comes with torch 2.7"
+    return ""
+
+
 def runs_triton(device: torch.device) -> bool:
-    """Whether small kernels are Triton's there: on a GPU where it is installed, or under its interpreter."""
+    """Whether small kernels are Triton's there: on a GPU where it can be, or under its interpreter."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    return importlib.util.find_spec("triton") is not None
+    return not triton_obstacle()
 
 
 def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def split_time(events: Iterable[Any]) -> dict[str, float] | None:
         here = (event.time_range.start, event.time_range.end)
         if event.device_type == torch.autograd.DeviceType.CPU:
             whole = here if event.name == _ITERATION else whole
-        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+        elif is_kernel(event):
             on_gpu.append((event.name, here))
     if whole is None or not on_gpu:
         return None
@@ -58,6 +58,11 @@ def split_time(events: Iterable[Any]) -> dict[str, float] | None:
     busy = _union((span for _, span in on_gpu), whole)
     parts = {"compute": computing, "communication": busy - computing, "idle": whole[1] - whole[0] - busy}
     return {name: 1e-6 * microseconds for name, microseconds in parts.items()}
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether an event of torch.profiler, or a mean of several, is a GPU's, and no range that was marked."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
 
 
 def _communicates(kernel: str) -> bool:

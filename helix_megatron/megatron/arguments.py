@@ -220,7 +220,6 @@ def refuse_other_models(args: argparse.Namespace, slices: int) -> None:
         "--inference-shards with roles (prefill and decode apart)": (
             "role=" in (getattr(args, "inference_shards", None) or "")
         ),
-        "--transformer-impl inference_optimized": args.transformer_impl == "inference_optimized",
         "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
         "--heterogeneous-layers-config-encoded-json": args.heterogeneous_layers_config_encoded_json,
     }

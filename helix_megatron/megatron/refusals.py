@@ -45,6 +45,9 @@ def refuse_unsupported(config: Any, plan: HelixPlan) -> None:
         f"softmax type {softmax_type!r} (--softmax-type) with --helix-adaptive-grad-scaling (which would "
         "scale the gradient of a sink)": plan.adaptive_grad_scaling and softmax_type == "learnable",
         **({} if value("cuda_graph_impl") == "local" else _ungraphed(value, plan, packed)),
+        "layers made for inference alone (--transformer-impl inference_optimized)": (
+            value("transformer_impl") == "inference_optimized"
+        ),
         "fused QKV RoPE (--fused-single-qkv-rope)": value("fused_single_qkv_rope"),
         "flash decode (--flash-decode)": value("flash_decode"),
         "test mode (--test-mode)": value("test_mode"),

@@ -1,6 +1,8 @@
 """Each section of `helix check` can fail: a broken layer, a wrong kernel, a NaN loss, another token."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +205,22 @@ def test_kernels_are_told_apart_by_name():
     assert {name: kernel_times.classify_kernel(name) for name in names} == names
     found = kernel_times.sum_by_class([(name, 10.0, 2) for name in names])
     assert found["attention"] == (20.0, 4) and found["norm"] == (10.0, 2)
+
+
+def test_ranges_that_were_marked_are_no_kernels(monkeypatch):
+    """Every optimizer's step and NCCL's calls are shown on the GPU as well, from first kernel to last."""
+    mean = dict(device_type=torch.autograd.DeviceType.CUDA, is_user_annotation=False, count=6)
+    means = [
+        SimpleNamespace(**mean, key="gemm", self_device_time_total=30.0),
+        SimpleNamespace(**mean | {"is_user_annotation": True}, key="gemm", self_device_time_total=900.0),
+        SimpleNamespace(**mean | {"device_type": torch.autograd.DeviceType.CPU}, key="aten::mm"),
+    ]
+    profile = SimpleNamespace(key_averages=lambda: means)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **given: contextlib.nullcontext(profile))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    steps = []
+    assert kernel_times.profile_kernels(lambda: steps.append(1)) == [("gemm", 10.0, 2)]
+    assert len(steps) == 3
 
 
 def test_ranks_share_a_gpu_only_where_there_are_too_few():

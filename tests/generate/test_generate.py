@@ -461,6 +461,26 @@ def test_a_step_has_room_for_the_padding_of_its_tokens():
     assert (found.max_tokens, found.max_requests, found.max_sequence_length) == (2178, 12, 2157)
 
 
+@pytest.mark.parametrize("on_host, ranks", [(True, 4), (False, 1)])
+def test_a_cache_that_no_memory_holds_is_refused(monkeypatch, on_host, ranks):
+    """A KV head of 8 in fp32 on each of 2 ranks: 64 bytes a token; 10 blocks of 16 tokens, and 1.5."""
+    config = SimpleNamespace(
+        tensor_model_parallel_size=2, num_query_groups=2, num_layers=1, kv_channels=8,
+        params_dtype=torch.float32,
+    )  # fmt: skip
+    size, needed = engines.CacheSize(16, 10, 5, 32, 2048), int(11.5 * 16 * 64)
+    memory = SimpleNamespace(total_memory=needed * ranks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("helix_megatron.host.mode.host_mode_enabled", lambda: on_host)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert inference_config(config, size).buffer_size_gb * 2**30 == needed
+    memory.total_memory -= 1
+    with pytest.raises(ValueError, match=r"5 sequences of 32 tokens, .* 11.50 KiB on each rank, which"):
+        inference_config(config, size)
+
+
 def test_prompts_come_from_the_command_line_and_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     assert read_prompts(["zero"], tmp_path / "a.txt") == ["zero", "one", " two "]

@@ -24,7 +24,15 @@ from helix_megatron import cli
 from helix_megatron.check import tiny_model
 from helix_megatron.generate import serve
 from helix_megatron.generate.messages import check_messages
-from helix_megatron.generate.requests import Limits, Refused, check_fields, check_prompts, check_room, parse
+from helix_megatron.generate.requests import (
+    Limits,
+    Refused,
+    RequestOptions,
+    check_fields,
+    check_prompts,
+    check_room,
+    parse,
+)
 from helix_megatron.generate.stops import Stops, StopSearch
 from tests.ports import free_port
 
@@ -295,6 +303,8 @@ BAD = [
     ({"prompt": ["a", [1]]}, "mixes"),
     ({"prompt": [1, 300]}, "prompt 0 has a token outside 0 ... 258"),
     ({"prompt": {"a": 1}}, "'prompt' is missing"),
+    ({"prompt": "a" * 1000 * LENGTH}, "prompt 0 has 160000 characters, more than 2560 tokens; this server"),
+    ({"prompt": [300] * 1000 * LENGTH}, "prompt 0 has 160000 tokens; this server takes"),
     ({"prompt": "a" * LENGTH}, f"prompt 0 has {LENGTH} tokens; this server takes {LENGTH}"),
     ({"prompt": "a", "top_k": 5}, "'top_k' needs 'top_p': 0"),
     ({"prompt": "a", "echo": True, "logprobs": 1}, "log-probabilities of the prompt"),
@@ -307,7 +317,7 @@ BAD_FIELDS = {
     "top_p": [2, -0.1, 1e-46, "1", math.nan],
     "top_k": [-1, 259, 1.5, True, 10**30],
     "max_tokens": [0, -1, 10**30, 2**31, 1.5, "3", True],
-    "stop": ["", [""], 3, [3], {}, ["a"] * 65],
+    "stop": ["", [""], 3, [3], {}, ["a"] * 65, "a" * 1025],
     "ignore_eos": [1, "true"],
     "n": [3, 0, True],
     "stream": [True, "no"],
@@ -365,6 +375,8 @@ BAD_CHATS = [
     ({"messages": [HI], "chat_template_kwargs": {"chat_template": "x"}}, "the server sets it"),
     ({"messages": [HI], "chat_template_kwargs": {"tokenize": False}}, "the server sets it"),
     ({"messages": [HI], "chat_template_kwargs": {"max_length": 1}}, "the server sets it"),
+    ({"messages": [HI], "chat_template_kwargs": {"messages": []}}, "the server sets it"),
+    ({"messages": [HI], "chat_template_kwargs": {"self": 1}}, "the server sets it"),
 ]
 
 
@@ -385,6 +397,8 @@ def test_a_bad_request_is_refused_and_the_others_go_on(server, expected):
         for path in ("/v1/start_profile", "/stop_profile", "/v1/models"):
             status, found = client.post({}, path)
             assert status == 404 and "there are /v1/completions, " in found["error"]["message"]
+        status, found = client.post(b" " * (2**24 + 1))
+        assert status == 413 and "has 16777217 bytes; this server takes 16777216" in found["error"]["message"]
         assert going_on.result() == expected[2:]
     assert client.tokens(PROMPTS[0]) == expected[:1]
     assert client.health() == 200
@@ -520,6 +534,13 @@ def test_what_cannot_be_served_is_refused_before_a_rank_starts(folder, tmp_path,
         taken.listen()
         assert cli.main([*given, "--max-sequence-length", "99", "--port", str(taken.getsockname()[1])]) == 2
         assert "choose another --port" in capsys.readouterr().err
+    for flags, message in [
+        (["--port", "65536"], "--port 65536: give a number from 1 to 65535"),
+        (["--port", "0"], "--port 0: give a number"),
+        (["--host", "::1"], "--host ::1: Address family for hostname not supported; give an IPv4 address"),
+    ]:
+        assert cli.main([*given, "--max-sequence-length", "99", *flags]) == 2
+        assert message in capsys.readouterr().err
     assert cli.main([*given, "--max-sequence-length", "513"]) == 2
     assert "knows 512 positions" in capsys.readouterr().err
     assert cli.main([*given, "--max-queue", "0"]) == 2
@@ -527,6 +548,25 @@ def test_what_cannot_be_served_is_refused_before_a_rank_starts(folder, tmp_path,
 
 
 LIMITS = Limits(sequence=4, vocabulary=10, requests=3)
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenised_to_its_end():
+    """One of few tokens is, however many characters it has."""
+    seen = []
+
+    def tokenize(text):
+        seen.append(len(text))
+        return [1] * (len(text.split()) or 1)
+
+    with pytest.raises(Refused, match=r"1000 characters, more than 32 tokens; this server takes 4, answer"):
+        check_prompts({"prompt": "a " * 500}, LIMITS, tokenize)
+    assert check_prompts({"prompt": "a" * 1000}, LIMITS, tokenize) == 1
+    assert seen == [64, 64, 1000]
+
+
+def test_the_largest_body_has_room_for_a_queue_of_prompts():
+    assert LIMITS.body == 2**24
+    assert Limits(2**17, 10, 128).body == 2**29 and Limits(2**17, 10, 2**10).body == 2**30
 
 
 def test_limits_hold_exactly():
@@ -547,6 +587,48 @@ def test_limits_hold_exactly():
         check_room(2, 2, LIMITS)
     assert refused.value.status == 503
     assert parse(b'{"a": 1}') == {"a": 1}
+
+
+def test_the_queue_is_asked_again_when_the_tokens_are_there():
+    """A chat template may take its time; others come meanwhile."""
+    from quart import Quart, g
+
+    from helix_megatron.generate.front_end import EngineClient
+
+    waiting = {}
+
+    def add_request(tokens, params):
+        waiting[len(waiting)] = future = asyncio.get_running_loop().create_future()
+        return future
+
+    megatrons = SimpleNamespace(completion_futures=waiting, add_request=add_request)
+    client = EngineClient(megatrons, SimpleNamespace(bos=None), LIMITS, frozenset())
+
+    async def ask():
+        async with Quart(__name__).app_context():
+            g.asked = RequestOptions([])
+            for _ in range(LIMITS.requests):
+                client.add_request([1], SimpleNamespace(add_BOS=False)).cancel()
+            with pytest.raises(Refused, match="the queue is full: 3 prompts are here") as refused:
+                client.add_request([1], SimpleNamespace(add_BOS=False))
+            assert refused.value.status == 503
+
+    asyncio.run(ask())
+
+
+def test_tokens_of_an_answer_want_an_end_of_text():
+    from quart import Quart, g
+
+    from helix_megatron.generate.front_end import FrontTokenizer
+
+    async def ask():
+        async with Quart(__name__).app_context():
+            assert FrontTokenizer(SimpleNamespace(eod=7)).eos_id == 7 and "refused" not in g
+            with pytest.raises(Refused):
+                FrontTokenizer(SimpleNamespace(eod=None)).eos_id  # noqa: B018
+            assert g.refused.status == 400 and "'prevent_retokenization': false" in str(g.refused)
+
+    asyncio.run(ask())
 
 
 def test_messages_that_lose_nothing_are_taken():
@@ -605,3 +687,8 @@ def test_stop_words_are_told_from_special_tokens(chat_tokenizer):
 
     tokenizer = MegatronTokenizer.from_pretrained(str(chat_tokenizer), {"library": "huggingface"})
     assert Stops.of(["<|b|>", "ab", "c"], tokenizer) == Stops(("ab", "c"), frozenset([258]))
+    assert Stops.of(["<|a|>", "<|a|>c"], tokenizer) == Stops(("<|a|>c",), frozenset([257]))  # 257: the BOS
+    begins = SimpleNamespace(  # every text with its BOS
+        bos=257, tokenize=lambda text: [257, *tokenizer.tokenize(text)], detokenize=tokenizer.detokenize
+    )
+    assert Stops.of(["<|a|>", "<|b|>", "ab"], begins) == Stops(("ab",), frozenset([257, 258]))

@@ -483,7 +483,8 @@ def context_refused(tp: int, ways: list[tuple[dict, dict, dict]]) -> list[str]:
             setattr(config, name, value)
         sizes = dict(max_sequence_length=64, buffer_size_gb=0.001, max_requests=4, block_size_tokens=8)
         try:
-            DynamicInferenceContext(config, InferenceConfig(**{**sizes, **settings}))
+            context = DynamicInferenceContext(config, InferenceConfig(**{**sizes, **settings}))
+            assert context.use_flashinfer_fused_rope is False
             messages.append("built")
         except HelixConfigError as error:
             messages.append(str(error))

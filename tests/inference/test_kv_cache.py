@@ -558,8 +558,8 @@ def test_what_the_dynamic_engine_cannot_do_is_refused_when_its_context_is_built(
         ({}, dict(cuda_graph_impl="local"), dict(num_speculative_tokens=2), "replays were never compared"),
         ({}, {}, dict(num_speculative_tokens=2), "built"),
         ({}, {}, dict(use_flashinfer_fused_rope=True), "use_flashinfer_fused_rope"),
-        ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: as FlashInfer is here, or is not
-        ({}, {}, dict(use_flashinfer_fused_rope=None, flashinfer=True), "use_flashinfer_fused_rope"),
+        ({}, {}, dict(use_flashinfer_fused_rope=None), "built"),  # None: where FlashInfer is installed
+        ({}, {}, dict(use_flashinfer_fused_rope=None, flashinfer=True), "built"),
         ({}, dict(batch_invariant_mode=True), {}, "--batch-invariant-mode"),
         ({}, dict(context_parallel_size=2), {}, "--context-parallel-size"),
         ({}, {}, dict(mamba_inference_state_config=True), "the states of Mamba layers"),

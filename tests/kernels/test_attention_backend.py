@@ -16,7 +16,7 @@ import torch
 
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.inference.position_cache import Attention, SequenceStep
-from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels import backend, flash, merge
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -27,7 +27,7 @@ from tests.kernels.test_paged_attention import check, draw
 def fresh():
     """What is installed is found out again, before and after; call it to do so in between."""
 
-    known = flash.find, flash.known_case_error, backend.choose
+    known = flash.find, flash.known_case_error, backend.choose, merge.triton_obstacle
 
     def forget():
         for function in known:
@@ -91,6 +91,22 @@ def test_the_choice_has_a_reason(monkeypatch, fresh):
     fresh()
     choice = backend.choose("cuda", HALF, PAGES, False)
     assert choice.others == "torch" and "Triton is not installed" in choice.reason
+
+
+@pytest.mark.parametrize("version, there", [("3.2.0", False), ("3.3.1", True), ("3.10.0+git1", True)])
+def test_a_triton_that_cannot_compile_the_kernels_is_left_out(monkeypatch, fresh, version, there):
+    import triton
+
+    gpu, said = SimpleNamespace(type="cuda"), f"Triton {version} cannot compile these kernels; 3.3 or newer"
+    monkeypatch.setattr(triton, "__version__", version)
+    choice = backend.choose("cuda", HALF, PAGES, False)
+    assert choice.others == ("triton" if there else "torch") and (said in choice.reason) != there
+    assert merge.runs_triton(gpu) == there
+    if not there:
+        with pytest.raises(HelixConfigError, match=f"HELIX_PAGED_ATTENTION=triton: {said}"):
+            backend.choose("cuda", HALF, PAGES, False, "triton")
+        with pytest.raises(HelixConfigError, match=r"attention by torch, .*install Triton 3\.3"):
+            backend.choose("cuda", HALF, PAGES, False, graph=True)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def rank_main(arguments, extra_of_rank_1=(), megatron_version=None):
         ("--inference-shards tp=3,role=prefill+tp=3,role=decode", "prefill and decode apart"),
         ("--attention-impl megatron --helix-dim-parallel-size 2", "was given with --attention-impl megatron"),
         ("--attention-output-gate --helix-softmax per-slice", "--attention-output-gate"),
+        ("--transformer-impl inference_optimized", "alone (--transformer-impl inference_optimized)"),
         ("--softmax-type learnable", "m does not divide the query heads"),
         ("--softmax-type learnable --helix-comm-type all_reduce", "--softmax-type"),
         ("--helix-softmax per-slice --position-embedding-type yarn", "YaRN"),
@@ -142,6 +143,14 @@ def test_blockwise_fp8_wants_whole_blocks():
     message = r"blockwise works in blocks of 128, .* rank 0 of Helix grid 1x2 holds 480 rows of linear_qkv"
     with pytest.raises(HelixConfigError, match=message):
         refuse_unsupported(blockwise, plan)
+
+
+def test_layers_made_for_inference_alone_are_refused_whoever_makes_them():
+    """By flags, and in a script that has no flags: their weights may be quantised where they are."""
+    plan = HelixConfig(1, 2).resolve(8, 4, 16, 2)
+    refuse_unsupported(SimpleNamespace(transformer_impl="local"), plan)
+    with pytest.raises(HelixConfigError, match="--transformer-impl inference_optimized"):
+        refuse_unsupported(SimpleNamespace(transformer_impl="inference_optimized"), plan)
 
 
 def test_residual_streams_beside_each_other_are_refused():
