@@ -11,8 +11,11 @@ VOCABULARY = 259  # 256 bytes, end of text, two tokens that no text has
 EOS = 256
 
 
-def make(folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, positions: int = 512) -> Path:
-    """Write the model and its tokenizer into `folder`."""
+def make(
+    folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, positions: int = 512,
+    rounded_to: str = "float32",
+) -> Path:  # fmt: skip
+    """Write the model and its tokenizer into `folder`; its weights, fp32, are numbers of `rounded_to`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -37,7 +40,7 @@ def make(folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, posit
         direction[:4] = 1
         model.model.embed_tokens.weight.mul_(20).add_(35 * direction)
         model.lm_head.weight.sub_(40 * direction)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, rounded_to)).float().save_pretrained(folder)
     return folder
 
 
