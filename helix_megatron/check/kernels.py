@@ -50,6 +50,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # name, query heads, ranks of the dim group; KV head 1, dimension 128: what a rank of a decode step attends
 SPEEDS = (("64/8 heads, 8x2", 8, 2), ("16/1 heads, 1x8", 16, 8), ("16/2 heads, 2x4", 8, 4))
 BATCHES, CONTEXTS = (1, 8, 64), (8192, 131072)
+COPIED = 2**30  # bytes
 
 
 def check(rows: Rows, place: Place) -> None:
@@ -226,7 +227,7 @@ def check_speed(rows: Rows, place: Place) -> None:
 
 def copy_bandwidth() -> float:
     """Bytes/s of a copy, read and written."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    x = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.numel() / measure_seconds(lambda: y.copy_(x))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from unittest import mock
 
+import torch
+
 from helix_megatron.check import kernels, layers
 from helix_megatron.check.rows import Place, Rows
 from helix_megatron.kernels import backend
@@ -15,7 +17,7 @@ GPU = Place(1, 0, False, 300.0)
 
 def time_kernels(path: str) -> None:
     """kernels.check_speed."""
-    small = dict(BATCHES=(1, 2), CONTEXTS=(256, 512))
+    small = dict(BATCHES=(1, 2), CONTEXTS=(256, 512), COPIED=2**20)
     with mock.patch.multiple(kernels, **small), in_place_of_cuda_graphs(((backend, "attend"),)):
         kernels.check_speed(Rows(path), GPU)
 
@@ -38,9 +40,8 @@ def measure_layers(path: str) -> None:
     from helix_megatron.inference import position_cache
 
     layouts = (
-        layers.Layout("llama-3.1-8b", 16),
-        layers.Layout("llama-3.1-8b", 16, (8, 2), "heads"),
-        layers.Layout("llama-3.1-8b", 16, (8, 2), "dims"),
+        layers.Layout("qwen2.5-0.5b", 2),
+        layers.Layout("qwen2.5-0.5b", 4, (2, 2), "dims"),
     )
     decodes = (
         layers.Decode(2, "sequence", 512, 1, graph=True),
@@ -55,6 +56,15 @@ def measure_layers(path: str) -> None:
         (attention, "flash_attn_varlen_func"),
         (attention, "flash_attn_with_kvcache"),
     )
-    with mock.patch.multiple(layers, **small), in_place_of_cuda_graphs(launches):
+    profile = torch.profiler.profile
+
+    def without_driver(activities):
+        return profile(activities=activities[1:])
+
+    with (
+        mock.patch.multiple(layers, **small),
+        mock.patch.object(torch.profiler, "profile", without_driver),
+        in_place_of_cuda_graphs(launches),
+    ):
         for function in (layers.rank_layouts, layers.rank_decodes):
             function(path, GPU)

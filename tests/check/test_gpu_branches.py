@@ -35,7 +35,7 @@ def test_layers_and_decode_steps_are_measured_beside_megatron(tmp_path):
     alone = {"HELIX_HOST_SHARED_MEMORY": "0"}
     run_ranks(gpu_branches.measure_layers, 1, str(path), host_mode=False, env=alone, timeout_s=200)
     rows = [row for row in read_rows(path) if row["status"] != "warning"]
-    assert len(rows) == 7
+    assert len(rows) == 6
     for row in rows:
         assert row["status"] in ("measured", "skipped"), row
         if row["status"] == "measured":
