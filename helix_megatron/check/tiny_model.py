@@ -13,9 +13,13 @@ EOS = 256
 
 def make(
     folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, positions: int = 512,
-    rounded_to: str = "float32",
+    half: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the model and its tokenizer into `folder`; its weights, fp32, are numbers of `rounded_to`."""
+    """Write the model and its tokenizer into `folder`.
+
+    Args:
+        half: weights that bf16 has, and logits of about 3 that it tells apart, in place of about -50.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,12 +39,15 @@ def make(
         bos_token_id=None, eos_token_id=EOS,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    if half:
+        model.to(torch.bfloat16).float().save_pretrained(folder)
+        return folder
     with torch.no_grad():  # hidden states share a direction, and every row of the head points away from it
         direction = torch.zeros(96)
         direction[:4] = 1
         model.model.embed_tokens.weight.mul_(20).add_(35 * direction)
         model.lm_head.weight.sub_(40 * direction)
-    model.to(getattr(torch, rounded_to)).float().save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 

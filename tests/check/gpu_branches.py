@@ -3,16 +3,26 @@ shapes and devices fit. Sizes are small, CUDA graphs HostGraphs; of the figures 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import torch
 
 from helix_megatron.check import kernels, layers
 from helix_megatron.check.rows import Place, Rows
+from helix_megatron.host.launcher import run_ranks
 from helix_megatron.kernels import backend
 from tests.inference.host_graph import in_place_of_cuda_graphs
 
 GPU = Place(1, 0, False, 300.0)
+
+
+class OnHost(Place):
+    """Ranks of a host for those that share a GPU."""
+
+    def run(self, function, ranks, job):
+        job = replace(job, layout=replace(job.layout, on_host=True))
+        return run_ranks(function, ranks, job)
 
 
 def time_kernels(path: str) -> None:

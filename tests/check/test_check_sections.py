@@ -280,6 +280,14 @@ def test_another_token_fails(found, tie, status):
     assert generation.judge(found, [[7, 8, 9], [4, 5, 6]], margins, tie)[0] == status
 
 
+def test_only_megatrons_refusal_without_flash_attention_is_skipped():
+    """A kernel's log names flash-attn too."""
+    refused = "Traceback\nValueError: with whole heads Megatron's dynamic engine needs flash-attn 2.7.3"
+    died = "Traceback\nKeyError: 'x'\n--- end of its output ---\ntriton; not flash-attn-3: not installed"
+    assert generation.outcome_of(RankError(refused, 0))[0] == "skipped"
+    assert generation.outcome_of(RankError(died, 0)) == ("failed", "KeyError: 'x'")
+
+
 # ---- layers and collectives ----
 def test_a_layout_that_cannot_be_built_fails_and_the_next_is_measured(rows, monkeypatch):
     def measure(layout, on_host):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from helix_megatron.check import layers, results
-from helix_megatron.check.rows import read_rows
+from helix_megatron.check import generation, layers, results
+from helix_megatron.check.rows import Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from tests.check import gpu_branches
 
@@ -28,6 +28,14 @@ def test_a_yardstick_that_fails_takes_nothing_with_it(tmp_path):
     for row in read_rows(path)[1:]:
         assert row["status"] == "measured" and row["microseconds"] > 0
         assert row["flash_attention"] == "FlashAttention 3 fails: RuntimeError: built for another torch"
+
+
+def test_text_in_bf16(tmp_path):
+    """Most tokens are no ties of bf16."""
+    path = tmp_path / "rows"
+    generation.check(Rows(path), gpu_branches.OnHost(1, 0, True, 300.0))
+    (row,) = read_rows(path)
+    assert row["status"] == "ok" and int(row["detail"].split()[0]) > 24, row
 
 
 def test_layers_and_decode_steps_are_measured_beside_megatron(tmp_path):
