@@ -74,7 +74,7 @@ class Place:
         world: ranks of torchrun, of which this process is one; 0 where a section starts its own.
         quick: the small selection.
         seconds: that the section may take.
-        until: on time.monotonic()'s clock, when it is killed; its process sets it.
+        until: when it is killed, on time.monotonic()'s clock, which a machine's processes share.
     """
 
     gpus: int

@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 import traceback
 import warnings
-from dataclasses import replace
 
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.host.processes import die_with_parent
@@ -25,9 +23,7 @@ def main(function: str, path: str, place: str) -> int:
     rows = Rows(path)
     try:
         module, name = function.split(":")
-        here = Place(**json.loads(place))
-        here = replace(here, until=time.monotonic() + here.seconds)
-        getattr(importlib.import_module(module), name)(rows, here)
+        getattr(importlib.import_module(module), name)(rows, Place(**json.loads(place)))
     except Exception as error:
         traceback.print_exc()
         rows.add("the section itself", "failed", first_line(error))
