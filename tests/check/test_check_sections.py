@@ -328,10 +328,13 @@ def test_kernels_are_told_apart_by_name():
         "void transformer_engine::normalization::rmsnorm_fwd_general_kernel": "norm",
         "void at::native::elementwise_kernel<128, 4>": "packing",
         "Memcpy DtoD (Device -> Device)": "packing",
+        "attention_kernel": "attention",
+        "merge_programs_kernel": "attention",
+        "combine_kernel": "packing",
     }
     assert {name: kernel_times.classify_kernel(name) for name in names} == names
     found = kernel_times.sum_by_class([(name, 10.0, 2) for name in names])
-    assert found["attention"] == (20.0, 4) and found["norm"] == (10.0, 2)
+    assert found["attention"] == (40.0, 8) and found["norm"] == (10.0, 2)
 
 
 def test_ranks_share_a_gpu_only_where_there_are_too_few():
