@@ -21,8 +21,6 @@ import torch
 from helix_megatron.check.decode_step import new_context, set_step
 from helix_megatron.check.reference import Case
 from helix_megatron.check.rows import Place, Rows
-from helix_megatron.inference.step_tokens import StepTokens
-from helix_megatron.megatron import integrate
 from helix_megatron.partition.config import HelixConfig
 
 
@@ -125,6 +123,7 @@ class Replays:
 
     def __init__(self, case: Case, helix: HelixConfig, groups: Any, sizes: Sizes, capture: Capture):
         from helix_megatron.check import layer as layers
+        from helix_megatron.megatron import integrate
 
         tp = torch.distributed.get_world_size()
         self._capture, self._sizes, self._rope = capture, sizes, case.rope_table()
@@ -182,6 +181,8 @@ class Replays:
 
     def _eager(self) -> torch.Tensor:
         """The step with tokens, requests and plans that nobody had before."""
+        from helix_megatron.inference.step_tokens import StepTokens
+
         shared = self._context.helix_step
         self._context.helix_step = StepTokens(shared.interleave, shared.rank, graphs=False)
         try:

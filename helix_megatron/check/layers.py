@@ -20,7 +20,6 @@ from helix_megatron.check.kernel_times import (
     sum_by_class,
 )
 from helix_megatron.check.rows import Place, Rows, first_line
-from helix_megatron.megatron import integrate
 from helix_megatron.models import presets
 from helix_megatron.partition.config import HelixConfig
 
@@ -256,6 +255,7 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     from helix_megatron.check.decode_step import new_context, set_decode_step
     from helix_megatron.check.graphs import captured
     from helix_megatron.check.reference import Case
+    from helix_megatron.megatron import integrate
 
     case = Case(16, decode.kv_heads, 128, 1024, 1, bias=False)
     make_tensor_parallel_groups(8)
