@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+KEPT_S = 45.0  # for each section to come: what most need on one GPU to be of use
 _EPILOG = """Examples:
   helix check --quick                                       minutes; on a host, on one GPU, on eight
   helix check --full --out check/                           everything; check/check.json, check/check.md
+  helix check --full --within 540                           as much of it as nine minutes have room for
   helix check --quick --only exactness --only kernels
   torchrun --nnodes 2 --nproc-per-node 8 … -m helix_megatron.cli check --full --out check/
 """
@@ -39,6 +41,8 @@ def add_check(subparsers: Any) -> None:
     add("--only", action="append", metavar="NAME", help="this section alone; may be given again")
     add("--out", type=Path, default=Path("helix_check"), metavar="DIR", help="default: helix_check")
     add("--time-limit", type=float, metavar="S", help="seconds of each section, in place of its own limit")
+    add("--within", type=float, metavar="S",
+        help="seconds of all sections together; a section is cut short before it takes all")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -49,8 +53,10 @@ def run(options: argparse.Namespace) -> int:
     from helix_megatron.check.sections import select_sections
 
     sections, quick = select_sections(options.only), not options.full
-    if options.time_limit is not None and not 0 < options.time_limit < float("inf"):
-        raise ValueError(f"--time-limit is {options.time_limit}; seconds, more than 0.")
+    for name in ("time_limit", "within"):
+        seconds = getattr(options, name)
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} is {seconds}; seconds, more than 0.")
     place = Place(_usable_gpus(), 0, quick, 0.0)
     supervisor = runner.make_supervisor()
     with tempfile.TemporaryDirectory(prefix="helix-check-") as private:
@@ -59,11 +65,14 @@ def run(options: argparse.Namespace) -> int:
         if supervisor.first:
             _make(folder)
             document = results.Results(folder, _command(), place, supervisor.world, sections)
-            print(f"helix check, {document.where}; rows as they come: {folder}/check.json", flush=True)
-        for section in sections:
-            limit = options.time_limit or section.limit(quick)
-            here = replace(place, seconds=limit, world=supervisor.world if section.spans else 0)
+            print(f"helix check, {document.where}; rows as they come: {folder}/NAME.jsonl", flush=True)
+        begun = time.monotonic()
+        for number, section in enumerate(sections):
             started = time.monotonic()
+            limit = options.time_limit or section.limit(quick)
+            if options.within is not None:
+                limit = limit_within(limit, options.within - started + begun, len(sections) - number - 1)
+            here = replace(place, seconds=limit, world=supervisor.world if section.spans else 0)
             ended = supervisor.run(section, here, folder)
             if document is not None and ended is not None:
                 document.add(section, ended)
@@ -74,6 +83,11 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(document.render_screen())
     return 1 if document.failed else 0
+
+
+def limit_within(limit: float, left: float, later: int) -> float:
+    """A section's seconds of the `left` ones: its own limit, or what leaves KEPT_S for each later one."""
+    return max(1.0, min(limit, left - KEPT_S * later))
 
 
 def _usable_gpus() -> int:

@@ -3,15 +3,19 @@
 The reference has the weights and the input of the layer, rounded as it has them. In fp32 an error is bounded
 by a number; in half precision, and wherever Transformer Engine multiplies in TF32, by vanilla Megatron's
 error of the same case on the same device. m = 1 is compared bit for bit with vanilla Megatron at the same T.
+One launch of RANKS ranks does them all, with other tensor-parallel groups for each T that divides it.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ class Job:
         config: of TransformerConfig.
         kinds: which layers run it: "local", "te".
         quick: whether `--quick` has it.
+        cp: context-parallel size.
     """
 
     name: str
@@ -50,12 +55,24 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ("local", "te")
     quick: bool = True
+    cp: int = 1
+
+    @property
+    def tp(self) -> int:
+        return self.grid[0] * self.grid[1] if self.grid else 1
 
     @property
     def ranks(self) -> int:
-        return self.grid[0] * self.grid[1] if self.grid else 1
+        return self.tp * self.cp
+
+    @property
+    def world(self) -> int:
+        """Ranks that are started for it; those over compute the same again."""
+        return self.ranks if RANKS % self.ranks else RANKS
 
 
+RANKS = 4
+VANILLA = "vanilla Megatron at T = 1"
 HEADS, DIMS, SUMS = dict(query_placement="heads"), dict(query_placement="dims"), dict(comm_type="all_reduce")
 SP, FUSED_ROPE = dict(sequence_parallel=True), dict(apply_rope_fusion=True)
 LOCAL, TE = ("local",), ("te",)
@@ -86,7 +103,10 @@ JOBS = (
     Job("output gate", (8, 2), (2, 2), case=dict(gate=True), quick=False),
     Job("packed sequences", (8, 2), (2, 2), case=dict(documents=True, batch=1)),
     Job("document masks", (8, 2), (2, 2), case=dict(mask="documents"), kinds=LOCAL, quick=False),
+    Job("context parallel 2, 1x2, heads", (8, 2), (1, 2), HEADS, cp=2),
+    Job("context parallel 2, 1x2, dims", (9, 3), (1, 2), DIMS, cp=2, quick=False),
 )  # fmt: skip
+BY_NAME = {job.name: job for job in JOBS}
 _HOST = dict(dim=16, hidden=48, seq=24, batch=2)
 _GPU = dict(dim=64, hidden=512, seq=256, batch=2)
 
@@ -114,52 +134,43 @@ def make_case(job: Job, on_host: bool) -> Case:
 
 
 def check(rows: Rows, place: Place) -> None:
-    """All jobs: vanilla Megatron at T = 1 first, then each T in ranks of its own."""
-    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-
-    te = HAVE_TE and not place.on_host
-    if not te:
-        why = "no GPU" if place.on_host else "not installed"
-        rows.add("Transformer Engine's layers", "skipped", f"{why}; Megatron's local layers ran")
-    jobs = [number for number, job in enumerate(JOBS) if job.quick or not place.quick]
-    alone = {_key(JOBS[number], ",".join(JOBS[number].kinds), ""): number for number in jobs}
-    yardsticks: dict[str, float] = place.run(rank_vanilla_errors, 1, list(alone.values()), place, te)[0]
-    for ranks in sorted({JOBS[number].ranks for number in jobs}):
-        mine = [number for number in jobs if JOBS[number].ranks == ranks]
-        place.run(rank_jobs, ranks, rows.path, mine, place, te, yardsticks)
+    """The jobs of `--quick` first; vanilla Megatron at T = 1 before them, by the same ranks."""
+    chosen = [job for job in JOBS if job.quick or not place.quick]
+    chosen.sort(key=lambda job: (not job.quick, -job.tp, job.cp))
+    for world in sorted({job.world for job in chosen}, reverse=True):
+        names = [job.name for job in chosen if job.world == world]
+        place.run_each(rank_jobs, world, rows, [VANILLA, *names], place)
 
 
 def _key(job: Job, kind: str, dtype: str) -> str:
     return f"{job.shape} {sorted(job.case.items(), key=str)} {kind} {dtype}"
 
 
-def rank_vanilla_errors(numbers: list[int], place: Place, te: bool) -> dict[str, float]:
-    """In a rank: vanilla Megatron's own error at T = 1; cases that it cannot run alone are left out."""
+def rank_jobs(path: str, names: Sequence[str], place: Place) -> None:
+    """In a rank: these jobs; rank 0 writes the rows.
+
+    Where VANILLA is among the names, vanilla Megatron's own errors are found then, and kept in a file for
+    ranks that do without.
+    """
     from helix_megatron.check import layer as layers
 
-    _start(place, 1)
-    found = {}
-    for number in numbers:
-        job = replace(JOBS[number], grid=None, settings={}, config={})
-        for kind, dtype in variants(JOBS[number], place, te):
-            try:
-                errors, _ = layer_errors(job, kind, dtype, place, layers.Groups())
-                found[_key(job, kind, dtype)] = max(errors.values())
-            except (AssertionError, NotImplementedError, ValueError, RuntimeError):
-                continue  # packed sequences in the local core, say
-    torch.distributed.destroy_process_group()
-    return found
-
-
-def rank_jobs(path: str, numbers: list[int], place: Place, te: bool, yardsticks: dict[str, float]) -> None:
-    """In a rank: every job of this number of ranks; rank 0 writes the rows."""
-    from helix_megatron.check import layer as layers
-
-    tp = int(os.environ["WORLD_SIZE"])
-    _start(place, tp)
-    rows, groups = Rows(path), layers.Groups()
-    for number in numbers:
-        job = JOBS[number]
+    te = _start(place)
+    rows, first = Rows(path), torch.distributed.get_rank() == 0
+    kept, parallel, groups = Path(f"{path}.vanilla"), (0, 0), layers.Groups()
+    for name in names:
+        if first:
+            rows.begin(name)
+        if name == VANILLA:
+            _set_parallel(layers, 1, 1)
+            _find_vanilla_errors([BY_NAME[name] for name in names if name != VANILLA], place, te, kept)
+            if first and not te:
+                _say_why_not(rows, place)
+            continue
+        job = BY_NAME[name]
+        if parallel != (job.tp, job.cp):
+            parallel, groups = (job.tp, job.cp), layers.Groups()
+            _set_parallel(layers, *parallel)
+        vanilla = json.loads(kept.read_text()) if kept.exists() else {}
         for kind, dtype in variants(job, place, te):
             errors: dict[str, float] = {}
             core, failure = "", ""
@@ -168,12 +179,64 @@ def rank_jobs(path: str, numbers: list[int], place: Place, te: bool, yardsticks:
             except Exception as error:
                 traceback.print_exc()
                 failure = f"{type(error).__name__}: {str(error)[:300]}"
-            everywhere: list[Any] = [None] * tp
+            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everywhere, (errors, failure))
-            if torch.distributed.get_rank() == 0:
-                _write(rows, job, kind, dtype, everywhere, core, yardsticks, place)
+            if first:
+                _write(rows, job, kind, dtype, everywhere, core, vanilla, place)
         gc.collect()
     torch.distributed.destroy_process_group()
+
+
+def _start(place: Place) -> bool:
+    """Join the ranks; whether Transformer Engine's layers can be run."""
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not place.on_host:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+    return HAVE_TE and not place.on_host
+
+
+def _set_parallel(layers: Any, tp: int, cp: int) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    layers.make_parallel_groups(tp, cp)
+
+
+def _say_why_not(rows: Rows, place: Place) -> None:
+    """A row: why Transformer Engine's layers did not run."""
+    case, instead = "Transformer Engine's layers", "Megatron's local layers ran"
+    if place.on_host or find_spec("transformer_engine") is None:
+        rows.add(case, "skipped", f"{'no GPU' if place.on_host else 'not installed'}; {instead}")
+    else:
+        rows.add(case, "warning", f"it is installed, and Megatron could not import it; {instead}")
+
+
+def _find_vanilla_errors(jobs: Sequence[Job], place: Place, te: bool, kept: Path) -> None:
+    """Vanilla Megatron's own error at T = 1 of each case, by key, into `kept`; the ranks share them out.
+
+    Cases that it cannot run alone are left out, packed sequences in the local core for one.
+    """
+    from helix_megatron.check import layer as layers
+
+    alone = {_key(job, ",".join(job.kinds), ""): job for job in jobs}
+    found: dict[str, float] = {}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for given in list(alone.values())[rank::world]:
+        job = replace(given, grid=None, settings={}, config={}, cp=1)
+        for kind, dtype in variants(given, place, te):
+            try:
+                errors, _ = layer_errors(job, kind, dtype, place, layers.Groups())
+                found[_key(job, kind, dtype)] = max(errors.values())
+            except (AssertionError, NotImplementedError, ValueError, RuntimeError) as error:
+                print(f"vanilla, {given.name}, {kind} {dtype}: {error}", flush=True)
+    everywhere: list[Any] = [None] * world
+    torch.distributed.all_gather_object(everywhere, found)
+    if rank == 0:
+        kept.write_text(json.dumps({key: error for some in everywhere for key, error in some.items()}))
+    torch.distributed.barrier()
 
 
 def _write(
@@ -225,15 +288,6 @@ def unexpected_core(core: str, kind: str, dtype: str, case: dict[str, Any]) -> b
     return kind == "te" and dtype != "fp32" and plain and core.endswith("unfused")
 
 
-def _start(place: Place, tp: int) -> None:
-    from helix_megatron.check import layer as layers
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    if not place.on_host:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    layers.start(tp)
-
-
 def layer_errors(
     job: Job, kind: str, dtype_name: str, place: Place, groups: Any
 ) -> tuple[dict[str, float], str]:
@@ -249,18 +303,21 @@ def layer_errors(
     if dtype is not torch.float32:
         half = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16}
         config |= dict(params_dtype=dtype, attention_softmax_in_fp32=not te, **half)
-    expected = reference(case, input_norm=te)
+    if job.cp > 1:
+        config |= dict(context_parallel_size=job.cp)
+    device = "cpu" if place.on_host else torch.device("cuda", torch.cuda.current_device())
+    expected = {name: x.cpu() for name, x in reference(case.to(device), input_norm=te).items()}
 
     def found(helix: HelixConfig | None) -> tuple[dict[str, torch.Tensor], slice | Any, slice | Any, Any]:
         of_grid = None
         if helix is not None and helix.dim_parallel_size != 1:
             of_grid = groups.of(_plan(job, helix, case).grid)
-        layer = layers.make_layer(case, helix, job.ranks, of_grid, transformer_engine=te, **config)
-        rank = torch.distributed.get_rank() % job.ranks
+        layer = layers.make_layer(case, helix, job.tp, of_grid, transformer_engine=te, **config)
+        rank = torch.distributed.get_rank() % job.tp
         layout = _plan(job, helix or HelixConfig(*(job.grid or (1, 1))), case).layout
         rows, columns = layout.qkv_rows(rank), layout.proj_columns(rank)
         layers.load(layer, case, rows, columns, dtype)
-        given = layers.run(layer, case, job.ranks, dtype, config.get("sequence_parallel", False))
+        given = layers.run(layer, case, job.tp, dtype, config.get("sequence_parallel", False))
         return given, rows, columns, layer
 
     helix = HelixConfig(*job.grid, **job.settings) if job.grid else None
@@ -273,7 +330,7 @@ def layer_errors(
 
 
 def _plan(job: Job, helix: HelixConfig, case: Case) -> Any:
-    return helix.resolve(*job.shape, case.dim, job.ranks, case.interleaved, case.gate)
+    return helix.resolve(*job.shape, case.dim, job.tp, case.interleaved, case.gate)
 
 
 def attention_core(layer: torch.nn.Module, te: bool) -> str:

@@ -1,8 +1,8 @@
 """Text from a sharded KV cache: the greedy tokens of transformers, from a tiny random Llama.
 
-transformers computes on the CPU in fp32. The engine does so on a host; on a GPU it computes in bf16, where
-the greedy token of a random model may be a tie: the answer must agree with transformers' up to a step whose
-two greatest logits are nearer than bf16 can tell.
+transformers computes on the CPU in fp32. The engine does so on a host; on a GPU it computes in bf16, from
+weights that are bf16 for both. There the greedy token of a random model may be a tie: the answer must agree
+with transformers' up to a step whose two greatest logits are nearer than bf16 can tell.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check(rows: Rows, place: Place) -> None:
     from helix_megatron.generate import model
 
     with tempfile.TemporaryDirectory(prefix="helix-check-") as folder:
-        source = tiny_model.make(Path(folder, "llama"))
+        source = tiny_model.make(Path(folder, "llama"), half=not place.on_host)
         expected, margins = greedy(source)
         checkpoint = model.prepare_checkpoint(source, dtype_of(place), Path(folder))
         tokens = [tiny_model.tokenize(source, prompt) for prompt in PROMPTS]
@@ -52,14 +52,20 @@ def check(rows: Rows, place: Place) -> None:
                 found = place.run(rank_answers, ranks, make_job(checkpoint, tokens, ranks, cache, place))[0]
             except RankError as error:
                 print(error, flush=True)
-                rows.add(name, "skipped" if "flash-attn" in str(error) else "failed", first_line(error))
+                rows.add(name, *outcome_of(error))
                 continue
             status, detail = judge(found, expected, margins, 0.0 if place.on_host else HALF_TIE)
             rows.add(name, status, f"{detail}; {place.words(ranks)}", tokens=found)
 
 
-HALF_TIE = 0.5
-"""Logits of bf16 that are nearer than this are equal: those of the model are about 50."""
+def outcome_of(error: RankError) -> tuple[str, str]:
+    """(status, detail) of ranks that ended with an error: Megatron serves whole heads by flash-attn alone."""
+    told = first_line(error)
+    return "skipped" if "dynamic engine needs flash-attn" in told else "failed", told
+
+
+HALF_TIE = 0.2
+"""Logits of bf16 that are nearer than this may be equal: those of the model are about 3."""
 
 
 def greedy(source: Path) -> tuple[list[list[int]], list[list[float]]]:

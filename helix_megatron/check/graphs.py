@@ -1,27 +1,47 @@
-"""CUDA graphs of decode steps: a replay gives what the eager step gives, whatever changed since the capture.
+"""CUDA graphs of steps: a replay gives what the eager step gives, whatever changed since the capture.
 
-Every step draws how many requests there are, their lengths and their blocks. The step is run twice from the
-same cache: eagerly, on tokens, requests and plans of its own, and as the replay of the graph captured for its
-sizes, which reads what Megatron's context and StepTokens have filled. Outputs and caches are compared.
+Every step draws how many requests there are, their lengths and their blocks; every other one has prompts too,
+with history or without, as Megatron's engine captures such steps. A step is run twice from the same cache:
+eagerly, on tokens, requests and plans of its own (prompts without history by the core that trains), and as
+the replay of the graph captured for its sizes, which reads what Megatron's context and StepTokens have
+filled. Outputs and caches are compared.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from helix_megatron.check.decode_step import new_context, set_decode_step
+from helix_megatron.check.decode_step import new_context, set_step
 from helix_megatron.check.reference import Case
 from helix_megatron.check.rows import Place, Rows
-from helix_megatron.inference.step_tokens import StepTokens
-from helix_megatron.megatron import integrate
 from helix_megatron.partition.config import HelixConfig
 
-STEPS, BATCH, BLOCK, LENGTH = 200, 12, 256, 1024
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer's context.
+
+    Args:
+        batch: requests that it has room for.
+        block: tokens of a block.
+        length: of the longest request.
+        graph_tokens: of the largest step with prompts that has a graph.
+    """
+
+    batch: int
+    block: int
+    length: int
+    graph_tokens: int
+
+
+STEPS, SIZES, DIM, HIDDEN = 200, Sizes(12, 256, 1024, 512), 128, 512
 HEADS, DIMS = dict(query_placement="heads"), dict(query_placement="dims")
 JOBS: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any], bool]] = {
     # query and KV heads and more of the case, settings of Helix; whether `--quick` has it
@@ -45,36 +65,33 @@ def check(rows: Rows, place: Place) -> None:
         rows.add("replay equals eager", "skipped", "no GPU: CUDA graphs are captured on GPUs only")
         return
     names = [name for name, job in JOBS.items() if job[3] or not place.quick]
-    place.run(rank_replays, 2, rows.path, names, place)
+    place.run_each(rank_replays, 2, rows, names, place)
 
 
-def rank_replays(path: str, names: list[str], place: Place) -> None:
-    """In a rank: every job; rank 0 writes the rows."""
+def rank_replays(path: str, names: Sequence[str], place: Place) -> None:
+    """In a rank: these jobs; rank 0 writes the rows. What one raises ends all: the others may wait for it."""
     from helix_megatron.check import layer as layers
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     layers.start(2)
-    rows, groups = Rows(path), layers.Groups()
+    rows, groups, first = Rows(path), layers.Groups(), torch.distributed.get_rank() == 0
     for name in names:
-        worst, failure = 0.0, ""
-        try:
-            (heads, kv_heads), features, settings, _ = JOBS[name]
-            case = Case(heads, kv_heads, 128, hidden=512, seq=LENGTH, batch=1, **features)
-            replays = Replays(case, HelixConfig(1, 2, **settings), groups, (BATCH, BLOCK), captured)
-            for step in range(STEPS):
-                worst = max(worst, replays.apart(step))
-        except Exception as error:
-            failure = f"{type(error).__name__}: {str(error)[:300]}"
+        if first:
+            rows.begin(name)
+        (heads, kv_heads), features, settings, _ = JOBS[name]
+        case = Case(heads, kv_heads, DIM, hidden=HIDDEN, seq=SIZES.length, batch=1, **features)
+        replays = Replays(case, HelixConfig(1, 2, **settings), groups, SIZES, captured)
+        apart = [replays.apart(step) for step in range(STEPS)]
         everywhere: list[Any] = [None, None]
-        torch.distributed.all_gather_object(everywhere, (worst, failure))
-        if torch.distributed.get_rank() == 0:
-            failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(everywhere) if failure]
-            worst = max(apart for apart, _ in everywhere)
-            status = "ok" if worst <= TOLERANCE and not failures else "failed"
-            detail = failures[0] if failures else f"{worst:.1e} off the eager step in {STEPS} steps"
-            rows.add(f"replay equals eager, {name}", status, f"{detail}; {place.words(2)}", error=worst)
-        if failure:
-            break  # the other rank may wait in a collective
+        torch.distributed.all_gather_object(everywhere, max(apart))
+        if first:
+            worst, kinds = max(everywhere), replays.kinds
+            told = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+            rows.add(
+                f"replay equals eager, {name}", "ok" if worst <= TOLERANCE else "failed",
+                f"{worst:.1e} off the eager step in {STEPS} steps ({told}) of {len(replays.graphs)} graphs; "
+                f"{place.words(2)}", error=worst, steps=dict(kinds), graphs=len(replays.graphs),
+            )  # fmt: skip
     torch.distributed.destroy_process_group()
 
 
@@ -97,19 +114,19 @@ class Replays:
     """A layer, its context, and a graph for each size of step (`graphs`).
 
     Args:
-        case: its shape; `seq` is the longest request.
+        case: its shape.
         helix: grid 1 x T.
         groups: Helix's process groups.
-        sizes: requests, and tokens of a block.
+        sizes: of the context.
         capture: how a step becomes a graph.
     """
 
-    def __init__(self, case: Case, helix: HelixConfig, groups: Any, sizes: tuple[int, int], capture: Capture):
+    def __init__(self, case: Case, helix: HelixConfig, groups: Any, sizes: Sizes, capture: Capture):
         from helix_megatron.check import layer as layers
+        from helix_megatron.megatron import integrate
 
         tp = torch.distributed.get_world_size()
-        self._capture, (self._batch, self._block) = capture, sizes
-        self._length, self._rope = case.seq, case.rope_table()
+        self._capture, self._sizes, self._rope = capture, sizes, case.rope_table()
         dtype = torch.get_default_dtype() if layers.host_mode_enabled() else torch.bfloat16
         half = dtype is torch.bfloat16
         config: dict[str, Any] = dict(cuda_graph_impl="local", params_dtype=dtype, bf16=half)
@@ -117,43 +134,46 @@ class Replays:
         self._layer = layers.make_layer(case, helix, tp, groups.of(plan.grid), **config).eval()
         integrate.enable(helix)
         try:
-            blocks = self._batch * -(-case.seq // self._block)
-            block_bytes = 2 * self._block * case.groups * case.dim * dtype.itemsize // tp
+            blocks = sizes.batch * -(-sizes.length // sizes.block)
+            block_bytes = 2 * sizes.block * case.groups * case.dim * dtype.itemsize // tp
             self._context, self._table = new_context(
-                layers.make_config(case, tp, **config), blocks, block_bytes, case.seq, self._batch,
-                self._block, graphs=2,
+                layers.make_config(case, tp, **config), blocks, block_bytes, sizes.length, sizes.batch,
+                sizes.block, graphs=2, graph_tokens=sizes.graph_tokens,
             )  # fmt: skip
         finally:
             integrate.disable()
         device = torch.cuda.current_device()
         self._rope = None if self._rope is None else self._rope.to(device)
-        self._hidden = torch.zeros(self._context.max_tokens, 1, case.hidden, device=device, dtype=dtype)
+        self._hidden = torch.zeros(sizes.graph_tokens, 1, case.hidden, device=device, dtype=dtype)
         self._context.memory_buffer.normal_()
         self.graphs: dict[Any, tuple[Callable[[], None], torch.Tensor]] = {}
+        self.kinds: Counter[str] = Counter()
 
     def apart(self, step: int) -> float:
         """How far outputs and caches are apart, beside their size, in a step drawn by its number."""
-        context, memory = self._context, self._context.memory_buffer
+        context, memory, sizes = self._context, self._context.memory_buffer, self._sizes
         generator = torch.Generator("cpu").manual_seed(step)
-        batch = int(torch.randint(1, self._batch + 1, (1,), generator=generator))
-        lengths = torch.randint(1, self._length + 1, (batch,), generator=generator).tolist()
+        new, lengths, prompts = draw_step(generator, sizes, with_prompts=step % 2 == 1)
+        self.kinds["with prompts" if prompts else "of single tokens"] += 1
+        tokens = sum(new)
         order = torch.randperm(self._table.numel(), generator=generator).view(self._table.shape)
         table = self._table.flatten()[order.to(self._table.device)]
         with torch.inference_mode(), _inferring():
-            set_decode_step(context, table, batch, lengths, self._block)
+            set_step(context, table, new, lengths, prompts, sizes.block)
             assert context.helix_step.in_graph, context.padded_batch_dimensions
-            self._hidden.copy_(torch.randn(self._hidden.shape, generator=generator))
+            assert context.is_decode_only() == (not prompts), context.padded_batch_dimensions
+            self._hidden[:tokens] = torch.randn(tokens, *self._hidden.shape[1:], generator=generator)
             before = memory.clone()
             expected, written = self._eager().clone(), memory.clone()
-            sizes = context.padded_batch_dimensions
-            if sizes not in self.graphs:
-                self.graphs[sizes] = self._capture(self._run)
+            key = context.padded_batch_dimensions
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(self._run)
             memory.copy_(before)
-            replay, out = self.graphs[sizes]
+            replay, out = self.graphs[key]
             replay()
         spare = context.kv_block_allocator.dummy_block_idx
         memory[:, :, spare] = written[:, :, spare]  # where other ranks' tokens go, in any order
-        return max(_apart(out[:batch], expected[:batch]), _apart(memory, written))
+        return max(_apart(out[:tokens], expected[:tokens]), _apart(memory, written))
 
     def _run(self) -> torch.Tensor:
         hidden = self._hidden[: self._context.padded_active_token_count]
@@ -161,6 +181,8 @@ class Replays:
 
     def _eager(self) -> torch.Tensor:
         """The step with tokens, requests and plans that nobody had before."""
+        from helix_megatron.inference.step_tokens import StepTokens
+
         shared = self._context.helix_step
         self._context.helix_step = StepTokens(shared.interleave, shared.rank, graphs=False)
         try:
@@ -168,6 +190,29 @@ class Replays:
             return self._run()
         finally:
             self._context.helix_step = shared
+
+
+def draw_step(
+    generator: torch.Generator, sizes: Sizes, with_prompts: bool
+) -> tuple[list[int], list[int], int]:
+    """New tokens and lengths of each request, and how many of the last ones are prompts.
+
+    A prompt is whole, or the rest of one, every other time; all new tokens fit a graph.
+    """
+
+    def draw(most: int, least: int = 1) -> int:
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    batch = draw(sizes.batch)
+    lengths, new = [draw(sizes.length) for _ in range(batch)], [1] * batch
+    prompts = draw(batch) if with_prompts else 0
+    room = sizes.graph_tokens - batch
+    for request in range(batch - prompts, batch):
+        new[request] = draw(min(lengths[request], room + 1))
+        room -= new[request] - 1
+        if draw(2) == 1:
+            lengths[request] = new[request]
+    return new, lengths, prompts
 
 
 def _apart(mine: torch.Tensor, want: torch.Tensor) -> float:

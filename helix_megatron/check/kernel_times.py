@@ -2,9 +2,11 @@
 
 Note [Classes of kernels]
     gemm        matrix products of linear_qkv and linear_proj
-    attention   the fused or flash core, by the names of its kernels; an unfused core's products are gemm
+    attention   the fused or flash core, by the names of its kernels (an unfused core's products are gemm); in
+                a decode step Helix's own kernels over the cache too, with the merge of their programs
     norm        of the layer's input, forward and backward
-    packing     everything else: RoPE, splitting and packing q, k and v, copies, small kernels
+    packing     everything else: RoPE, splitting and packing q, k and v, copies, small kernels, the merge of
+                what ranks send
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def profile_kernels(step: Callable[[], None], steps: int = 3) -> list[tuple[str,
     ]
 
 
-_ATTENTION, _GEMM = ("attn", "flash", "fmha", "sdpa"), ("gemm", "cutlass", "nvjet", "cublas", "xmma")
+_ATTENTION = ("attn", "flash", "fmha", "sdpa", "attention_kernel", "merge_programs_kernel")
+_GEMM = ("gemm", "gemv", "cutlass", "nvjet", "cublas", "xmma", "splitkreduce")
 
 
 def classify_kernel(kernel: str) -> str:

@@ -7,6 +7,7 @@ bandwidth of a copy: bytes of the cache over seconds.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import statistics
@@ -19,8 +20,10 @@ import torch
 
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
+from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend
-from helix_megatron.kernels.merge import merge_partials, triton_obstacle
+from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.merge import combine_partials, merge_partials, triton_obstacle
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 
@@ -28,6 +31,10 @@ STEPS = {  # tokens of each request, how many of them are new
     "decode": ([1, 9, 150, 33], [1, 1, 1, 1]),
     "prompts": ([5, 40, 1, 17], [5, 40, 1, 17]),
     "mixed": ([70, 0, 12, 80, 1], [1, 0, 12, 23, 1]),
+}
+LONG = {  # on a GPU: pages of the size that engines use, and more steps than programs take alone
+    "long decode": ([4000, 1, 700, 2300], [1, 1, 1, 1]),
+    "long mixed": ([3000, 900, 400, 1], [1, 300, 400, 1]),
 }
 HEADS = ((4, 4), (4, 2), (9, 3), (8, 1))
 INTERLEAVES = ((1, 4), (3, 2), (4, 5))
@@ -43,6 +50,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # name, query heads, ranks of the dim group; KV head 1, dimension 128: what a rank of a decode step attends
 SPEEDS = (("64/8 heads, 8x2", 8, 2), ("16/1 heads, 1x8", 16, 8), ("16/2 heads, 2x4", 8, 4))
 BATCHES, CONTEXTS = (1, 8, 64), (8192, 131072)
+COPIED = 2**30  # bytes
 
 
 def check(rows: Rows, place: Place) -> None:
@@ -79,73 +87,110 @@ def draw_cases(device: str, quick: bool) -> list[dict[str, Any]]:
             dim = 12 + 4 * (number % 2)
         found.append(
             dict(step=step, lengths=lengths, new=new, heads=heads, dim=dim, dtype=dtype, ranks=ranks,
-                 size=size, left=WINDOWS[number // 2 % 2], seed=number)
+                 size=size, left=WINDOWS[number // 2 % 2], seed=number, cycles=3)
         )  # fmt: skip
-    return found[:: 3 if quick and device == "cpu" else 1]
+    if device == "cpu":
+        return found[:: 3 if quick else 1]
+    if quick:  # every step, shape of heads and dtype all the same
+        found = [case for number, case in enumerate(found) if (number + number // 4) % 2 == 0]
+    long = dict(dim=128, dtype=torch.bfloat16, ranks=2, size=32, cycles=4, seed=0)
+    kinds = itertools.product(LONG.items(), ((8, 1), (16, 2)), (None, 300))
+    return found + [
+        dict(step=step, lengths=lengths, new=new, heads=heads, left=left, **long)
+        for (step, (lengths, new)), heads, left in kinds
+        if not quick or (heads == (8, 1)) == (left is None)
+    ]
 
 
 def check_exactness(rows: Rows, name: str, device: str, quick: bool) -> None:
-    """One row for each dtype: all cases by the backend `name`, or by the one chosen when it is empty."""
-    worst: dict[str, float] = {}
+    """One row for each case, by the backend `name`, or by the one chosen when it is empty."""
     for case in draw_cases(device, quick):
-        label = f"{name or 'as chosen'}, {str(case['dtype'])[6:]}"
-        what = (
-            f"{case['step']} {case['heads']} d={case['dim']} window {case['left']} of {case['ranks']} ranks"
+        dtype, taken = case["dtype"], name or f"as chosen, {chosen(device, case)}"
+        label = (
+            f"{taken}, {case['step']}, {str(dtype)[6:]}, heads {case['heads'][0]}/{case['heads'][1]} of "
+            f"{case['dim']}, window {case['left']}, pages of {case['size'] * case['cycles']}"
         )
         try:
             error = measure_error(name, device, case)
         except Exception as failure:
-            rows.add(label, "failed", f"{what}: {type(failure).__name__}: {str(failure)[:200]}")
-            return
-        if not error <= TOLERANCES[case["dtype"]]:
-            rows.add(
-                label, "failed", f"{what}: {error:.1e} off the formula, allowed {TOLERANCES[case['dtype']]:g}"
-            )
-            return
-        worst[label] = max(worst.get(label, 0.0), error)
-    for label, error in worst.items():
-        rows.add(label, "ok", f"at most {error:.1e} off the formula", error=error, device=device)
+            rows.add(label, "failed", first_line(failure))
+            continue
+        right = error <= TOLERANCES[dtype]
+        allowed = "" if right else f", allowed {TOLERANCES[dtype]:g}"
+        told = f"at most {error:.1e} off the formula{allowed}, {case['ranks']} ranks and their merge"
+        rows.add(label, "ok" if right else "failed", told, error=error, device=device)
+
+
+def chosen(device: str, case: dict[str, Any]) -> str:
+    """The backend that attention chooses for a case."""
+    singles = all(new == 1 for new in case["new"])
+    choice = backend.choose(
+        device, case["dtype"], case["size"] * case["cycles"], case["left"] is not None,
+        os.environ.get(backend.OVERRIDE), dim=case["dim"], major=_major(device),
+    )  # fmt: skip
+    return choice.singles if singles else choice.others
+
+
+def _major(device: str) -> int | None:
+    return torch.cuda.get_device_capability()[0] if device == "cuda" else None
 
 
 def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
     """The greatest difference of outputs and log-sum-exp over all shards, and of the merged whole."""
-    scale, dim = case["dim"] ** -0.5, case["dim"]
-    outs, lses, wants = [], [], []
-    errors = []
-    for rank in range(case["ranks"]):
-        given = (
-            case["lengths"],
-            case["new"],
-            case["ranks"],
-            case["size"],
-            rank,
-            case["heads"],
-            dim,
-            "scattered",
-        )
-        query, keys, values, requests, kept = draw(*given, case["seed"], dtype=case["dtype"], cycles=3)
-        visible = VisibleSlots(scale, case["left"], KvInterleave(case["ranks"], case["size"]), rank)
-        moved = Requests(*(x.to(device) for x in (requests.query_ends, requests.lengths, requests.table)))
-        singles = all(new == 1 for new in case["new"])
-        out, lse = attend(name, *(x.to(device) for x in (query, keys, values)), moved, visible, singles)
-        want, want_lse = expected(query, requests, kept, scale, case["left"])
-        errors += [_largest_difference(out, want), _largest_difference(lse, want_lse)]
-        outs.append(out), lses.append(lse), wants.append((want, want_lse))
-    merged = merge_partials(torch.stack(outs), torch.stack(lses))
-    exact = merge_partials(*(torch.stack(parts) for parts in zip(*wants)))  # in float64
-    return max(*errors, *(_largest_difference(mine, want) for mine, want in zip(merged, exact)))
+    scale, ranks, dtype = case["dim"] ** -0.5, case["ranks"], case["dtype"]
+    shape = (case["lengths"], case["new"], ranks, case["size"])
+    how = dict(dtype=dtype, cycles=case["cycles"], unwritten=torch.nan if name else 100.0)
+    singles = all(new == 1 for new in case["new"])
+    outs, lses, wants, errors = [], [], [], []
+    for rank in range(ranks):
+        drawn = draw(*shape, rank, case["heads"], case["dim"], "scattered", case["seed"], **how)
+        query, keys, values, requests, kept = drawn
+        visible = VisibleSlots(scale, case["left"], KvInterleave(ranks, case["size"]), rank)
+        tensors = [x.to(device) for x in (query, keys, values)]
+        moved = Requests(*(x.to(device) for x in requests.tensors))
+        want = expected(query, requests, kept, scale, case["left"])
+        found = attend(name, *tensors, moved, visible, singles)
+        assert found is not None
+        written = attend_into_pieces(name, *tensors, moved, visible, singles)
+        errors += [_largest_difference(*pair) for given in (found, *written) for pair in zip(given, want)]
+        outs.append(found[0]), lses.append(found[1]), wants.append(want)
+    exact, stacked = [torch.stack(parts) for parts in zip(*wants)], (torch.stack(outs), torch.stack(lses))
+    sinks = torch.randn(case["heads"][0], generator=torch.Generator().manual_seed(case["seed"]))
+    for own, given in ((None, None), (sinks, sinks.to(device))):
+        merged = combine_partials(*stacked, dtype, given)
+        errors.append(_largest_difference(merged, merge_partials(*exact, own)[0]))
+    return max(errors)
+
+
+def attend_into_pieces(
+    name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
+    visible: VisibleSlots, singles: bool,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """The same by kernels that write what ranks are sent, as whole again: whole heads of each, and slices."""
+    (tokens, heads, dim), m, found = query.shape, visible.interleave.ranks, []
+    for of_heads, of_dim in ((heads // m, dim), (heads, dim // m)):
+        if m == 1 or of_heads * of_dim * m != heads * dim:
+            continue
+        elements = piece_elements(tokens, of_heads, of_dim, query.element_size())[1]
+        outs, lses = piece_views(query.new_full((m, elements), torch.nan), (tokens,), of_heads, of_dim)
+        attend(name, query, keys, values, requests, visible, singles, (outs, lses))
+        if of_heads < heads:
+            found.append((outs.movedim(0, 1).flatten(1, 2), lses.movedim(0, 1).flatten(1, 2)))
+        else:  # all have the log-sum-exps of all heads
+            found += [(outs.movedim(0, 2).flatten(2), lse) for lse in lses]
+    return found
 
 
 def attend(
     name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
-    visible: VisibleSlots, singles: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    visible: VisibleSlots, singles: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
     """backend.attend by the backend `name`."""
     before = os.environ.pop(backend.OVERRIDE, None)
     if name:
         os.environ[backend.OVERRIDE] = name
     try:
-        return backend.attend(query, keys, values, requests, visible, singles)
+        return backend.attend(query, keys, values, requests, visible, singles, into=into)
     finally:
         os.environ.pop(backend.OVERRIDE, None)
         if before is not None:
@@ -182,7 +227,7 @@ def check_speed(rows: Rows, place: Place) -> None:
 
 def copy_bandwidth() -> float:
     """Bytes/s of a copy, read and written."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    x = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.numel() / measure_seconds(lambda: y.copy_(x))
 
@@ -200,8 +245,10 @@ def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: 
     once = lambda: backend.attend(query, keys, values, requests, visible, True)  # noqa: E731
     eager, graph = measure_seconds(once), measure_seconds(capture_graph(once))
     moved = 2 * keys.nbytes
+    asked = os.environ.get(backend.OVERRIDE)
+    choice = backend.choose("cuda", dtype, page, False, asked, dim=dim, major=_major("cuda"), graph=True)
     found: dict[str, Any] = {
-        "backend": backend.choose("cuda", dtype, page, False, os.environ.get(backend.OVERRIDE)).singles,
+        "backend": choice.singles,
         "microseconds": 1e6 * graph,
         "eager_microseconds": 1e6 * eager,
         "gb_per_s": moved / graph / 1e9,
@@ -213,16 +260,19 @@ def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: 
     whole = [x.reshape(batch, slots, 1, dim) for x in (keys, values)]
     filled = torch.full((batch,), slots, device="cuda", dtype=torch.int32)
     q = query[:, None]
-    theirs = capture_graph(lambda: flash(q, *whole, cache_seqlens=filled, causal=False))
-    return {**found, "flash_attention": why, "flash_microseconds": 1e6 * measure_seconds(theirs)}
+    try:
+        theirs = capture_graph(lambda: flash(q, *whole, cache_seqlens=filled, causal=False))
+        return {**found, "flash_attention": why, "flash_microseconds": 1e6 * measure_seconds(theirs)}
+    except Exception as error:  # of a yardstick, not of ours
+        return {**found, "flash_attention": f"{why} fails: {first_line(error)}"}
 
 
 def flash_attention() -> tuple[Callable[..., Any] | None, str]:
     """The decode kernel of the newest FlashAttention installed, and what it is."""
-    for module in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn"):
+    for module in (*FLASH["flash-attn-3"].modules, "fa3_fwd_interface", *FLASH["flash-attn-2"].modules):
         try:
-            found = __import__(module).flash_attn_with_kvcache
-        except (ImportError, AttributeError):
+            found = importlib.import_module(module).flash_attn_with_kvcache
+        except Exception:  # a library built for another torch fails with anything
             continue
         return found, "FlashAttention 2" if module == "flash_attn" else "FlashAttention 3"
     return None, "not installed"

@@ -35,8 +35,13 @@ MASK_TYPES = {
 
 
 def start(tp: int, cp: int = 1) -> None:
-    """Process groups of tensor-parallel groups, and of context-parallel ones, over the world."""
+    """Join the ranks, and their tensor-parallel and context-parallel groups."""
     torch.distributed.init_process_group("nccl")
+    make_parallel_groups(tp, cp)
+
+
+def make_parallel_groups(tp: int, cp: int = 1) -> None:
+    """Process groups of tensor-parallel groups, and of context-parallel ones, over the world."""
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
 
@@ -138,13 +143,24 @@ def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
     return per_head.chunk(tp.size())[tp.rank()]
 
 
+def share_of_positions(seq: int, cp: int, rank: int) -> torch.Tensor:
+    """Those of a rank of `cp`: context parallelism deals the sequence zigzag."""
+    if cp == 1:
+        return torch.arange(seq)
+    chunks = torch.arange(seq).chunk(2 * cp)
+    return torch.cat([chunks[rank], chunks[-1 - rank]])
+
+
 def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False) -> dict[str, torch.Tensor]:
     """Forward and backward; whole output and input gradient, local weight gradients."""
-    rank = torch.distributed.get_rank() % tp
-    share = slice(rank * case.seq // tp, (rank + 1) * case.seq // tp) if sequence_parallel else slice(None)
+    rank, cp = torch.distributed.get_rank() % tp, parallel_state.get_context_parallel_group()
+    positions = share_of_positions(case.seq, cp.size(), cp.rank())
+    share = positions.chunk(tp)[rank] if sequence_parallel else positions
     device = torch.cuda.current_device()
     hidden = case.tensors["hidden"][share].to(device, dtype).requires_grad_()
-    table, mask = (None if x is None else x.to(device) for x in (case.rope_table(), case.attention_mask()))
+    table, mask = case.rope_table(), case.attention_mask()
+    table = None if table is None else table[positions].to(device)
+    mask = None if mask is None else mask[:, :, positions].to(device)
     packed = None
     if case.documents:
         ends = torch.tensor([0, *case.documents], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
@@ -154,12 +170,13 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
     (out.double() * case.tensors["loss"][share].to(device)).sum().backward()
 
     def whole(x: torch.Tensor) -> torch.Tensor:
-        if not sequence_parallel:
-            return x.detach()
-        parts = [torch.empty_like(x) for _ in range(tp)]
-        group = parallel_state.get_tensor_model_parallel_group()
-        torch.distributed.all_gather(parts, x.detach().contiguous(), group=group)
-        return torch.cat(parts)
+        x = x.detach()
+        if sequence_parallel:
+            x = _gathered(x, parallel_state.get_tensor_model_parallel_group())
+        if cp.size() == 1:
+            return x
+        order = torch.cat([share_of_positions(case.seq, cp.size(), one) for one in range(cp.size())])
+        return _gathered(x, cp)[order.argsort().to(x.device)]
 
     result = {
         "output": whole(out),
@@ -170,14 +187,24 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
     if case.bias:
         result["qkv_bias"] = layer.linear_qkv.bias.grad
     if case.sinks:
-        result["sinks"] = sinks_of(layer).grad
+        group = parallel_state.get_tensor_model_parallel_group()  # a rank's few numbers may all be near 0
+        result["sinks"] = _gathered(sinks_of(layer).grad, group)
     if case.qk_norm in ("RMSNorm", "LayerNorm"):
         for name, norm in (("q_norm", layer.q_layernorm), ("k_norm", layer.k_layernorm)):
             grad = norm.weight.grad.clone()
             group = parallel_state.get_tensor_model_parallel_group()
             torch.distributed.all_reduce(grad, group=group)  # Megatron's finalize_model_grads does this
             result[name] = grad
+    for name in [] if cp.size() == 1 else sorted(result.keys() - {"output", "hidden"}):
+        torch.distributed.all_reduce(result[name], group=cp)  # Megatron's data parallelism adds them
     return result
+
+
+def _gathered(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Those of all ranks of the group, one after another."""
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
 
 
 def errors(found: dict, expected: dict, rows, columns) -> dict[str, float]:
@@ -187,9 +214,6 @@ def errors(found: dict, expected: dict, rows, columns) -> dict[str, float]:
         want = expected[name]
         if name in ("qkv_weight", "qkv_bias"):
             want = want[rows]
-        if name == "sinks":
-            group = parallel_state.get_tensor_model_parallel_group()
-            want = want.chunk(group.size())[group.rank()]
         if name == "proj_weight":
             want = want[:, columns]
         scale = want.norm().item() or 1.0

@@ -1,8 +1,8 @@
 """One rank's share of real models at full size, alone: collectives are skipped (torch's fake process group).
 
 On a GPU: microseconds of kernels by class, forward and backward, launches and peak memory of an attention
-layer, Helix beside Megatron, and a decode step. On a host, at small sizes: the operations, counted; its times
-say nothing about kernels.
+layer, Helix beside Megatron, and a decode step likewise, eager and replayed from a CUDA graph. On a host, at
+small sizes: the operations, counted; its times say nothing about kernels.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from helix_megatron.check.kernel_times import (
     profile_kernels,
     sum_by_class,
 )
-from helix_megatron.check.rows import Place, Rows
-from helix_megatron.megatron import integrate
+from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.models import presets
 from helix_megatron.partition.config import HelixConfig
 
@@ -60,26 +59,40 @@ SEQUENCE = 8192
 
 @dataclass(frozen=True)
 class Decode:
-    """A decode step of one layer of 16 query heads of 128 at TP = 8."""
+    """A decode step of one layer of 16 query heads of 128 at TP = 8.
+
+    Args:
+        cache: Helix's; empty: Megatron's own layer, whose ranks hold copies of KV heads.
+        graph: replayed from a CUDA graph.
+    """
 
     kv_heads: int
     cache: str
     context: int
     batch: int
     quick: bool = False
+    graph: bool = False
 
     @property
     def name(self) -> str:
+        whose = f"Helix {self.cache}" if self.cache else "Megatron"
         return (
-            f"decode, 16/{self.kv_heads} heads TP=8, {self.cache}, context {self.context}, batch {self.batch}"
+            f"decode, 16/{self.kv_heads} heads TP=8, {whose}, context {self.context}, batch {self.batch}"
+            + ", CUDA graph" * self.graph
         )
 
 
 DECODES = (
+    Decode(2, "sequence", 2048, 1, quick=True, graph=True),
     Decode(2, "sequence", 2048, 1, quick=True),
+    Decode(2, "", 2048, 1, quick=True, graph=True),
+    Decode(2, "", 2048, 1, quick=True),
+    Decode(2, "sequence", 131072, 8, graph=True),
+    Decode(2, "", 131072, 8, graph=True),
+    Decode(1, "sequence", 131072, 8, graph=True),
+    Decode(1, "", 131072, 8, graph=True),
     Decode(2, "sequence", 131072, 8),
-    Decode(1, "sequence", 131072, 8),
-    Decode(2, "dim", 2048, 1, quick=True),
+    Decode(2, "dim", 2048, 1),
     Decode(2, "dim", 131072, 8),
 )
 BLOCK = 256
@@ -87,14 +100,18 @@ BLOCK = 256
 
 def check(rows: Rows, place: Place) -> None:
     """All layouts in one process, all decode steps in another."""
-    from helix_megatron.host.launcher import run_ranks
+    from helix_megatron.host.launcher import RankError, run_ranks
 
     for function in (rank_layouts, rank_decodes):
         # host mode is switched on in the rank: the fake process group comes from what it replaces,
         # and has no peer to share memory with
         alone = {"HELIX_HOST_SHARED_MEMORY": "0"}
-        how: dict[str, Any] = {"env": alone, "timeout_s": place.seconds, "fresh": not place.on_host}
-        run_ranks(function, 1, rows.path, place, host_mode=False, **how)
+        how: dict[str, Any] = {"env": alone, "timeout_s": place.left_s, "fresh": not place.on_host}
+        try:
+            run_ranks(function, 1, rows.path, place, host_mode=False, **how)
+        except RankError as error:  # the decode steps may do all the same
+            print(error, flush=True)
+            rows.add(f"the process of {function.__name__}", "failed", first_line(error))
 
 
 def start_fake_world(on_host: bool, world: int = WORLD) -> None:
@@ -205,18 +222,27 @@ def rank_decodes(path: str, place: Place) -> None:
     """In the one rank: every decode step."""
     from megatron.core.inference.utils import InferenceMode
 
+    from helix_megatron.generate.engine import refuse_without_flash_attention
+
     start_fake_world(place.on_host, 8)
     rows = Rows(path)
     for decode in DECODES:
-        if place.quick and not decode.quick:
+        if (place.quick and not decode.quick) or (place.on_host and decode.graph):
             continue
         if place.on_host:
             decode = replace(decode, context=min(decode.context, 512))
         try:
+            if not decode.cache and not place.on_host:
+                refuse_without_flash_attention(None)
+        except ValueError as error:
+            rows.add(decode.name, "skipped", str(error).split(": pip")[0])
+            continue
+        try:
             with torch.inference_mode(), InferenceMode.active():
                 measured = measure_decode(decode, place.on_host)
         except Exception as error:
-            rows.add(decode.name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+            status = "failed" if decode.cache else "skipped"  # Megatron's own is a yardstick
+            rows.add(decode.name, status, f"{type(error).__name__}: {str(error)[:300]}")
         else:
             rows.add(decode.name, "measured", describe_limits(place.on_host), **measured)
         gc.collect()
@@ -227,22 +253,32 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     """One decode step of one layer on a cache whose contents are whatever memory held."""
     from helix_megatron.check import layer as layers
     from helix_megatron.check.decode_step import new_context, set_decode_step
+    from helix_megatron.check.graphs import captured
     from helix_megatron.check.reference import Case
+    from helix_megatron.megatron import integrate
 
     case = Case(16, decode.kv_heads, 128, 1024, 1, bias=False)
     make_tensor_parallel_groups(8)
-    helix = HelixConfig(kv_cache=decode.cache)
-    plan = helix.resolve(16, decode.kv_heads, 128, 8)
+    helix = HelixConfig(kv_cache=decode.cache) if decode.cache else None
+    groups, kv_share = None, max(1.0, decode.kv_heads / 8)  # heads, or copies of one
+    if helix is not None:
+        grid, kv_share = helix.resolve(16, decode.kv_heads, 128, 8).grid, decode.kv_heads / 8
+        groups = layers.Groups().of(grid)
     half: dict[str, Any] = dict(params_dtype=torch.bfloat16, bf16=True)
-    layer = layers.make_layer(case, helix, 8, layers.Groups().of(plan.grid), **half).eval()
+    if decode.graph:
+        half["cuda_graph_impl"] = "local"
+    layer = layers.make_layer(case, helix, 8, groups, **half).eval()
     blocks = decode.batch * -(-decode.context // BLOCK)
-    block_bytes = 2 * BLOCK * decode.kv_heads * 128 * 2 // 8
-    integrate.enable(helix)  # what the context caches is Helix's
+    block_bytes = int(2 * BLOCK * kv_share * 128 * 2)
+    if helix is not None:
+        integrate.enable(helix)  # what the context caches is Helix's
     try:
         config = layers.make_config(case, 8, **half)
-        context, table = new_context(config, blocks, block_bytes, decode.context, decode.batch, BLOCK)
+        sizes = (blocks, block_bytes, decode.context, decode.batch, BLOCK)
+        context, table = new_context(config, *sizes, graphs=1 if decode.graph else None)
     finally:
-        integrate.disable()
+        if helix is not None:
+            integrate.disable()
     set_decode_step(context, table, decode.batch, decode.context, BLOCK)
     rope_case = Case(16, 1, 128, seq=decode.context)
     device = torch.cuda.current_device()
@@ -251,20 +287,24 @@ def measure_decode(decode: Decode, on_host: bool) -> dict[str, Any]:
     rope = rope.to(device)
     hidden = torch.randn(context.padded_active_token_count, 1, 1024, device=device).to(torch.bfloat16)
 
-    def step() -> None:
-        layer(hidden, None, inference_context=context, rotary_pos_emb=rope)
+    def forward() -> torch.Tensor:
+        return layer(hidden, None, inference_context=context, rotary_pos_emb=rope)[0]
 
-    found: dict[str, Any] = {"context": decode.context, "batch": decode.batch, "cache": plan.kv_cache}
+    found: dict[str, Any] = {
+        "context": decode.context, "batch": decode.batch, "tokens": context.padded_active_token_count,
+        "cache_bytes": decode.batch * decode.context * block_bytes // BLOCK,
+    }  # fmt: skip
     if on_host:
-        return {**found, "operations": count_operations(step)}
-    seconds, kernels = measure_seconds(step), profile_kernels(step)
+        return {**found, "operations": count_operations(forward)}
+    torch.cuda.reset_peak_memory_stats()
+    step = captured(forward)[0] if decode.graph else forward
+    seconds, classes = measure_seconds(step), sum_by_class(profile_kernels(step))
     return {
         **found,
-        "us": {"kernels": sum(us for _, us, _ in kernels)},
-        "launches": {"kernels": sum(count for _, _, count in kernels)},
+        "us": {name: us for name, (us, _) in classes.items()},
+        "launches": {name: count for name, (_, count) in classes.items()},
         "step_ms": 1e3 * seconds,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
-        "cache_bytes": decode.batch * decode.context * block_bytes // BLOCK,
     }
 
 

@@ -27,6 +27,7 @@ def draw(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     cycles: int = 1,
+    unwritten: float = torch.nan,
 ) -> tuple[Tensor, Tensor, Tensor, Requests, Kept]:
     """Requests of `lengths` tokens, the last `new` of them new, in the pages of one rank.
 
@@ -35,6 +36,7 @@ def draw(
         heads: query heads, KV heads.
         order: of the pages in memory, "in order" or "scattered".
         cycles: a page holds so many times `size` slots.
+        unwritten: what memory holds that no token was written to; FlashAttention reads it, with weight 0.
     Returns:
         query, keys, values, requests, and for every request the positions kept and their keys and values.
     """
@@ -46,7 +48,7 @@ def draw(
     if order == "scattered":
         numbers = numbers[torch.randperm(len(numbers), generator=generator)]
     table = torch.full((len(lengths), max([*counts, 1]) + 1), -1, dtype=torch.int32)
-    keys, values = torch.full((2, total, page, k, dim), torch.nan, dtype=dtype)
+    keys, values = torch.full((2, total, page, k, dim), unwritten, dtype=dtype)
     kept, used = [], 0
     for request, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         table[request, :count] = numbers[used : used + count]

@@ -62,6 +62,10 @@ class Case:
         """The same with its tensors rounded to `dtype`: what a layer of that dtype is given."""
         return replace(self, tensors={name: x.to(dtype).double() for name, x in self.tensors.items()})
 
+    def to(self, device: torch.device | str) -> Case:
+        """The same with its tensors on `device`, where `reference` then computes."""
+        return replace(self, tensors={name: x.to(device) for name, x in self.tensors.items()})
+
     def attention_mask(self) -> Tensor | None:
         """True where a query must not look: [b, 1, s, s], or None when the core makes the mask itself."""
         if self.mask in ("causal", "none"):
@@ -98,7 +102,7 @@ def rotate(x: Tensor, table: Tensor | None, interleaved: bool) -> Tensor:
     """RoPE on the leading table.shape[-1] dimensions of [s, b, heads, d]."""
     if table is None:
         return x
-    table = table.to(x.dtype)
+    table = table.to(x)
     size = table.shape[-1]
     head, rest = x[..., :size], x[..., size:]
     if interleaved:
@@ -143,13 +147,14 @@ def attention(case: Case, t: dict[str, Tensor], slices: int = 1) -> Tensor:
         table = smaller.rope_table()
     query, key = rotate(query, table, case.interleaved), rotate(key, table, case.interleaved)
     scores = torch.einsum("sbhd,tbhd->bhst", query, key) / math.sqrt(d)
-    mask = case.attention_mask()
+    device, mask = scores.device, case.attention_mask()
+    mask = None if mask is None else mask.to(device)
     if case.window is not None:
-        row, column = torch.arange(s)[:, None], torch.arange(s)[None, :]
+        row, column = torch.arange(s, device=device)[:, None], torch.arange(s, device=device)[None, :]
         hidden = (column > row + case.window[1]) | (column < row - case.window[0])
         mask = hidden | mask if case.mask == "documents" else hidden
     elif mask is None and case.mask == "causal":
-        mask = torch.ones(s, s, dtype=torch.bool).triu(1)
+        mask = torch.ones(s, s, dtype=torch.bool, device=device).triu(1)
     if mask is not None:
         scores = scores.masked_fill(mask, float("-inf"))
     probs = scores.softmax(-1)
@@ -171,7 +176,7 @@ def reference(case: Case, slices: int = 1, input_norm: bool = False) -> dict[str
     """
     names = ("hidden", "qkv_weight", "qkv_bias", "proj_weight", "q_norm", "k_norm", "sinks")
     t = {name: case.tensors[name].clone().requires_grad_() for name in names}
-    ones = torch.ones(case.hidden, dtype=torch.float64)
+    ones = torch.ones(case.hidden, dtype=torch.float64, device=t["hidden"].device)
     inputs = {**t, "hidden": normalise(t["hidden"], ones, "RMSNorm")} if input_norm else t
     out = attention(case, inputs, slices)
     (out * case.tensors["loss"]).sum().backward()

@@ -153,10 +153,7 @@ def highlights(name: str, rows: list[dict[str, Any]]) -> list[str]:
             if "difference" in row
         ]
     if name == "kernels":
-        timed = [row for row in ok if "gb_per_s" in row]
-        return [
-            f"{row['case']}: {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s" for row in timed[:3]
-        ]
+        return [_kernel_line(row) for row in ok if "gb_per_s" in row]
     if name == "layers":
         return [_layer_line(row) for row in ok if "us" in row or "operations" in row]
     if name == "collectives":
@@ -168,7 +165,17 @@ def highlights(name: str, rows: list[dict[str, Any]]) -> list[str]:
     return [f"{row['case']}: {row['detail']}" for row in ok[:3]]
 
 
+def _kernel_line(row: dict[str, Any]) -> str:
+    flash = row.get("flash_microseconds")
+    beside = "" if flash is None else f"; {row['flash_attention']} {flash:.1f} us"
+    rate = f"{row['gb_per_s']:.0f} GB/s, {row['share_of_copy']:.0%} of a copy"
+    return f"{row['case']}: {row['backend']} {row['microseconds']:.1f} us, {rate}{beside}"
+
+
 def _layer_line(row: dict[str, Any]) -> str:
+    if row.get("us") and "context" in row:
+        launches, us = sum(row["launches"].values()), sum(row["us"].values())
+        return f"{row['case']}: {us:.0f} us in {launches} launches, {1e3 * row['step_ms']:.0f} us a step"
     if row.get("us"):
         parts = " ".join(f"{kind} {value:.0f}" for kind, value in row["us"].items())
         return f"{row['case']}: {sum(row['us'].values()):.0f} us ({parts}), {row['peak_mib']:.0f} MiB"

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def run_section(
     if environment is None:
         environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
     command = [sys.executable, "-m", "helix_megatron.check.worker", section.function, str(rows)]
-    command.append(json.dumps(asdict(place)))
     start = time.monotonic()
+    command.append(json.dumps(asdict(replace(place, until=start + place.seconds))))
     with open(log, "w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=dict(environment),

@@ -29,14 +29,14 @@ class Section:
         return self.quick_s if quick else self.full_s
 
 
-SECTIONS = (
+SECTIONS = (  # what a user must know first, in what takes least: a run that is cut short has most of it
     Section("exactness", "attention layers are as near to float64 as Megatron's own", 240, 1800),
-    Section("training", "losses are vanilla's, also saved and loaded at other grids", 240, 1800),
-    Section("generation", "greedy tokens are those of transformers", 180, 900),
     Section("kernels", "attention over a paged cache equals the formula; GB/s on a GPU", 180, 900),
-    Section("graphs", "replays of CUDA graphs of decode steps equal eager steps", 180, 600),
+    Section("graphs", "replays of CUDA graphs of steps equal eager steps", 180, 600),
     Section("layers", "what one rank of a large group computes: kernels, launches, memory", 180, 1200),
+    Section("generation", "greedy tokens are those of transformers", 180, 900),
     Section("collectives", "latency and bandwidth of the grid's collectives, rates", 180, 1200, True),
+    Section("training", "losses are vanilla's, also saved and loaded at other grids", 240, 1800),
 )
 BY_NAME = {section.name: section for section in SECTIONS}
 

@@ -11,8 +11,15 @@ VOCABULARY = 259  # 256 bytes, end of text, two tokens that no text has
 EOS = 256
 
 
-def make(folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, positions: int = 512) -> Path:
-    """Write the model and its tokenizer into `folder`."""
+def make(
+    folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, positions: int = 512,
+    half: bool = False,
+) -> Path:  # fmt: skip
+    """Write the model and its tokenizer into `folder`.
+
+    Args:
+        half: weights that bf16 has, and logits of about 3 that it tells apart, in place of about -50.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -32,6 +39,9 @@ def make(folder: Path, heads: int = 6, kv_heads: int = 2, layers: int = 2, posit
         bos_token_id=None, eos_token_id=EOS,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    if half:
+        model.to(torch.bfloat16).float().save_pretrained(folder)
+        return folder
     with torch.no_grad():  # hidden states share a direction, and every row of the head points away from it
         direction = torch.zeros(96)
         direction[:4] = 1

@@ -1,7 +1,8 @@
 """Megatron's own training loop: the loss of every step, Helix against vanilla on one rank.
 
 In fp32 the losses agree to rounding. In bf16 and FP8 a step amplifies rounding, so vanilla at T = 3, which
-may split the model (9 query and 3 KV heads), says how much two exact layouts differ anyway.
+may split the model (9 query and 3 KV heads), says how much two exact layouts differ anyway; the quick form
+does without.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from helix_megatron.check.rows import Place, Rows, first_line
@@ -25,8 +27,9 @@ LOCAL = """--transformer-impl local --attention-backend unfused --no-masked-soft
     --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-persist-layer-norm""".split()
 SMALL = """--hidden-size 72 --kv-channels 16 --ffn-hidden-size 192 --seq-length 48
     --max-position-embeddings 48 --vocab-size 264""".split()
-LARGE = """--hidden-size 1152 --kv-channels 128 --ffn-hidden-size 3072 --seq-length 1024
-    --max-position-embeddings 1024 --vocab-size 2304""".split()  # 2, 3 and 6 divide it: no padding
+LARGE = """--hidden-size 1152 --kv-channels 128 --ffn-hidden-size 3072 --seq-length 1152
+    --max-position-embeddings 1152 --vocab-size 2304""".split()
+"""2, 3 and 6 divide the vocabulary, which then has no padding, and the sequence, which is shared."""
 PRECISIONS = {
     "fp32": [],
     "bf16": ["--bf16"],
@@ -79,54 +82,74 @@ RUNS = (
 
 
 def check(rows: Rows, place: Place) -> None:
-    """Every precision that runs here: vanilla, then the others against it."""
+    """Every precision that runs here: vanilla, then the others against it; what `--quick` has comes first."""
     from helix_megatron import compat
 
     if not compat.has_training():
         rows.add("all", "skipped", "this megatron-core has no training loop that Helix serves")
         return
-    from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-
-    te = HAVE_TE and not place.on_host
-    wanted = ["fp32"] if place.on_host and place.quick else ["fp32", "bf16"] if not te else ["bf16"]
-    if te and not place.quick:
-        wanted.append("fp8")
+    te = not place.on_host and find_spec("transformer_engine") is not None
+    wanted = precisions(te, place.quick)
     if "fp8" not in wanted:
         rows.add("FP8", "skipped", "--quick leaves it out" if te else "needs a GPU and Transformer Engine")
     with tempfile.TemporaryDirectory(prefix="helix-check-") as folder:
-        for precision in wanted:
-            _check_precision(rows, place, precision, te, Path(folder, precision))
+        series = [Series(precision, te, Path(folder, precision)) for precision in wanted]
+        for first in (True,) if place.quick else (True, False):
+            for one in series:
+                for run in RUNS:
+                    if (run.quick or (run.noise and not place.quick)) == first:
+                        one.add(run, rows, place)
 
 
-def _check_precision(rows: Rows, place: Place, precision: str, te: bool, folder: Path) -> None:
-    series: dict[str, dict[int, float]] = {}
-    noise = 0.0
-    for run in RUNS:
-        if not run.quick and place.quick and not (run.noise and precision != "fp32"):
-            continue
-        name = f"{run.name}, {precision}"
-        if run.against and run.against not in series:
+def precisions(te: bool, quick: bool) -> list[str]:
+    """Those that are trained in, with Transformer Engine or without."""
+    if te:
+        return ["bf16"] if quick else ["bf16", "fp8"]
+    return ["fp32"] if quick else ["fp32", "bf16"]
+
+
+@dataclass
+class Series:
+    """The runs of one precision, and the losses of those that ended.
+
+    Args:
+        te: Transformer Engine's layers, else Megatron's local ones.
+        folder: of its checkpoint and its logs.
+    """
+
+    precision: str
+    te: bool
+    folder: Path
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    noise: float = 0.0
+    """By how much two layouts of vanilla Megatron differ."""
+
+    def add(self, run: Run, rows: Rows, place: Place) -> None:
+        """Train, and write the row."""
+        name = f"{run.name}, {self.precision}"
+        if run.against and run.against not in self.losses:
             rows.add(name, "skipped", f"{run.against} has no losses to compare with")
-            continue
+            return
         try:
-            losses = train(run, place, precision, te, folder)
+            losses = train(run, place, self.precision, self.te, self.folder)
         except RankError as error:
             print(error, flush=True)
             rows.add(name, "failed", first_line(error))
-            continue
-        series[run.name] = losses
-        detail = " ".join(f"{loss:.5f}" for loss in losses.values())
+            return
+        detail, every = " ".join(f"{loss:.5f}" for loss in losses.values()), list(losses.values())
         wrong = find_bad_losses(losses, saves="--exit-interval" in run.flags, loads="--load" in run.flags)
         if wrong:
-            rows.add(name, "failed", f"{wrong}: {detail}", losses=list(losses.values()))
-        elif not run.against:
-            rows.add(name, "ok", detail, losses=list(losses.values()))
-        else:
-            apart = largest_difference(losses, series[run.against])
-            noise = max(noise, apart) if run.noise else noise
-            status, told = judge(apart, precision, noise, run.noise)
-            given = f"{told}; {place.words(run.ranks)}; {detail}"
-            rows.add(name, status, given, difference=apart, losses=list(losses.values()))
+            rows.add(name, "failed", f"{wrong}: {detail}", losses=every)
+            return
+        self.losses[run.name] = losses
+        if not run.against:
+            rows.add(name, "ok", detail, losses=every)
+            return
+        apart = largest_difference(losses, self.losses[run.against])
+        self.noise = max(self.noise, apart) if run.noise else self.noise
+        status, told = judge(apart, self.precision, self.noise, run.noise)
+        given = f"{told}; {place.words(run.ranks)}; {detail}"
+        rows.add(name, status, given, difference=apart, losses=every)
 
 
 def find_bad_losses(losses: dict[int, float], saves: bool = False, loads: bool = False) -> str:

@@ -194,11 +194,13 @@ def mask_padding(model: Any, vocabulary: int) -> None:
         vocabulary: rows that mean a token.
     """
 
+    from megatron.core.utils import unwrap_model
+
     def mask(module: Any, inputs: Any, logits: Any) -> Any:
         logits[..., vocabulary:] = float("-inf")
         return logits
 
-    if model.vocab_size > vocabulary:
+    if unwrap_model(model).vocab_size > vocabulary:  # in half precision Megatron wraps it
         model.register_forward_hook(mask)
 
 

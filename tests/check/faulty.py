@@ -8,10 +8,16 @@ import time
 
 def sleeps(rows, place):
     rows.add("first", "ok")
+    place.run(rank_sleeps, 1, rows.path, timeout_s=600)
+
+
+def hangs(rows, place):
+    rows.add("first", "ok")
     place.run(rank_sleeps, 1, rows.path)
 
 
 def rank_sleeps(path):
+    print("what the rank printed", flush=True)
     with open(f"{path}.pid", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)

@@ -10,6 +10,7 @@ import pytest
 
 from helix_megatron import cli
 from helix_megatron.check import sections
+from helix_megatron.check.command import limit_within
 from helix_megatron.check.results import WIDTH, Results, render_page, render_screen
 from helix_megatron.check.rows import Place, Rows, read_rows
 from helix_megatron.check.runner import run_section
@@ -52,14 +53,29 @@ def test_how_a_section_ended(tmp_path, name, status, reason):
 
 
 def test_a_section_over_its_limit_is_killed_with_its_ranks(tmp_path):
-    ended = run("sleeps", tmp_path, seconds=12)
-    assert (ended.status, ended.reason) == ("failed", "not done after 12 s and killed; 1 rows are kept")
+    ended = run("sleeps", tmp_path, seconds=20)
+    assert (ended.status, ended.reason) == ("failed", "not done after 20 s and killed; 1 rows are kept")
     pid = int((tmp_path / "sleeps.jsonl.pid").read_text())
     for _ in range(100):
         if not os.path.exists(f"/proc/{pid}"):
             return
         time.sleep(0.1)
     raise AssertionError(f"rank {pid} is still there")
+
+
+def test_ranks_that_hang_are_ended_before_their_section_and_it_says_what_they_printed(tmp_path):
+    ended = run("hangs", tmp_path, seconds=20)
+    assert ended.status == "failed" and "still running of 1 ranks: 0; all were killed" in ended.reason
+    assert [row["status"] for row in ended.rows] == ["ok", "failed"]
+    assert "what the rank printed" in (tmp_path / "hangs.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "later", "seconds"),
+    [(240, 540, 6, 240), (240, 400, 6, 130), (900, 200, 1, 155), (900, 200, 0, 200), (900, 20, 2, 1)],
+)
+def test_sections_share_what_time_there_is(limit, left, later, seconds):
+    assert limit_within(limit, left, later) == seconds
 
 
 def test_the_next_section_runs_and_one_screen_says_all(tmp_path, monkeypatch, capsys):
@@ -105,8 +121,9 @@ def test_a_half_written_row_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "speling"], "--only speling: no such section; there are exactness, training"),
+        (["--only", "speling"], "--only speling: no such section; there are exactness, kernels, graphs"),
         (["--time-limit", "0"], "--time-limit is 0.0; seconds, more than 0"),
+        (["--within", "-3"], "--within is -3.0; seconds, more than 0"),
         (["--out", "/proc/nowhere"], "--out /proc/nowhere cannot be written"),
     ],
 )
@@ -115,13 +132,18 @@ def test_refusals(capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.dynamic_engine
 def test_the_command_on_a_host(tmp_path):
-    """Two sections of the quick form, as a user runs it: right kernels, and a layer's share counted."""
+    """The quick form as a user runs it: every section ends well, and one screen says so."""
     command = [sys.executable, "-m", "helix_megatron.cli", "check", "--quick", "--out", str(tmp_path)]
-    command += ["--only", "kernels", "--only", "layers"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stdout + found.stderr
+    screen = found.stdout[found.stdout.index("\nhelix check --quick") :].strip().splitlines()
+    assert len(screen) <= 60 and max(map(len, screen)) <= WIDTH
     document = json.loads((tmp_path / "check.json").read_text())
+    assert {name: section["status"] for name, section in document["sections"].items()} == {
+        name: "skipped" if name == "graphs" else "passed" for name in sections.BY_NAME
+    }
     kernels, layers = (document["sections"][name]["rows"] for name in ("kernels", "layers"))
     assert {row["case"].split(",")[0] for row in kernels if row["status"] == "ok"} >= {"torch", "triton"}
     counted = {row["case"]: row["operations"] for row in layers if row["status"] == "measured"}

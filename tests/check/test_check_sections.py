@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +19,12 @@ from helix_megatron.check import (
     layers,
     training,
 )
-from helix_megatron.check.rows import Place, Rows, read_rows
-from helix_megatron.host.launcher import run_ranks
+from helix_megatron.check.rows import Place, Rows, first_line, read_rows
+from helix_megatron.host.launcher import RankError, run_ranks
 from helix_megatron.kernels import backend
 from helix_megatron.kernels.paged_attention import paged_attention
+from helix_megatron.kernels.triton_tiles import tile_shape
+from tests.inference.graph_worker import TRITON, check_replays
 
 HOST = Place(0, 0, True, 300.0)
 
@@ -35,23 +39,76 @@ def statuses(rows):
 
 
 # ---- exactness ----
-def rank_with_another_scale(path, numbers):
+def rank_with_another_scale(path, names):
     """rank_jobs with a layer that scales its scores by 1 % too much."""
     from helix_megatron.megatron.sdpa import ScaledDotProductAttention as Core
 
     right = Core.forward
     Core.forward = lambda self, query, *rest, **named: right(self, 1.01 * query, *rest, **named)
-    exactness.rank_jobs(path, numbers, HOST, False, {})
+    exactness.rank_jobs(path, names, HOST)
 
 
 def test_a_layer_with_another_scale_fails(tmp_path):
-    number = next(i for i, job in enumerate(exactness.JOBS) if job.name == "no RoPE")
+    """Beside vanilla Megatron's own error; alone and with context parallelism."""
+    names = ["no RoPE", "context parallel 2, 1x2, dims"]
     right, broken = tmp_path / "right", tmp_path / "broken"
-    run_ranks(exactness.rank_jobs, 2, str(right), [number], HOST, False, {})
-    run_ranks(rank_with_another_scale, 2, str(broken), [number])
-    assert [row["status"] for row in read_rows(right)] == ["ok"]
-    (row,) = read_rows(broken)
-    assert row["status"] == "failed" and "off float64, allowed 2.0e-05" in row["detail"]
+    run_ranks(exactness.rank_jobs, 4, str(right), [exactness.VANILLA, *names], HOST)
+    run_ranks(rank_with_another_scale, 4, str(broken), names)
+    why, *found = read_rows(right)
+    assert (why["status"], why["detail"]) == ("skipped", "no GPU; Megatron's local layers ran")
+    assert [row["status"] for row in found] == ["ok", "ok"]
+    for row in found:
+        assert 1e-8 < row["vanilla"] < 2e-5 and row["core"] == "ScaledDotProductAttention"
+    for row in read_rows(broken):
+        assert row["status"] == "failed" and "off float64, allowed 2.0e-05" in row["detail"]
+
+
+def dies_in(path, jobs, place, bad, log):
+    """Ranks that die in a job, with others behind it."""
+    for job in jobs:
+        Rows(path).begin(job)
+        with open(log, "a") as file:
+            file.write(f"{job} ")
+        if job == bad:
+            raise KeyError("in this job")
+        Rows(path).add(job, "ok")
+
+
+class Here(Place):
+    """Ranks are a call."""
+
+    def run(self, function, ranks, *args):
+        try:
+            function(*args)
+        except Exception as error:
+            text = f"rank 1 failed:\nTraceback\nKeyError: {error}\n--- end of its output ---\nnoise"
+            raise RankError(text, 1) from None
+
+
+def test_ranks_that_die_lose_one_job_and_do_those_behind_it(rows, tmp_path):
+    jobs, log = ["one", "two", "three"], tmp_path / "log"
+    place = Here(1, 0, True, 300.0, time.monotonic() + 300)
+    place.run_each(dies_in, 2, rows, jobs, place, "two", log)
+    assert statuses(rows) == {"one": "ok", "two": "failed", "three": "ok"}
+    assert [row["detail"] for row in read_rows(rows.path)][1] == "KeyError: 'in this job'"
+    assert log.read_text() == "one two three "
+
+
+def test_without_time_the_jobs_behind_are_named(rows, tmp_path):
+    place = Here(1, 0, True, 300.0, time.monotonic() + 20)  # ranks need longer to start
+    place.run_each(dies_in, 2, rows, ["one", "two", "three"], place, "one", tmp_path / "log")
+    assert statuses(rows) == {"one": "failed", "two": "skipped", "three": "skipped"}
+
+
+def test_ranks_end_before_their_section_does():
+    assert Place(1, 0, True, 100.0).left_s == 100.0
+    assert 90 < Place(1, 0, True, 100.0, time.monotonic() + 100).left_s <= 95
+    assert Place(1, 0, True, 100.0, time.monotonic() - 1).left_s == 1.0
+
+
+def test_what_ranks_printed_is_not_what_went_wrong():
+    text = "after 5 s, still running of 2 ranks: 0, 1; all were killed\n--- end of rank 0's output ---\nnoise"
+    assert first_line(RankError(text, 0)).endswith("still running of 2 ranks: 0, 1; all were killed")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +151,38 @@ def test_a_wrong_kernel_fails(rows, monkeypatch):
         found = Rows(f"{rows.path}{number}")
         monkeypatch.setitem(backend._BACKENDS, "torch", wrong)
         kernels.check_exactness(found, "torch", "cpu", True)
-        assert set(statuses(found).values()) == {"ok" if number == 0 else "failed"}, wrong
+        assert ("failed" in statuses(found).values()) == bool(number), wrong
+        assert len(statuses(found)) == 4  # a case that fails does not stop the next
+
+
+def test_a_wrong_merge_and_a_wrong_place_fail(rows, monkeypatch):
+    merge, write = kernels.combine_partials, backend.write_partials
+
+    def forgets_sinks(outs, lses, dtype, sinks=None):
+        return merge(outs, lses, dtype)
+
+    def of_another_rank(out, lse, outs, lses):
+        write(out, lse, outs.flip(0), lses)
+
+    for number, (owner, name, wrong) in enumerate(
+        ((kernels, "combine_partials", forgets_sinks), (backend, "write_partials", of_another_rank))
+    ):
+        found = Rows(f"{rows.path}{number}")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            kernels.check_exactness(found, "torch", "cpu", False)
+        assert "failed" in statuses(found).values(), name
+
+
+def test_what_a_gpu_is_asked_has_every_dtype_and_pages_that_hold_whole_steps():
+    quick, full = (kernels.draw_cases("cuda", quick) for quick in (True, False))
+    assert all(case in full for case in quick) and len(quick) < len(full)
+    for name, of_which in (("dtype", full), ("heads", full), ("step", full), ("left", full)):
+        assert {case[name] for case in quick} == {case[name] for case in of_which}
+    pages = [case["size"] * case["cycles"] for case in quick]
+    assert {tile_shape(16, 8, 128, 2, page).paged for page in pages} == {True, False}
+    for case in quick[-4:]:
+        assert kernels.measure_error("torch", "cpu", case) <= kernels.TOLERANCES[torch.bfloat16]
 
 
 # ---- training ----
@@ -131,6 +219,39 @@ def test_a_training_that_differs_fails(rows, monkeypatch, change, status, words)
     assert found["vanilla, fp32"]["status"] == found["vanilla loads, fp32"]["status"] == "ok"
 
 
+def test_a_vanilla_that_is_no_number_is_no_yardstick(rows, monkeypatch):
+    monkeypatch.setattr(
+        training, "train", lambda run, *rest: series(run) if run.against else dict.fromkeys(GOOD, math.nan)
+    )
+    training.check(rows, HOST)
+    found = {row["case"]: row for row in read_rows(rows.path)}
+    assert found["vanilla, fp32"]["status"] == "failed"
+    assert found["1x2, saves, fp32"]["detail"] == "vanilla has no losses to compare with"
+
+
+def test_what_quick_has_comes_first_in_every_precision(rows, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda run, *rest: series(run))
+    monkeypatch.setattr(training, "find_spec", lambda name: True)
+    training.check(rows, Place(1, 0, False, 300.0))
+    names = [row["case"] for row in read_rows(rows.path)]
+    first = ("vanilla", "vanilla T=3", "1x2, saves", "vanilla loads")
+    assert names[:8] == [f"{name}, {precision}" for precision in ("bf16", "fp8") for name in first]
+    assert len(names) == len(set(names)) == 2 * len(training.RUNS)
+
+
+@pytest.mark.parametrize("sizes", ["SMALL", "LARGE"])
+@pytest.mark.parametrize("run", training.RUNS, ids=lambda run: run.name)
+def test_the_sizes_of_a_model_divide_by_its_ranks(sizes, run):
+    """Heads may not: that is what Helix is for. FP8 wants multiples of 16 of a rank."""
+    given = dict(re.findall(r"--(\S+) (\d+)", " ".join([*getattr(training, sizes), *run.flags.split()])))
+    tp, cp = (int(given.get(f"{kind}-parallel-size", 1)) for kind in ("tensor-model", "context"))
+    unit = 16 if sizes == "LARGE" else 1
+    positions = tp * (2 * cp if cp > 1 else 1)
+    for name, parts in (("vocab-size", tp), ("ffn-hidden-size", tp), ("seq-length", positions)):
+        assert int(given[name]) % parts == 0, name
+    assert int(given["ffn-hidden-size"]) // tp % unit == 0 and int(given["hidden-size"]) % unit == 0
+
+
 def test_fp8_may_differ_as_two_vanilla_layouts_do():
     assert training.judge(0.5, "fp8", 0.2, False)[0] == "ok"
     assert training.judge(0.7, "fp8", 0.2, False)[0] == "failed"
@@ -159,6 +280,14 @@ def test_the_second_printed_loss_is_a_mean_of_two():
 def test_another_token_fails(found, tie, status):
     margins = [[1.0, 1.0, 1.0], [1.0, 0.2, 1.0]]
     assert generation.judge(found, [[7, 8, 9], [4, 5, 6]], margins, tie)[0] == status
+
+
+def test_only_megatrons_refusal_without_flash_attention_is_skipped():
+    """A kernel's log names flash-attn too."""
+    refused = "Traceback\nValueError: with whole heads Megatron's dynamic engine needs flash-attn 2.7.3"
+    died = "Traceback\nKeyError: 'x'\n--- end of its output ---\ntriton; not flash-attn-3: not installed"
+    assert generation.outcome_of(RankError(refused, 0))[0] == "skipped"
+    assert generation.outcome_of(RankError(died, 0)) == ("failed", "KeyError: 'x'")
 
 
 # ---- layers and collectives ----
@@ -201,10 +330,13 @@ def test_kernels_are_told_apart_by_name():
         "void transformer_engine::normalization::rmsnorm_fwd_general_kernel": "norm",
         "void at::native::elementwise_kernel<128, 4>": "packing",
         "Memcpy DtoD (Device -> Device)": "packing",
+        "attention_kernel": "attention",
+        "merge_programs_kernel": "attention",
+        "combine_kernel": "packing",
     }
     assert {name: kernel_times.classify_kernel(name) for name in names} == names
     found = kernel_times.sum_by_class([(name, 10.0, 2) for name in names])
-    assert found["attention"] == (20.0, 4) and found["norm"] == (10.0, 2)
+    assert found["attention"] == (40.0, 8) and found["norm"] == (10.0, 2)
 
 
 def test_ranges_that_were_marked_are_no_kernels(monkeypatch):
@@ -226,6 +358,46 @@ def test_ranges_that_were_marked_are_no_kernels(monkeypatch):
 def test_ranks_share_a_gpu_only_where_there_are_too_few():
     assert Place(1, 0, True, 1.0).shares(2) and not Place(8, 0, True, 1.0).shares(8)
     assert not Place(0, 0, True, 1.0).shares(4)  # a host
+
+
+# ---- graphs ----
+class OnHost(Place):
+    """Two ranks of a host, whose graphs are a stand-in, for those of a GPU."""
+
+    fault = ""
+
+    def run(self, function, ranks, *args):
+        return run_ranks(check_replays, ranks, self.fault, *args, env=TRITON, fresh=True)
+
+
+class Stale(OnHost):
+    fault = "a plan that stays"
+
+
+@pytest.mark.dynamic_engine
+def test_replays_with_an_old_plan_fail(tmp_path, monkeypatch):
+    jobs = {name: graphs.JOBS[name] for name in ("1x2, heads", "1x2, window")}
+    monkeypatch.setattr(graphs, "JOBS", jobs)
+    for name, kind in (("right", OnHost), ("broken", Stale)):
+        graphs.check(Rows(tmp_path / name), kind(1, 0, False, 300.0))
+    right, broken = (read_rows(tmp_path / name) for name in ("right", "broken"))
+    assert [row["status"] for row in right] == ["ok", "ok"]
+    assert {row["status"] for row in broken} == {"failed"} and len(broken) == 2
+    for row in right:
+        assert row["steps"] == {"of single tokens": 3, "with prompts": 3} and row["graphs"] > 2
+
+
+def test_steps_are_drawn_of_every_kind():
+    sizes, kinds = graphs.SIZES, set()
+    for step in range(graphs.STEPS):
+        generator = torch.Generator().manual_seed(step)
+        new, lengths, prompts = graphs.draw_step(generator, sizes, with_prompts=step % 2 == 1)
+        assert sum(new) <= sizes.graph_tokens and len(new) <= sizes.batch
+        assert all(1 <= count <= length <= sizes.length for count, length in zip(new, lengths, strict=True))
+        assert prompts == 0 or (step % 2 and set(new[: len(new) - prompts]) <= {1})
+        last = list(zip(new, lengths, strict=True))[len(new) - prompts :]
+        kinds |= {(count > 1, count == length) for count, length in last}
+    assert kinds == {(many, whole) for many in (True, False) for whole in (True, False)}
 
 
 def test_a_replay_of_nan_is_no_replay():

@@ -8,12 +8,15 @@ from unittest import mock
 
 import torch
 
+from helix_megatron.check.graphs import Sizes
 from helix_megatron.check.reference import Case
+from helix_megatron.check.rows import Place
 from helix_megatron.partition.config import HelixConfig
 from tests.inference.host_graph import HostGraph, in_place_of_cuda_graphs
 from tests.megatron_glue.layer_worker import Groups, inferring, load, make_config, make_layer, start
 
 BLOCK, LENGTH, BATCH = 8, 48, 6
+SIZES = Sizes(BATCH, BLOCK, LENGTH, 24)
 TRITON = {"TRITON_INTERPRET": "1", "HELIX_PAGED_ATTENTION": "triton"}
 
 
@@ -112,19 +115,28 @@ def planted(fault: str) -> Iterator[None]:
         yield
 
 
-def replays(tp: int, jobs: list[tuple[Case, HelixConfig, str, int]]) -> list[tuple[float, int]]:
-    """How far replays are from eager steps, of which so many are drawn, and the number of graphs; with a
-    fault, or without ("")."""
+def replays(tp: int, jobs: list[tuple[Case, HelixConfig, str, range]]) -> list[tuple[float, int]]:
+    """How far replays are from eager steps, of these numbers, and the number of graphs; with a fault, or
+    without ("")."""
     from helix_megatron.check.graphs import Replays
 
     start(tp)
     groups, found = Groups(), []
     for case, helix, fault, steps in jobs:
-        replayed = Replays(case, helix, groups, (BATCH, BLOCK), capture)
+        replayed = Replays(case, helix, groups, SIZES, capture)
         with planted(fault):
-            worst = max(replayed.apart(step) for step in range(steps))
+            worst = max(replayed.apart(step) for step in steps)
         found.append((worst, len(replayed.graphs)))
     return found
+
+
+def check_replays(fault: str, path: str, names: list[str], place: Place) -> None:
+    """graphs.rank_replays at sizes for the host, with a fault, or without ("")."""
+    from helix_megatron.check import graphs
+
+    small = dict(STEPS=6, SIZES=SIZES, DIM=8, HIDDEN=24, captured=capture)
+    with mock.patch.multiple(graphs, **small), planted(fault):
+        graphs.rank_replays(path, names, place)
 
 
 def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dict) -> dict:

@@ -27,7 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from helix_megatron.check.layer import MASK_TYPES, sinks_of
+from helix_megatron.check.layer import MASK_TYPES, share_of_positions, sinks_of
 from helix_megatron.check.reference import Case, attention, normalise
 from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
@@ -152,7 +152,7 @@ def compute(
         for name, (weight, index) in weights.items():
             weight.copy_(case.tensors[name.split(".")[0]][index].to(dtype))
 
-    positions = share_of_positions(case.seq, pgs.cp)
+    positions = share_of_positions(case.seq, pgs.cp.size(), pgs.cp.rank())
     share = positions.chunk(tp)[rank] if job.sequence_parallel and tp > 1 else positions
     mask, table = case.attention_mask(), case.rope_table()
     mask = None if mask is None else mask[:, :, positions]
@@ -199,14 +199,6 @@ def block_weights(layer: torch.nn.Module, job: Job, tp: int, rank: int) -> dict[
         weights[f"fc1.{number}"] = expert.linear_fc1.weight, (number, own)
         weights[f"fc2.{number}"] = expert.linear_fc2.weight, (number, slice(None), own)
     return weights
-
-
-def share_of_positions(seq: int, cp: torch.distributed.ProcessGroup) -> Tensor:
-    """Context parallelism deals the sequence zigzag."""
-    if cp.size() == 1:
-        return torch.arange(seq)
-    chunks = torch.arange(seq).chunk(2 * cp.size())
-    return torch.cat([chunks[cp.rank()], chunks[-1 - cp.rank()]])
 
 
 # ---- errors ----
