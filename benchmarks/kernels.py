@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import plain_attention
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -143,7 +144,7 @@ def measure(shape: Shape, turns: int) -> dict[str, Any]:
         fault = flash.find(name)[1] if flash.find(name)[0] is None else None
         if shape.page % kind.page:
             fault = f"wants pages of {kind.page}"
-        fault = fault or flash.known_case_error(name, "cuda", DTYPE, shape.page, DIM)
+        fault = fault or known_case_error(name, "cuda", DTYPE, shape.page, DIM)
         if fault:
             print(f"  {name}: {fault}", file=sys.stderr)
             continue

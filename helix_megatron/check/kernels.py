@@ -126,7 +126,7 @@ def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
         query, keys, values, requests, kept = draw(*given, case["seed"], dtype=case["dtype"], cycles=3)
         visible = VisibleSlots(scale, case["left"], KvInterleave(case["ranks"], case["size"]), rank)
         moved = Requests(*(x.to(device) for x in (requests.query_ends, requests.lengths, requests.table)))
-        singles = all(new == 1 for new in case["new"])
+        singles = len(query) if all(new == 1 for new in case["new"]) else 0
         out, lse = attend(name, *(x.to(device) for x in (query, keys, values)), moved, visible, singles)
         want, want_lse = expected(query, requests, kept, scale, case["left"])
         errors += [_largest_difference(out, want), _largest_difference(lse, want_lse)]
@@ -138,7 +138,7 @@ def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
 
 def attend(
     name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
-    visible: VisibleSlots, singles: bool,
+    visible: VisibleSlots, singles: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """backend.attend by the backend `name`."""
     before = os.environ.pop(backend.OVERRIDE, None)
@@ -197,7 +197,7 @@ def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: 
     lengths = torch.full((batch,), slots * ranks, device="cuda", dtype=torch.int32)
     requests = Requests(torch.arange(batch + 1, device="cuda", dtype=torch.int32), lengths, table)
     visible = VisibleSlots(dim**-0.5, None, KvInterleave(ranks, min(32, page)), 0)
-    once = lambda: backend.attend(query, keys, values, requests, visible, True)  # noqa: E731
+    once = lambda: backend.attend(query, keys, values, requests, visible, batch)  # noqa: E731
     eager, graph = measure_seconds(once), measure_seconds(capture_graph(once))
     moved = 2 * keys.nbytes
     found: dict[str, Any] = {

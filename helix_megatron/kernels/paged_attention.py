@@ -75,11 +75,13 @@ class Requests:
         query_ends: [requests + 1] cumulative numbers of new tokens; they are the last of their request.
         lengths: [requests] tokens of each request, the new ones included; 0 for padding.
         table: [requests, pages] numbers of each request's pages, in order of its slots.
+        longest: no request has more new tokens; None where the host does not know.
     """
 
     query_ends: Tensor
     lengths: Tensor
     table: Tensor
+    longest: int | None = None
     _kept: dict[Any, tuple[Any, Callable[[Any], None]]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -129,19 +131,26 @@ class Requests:
         """query_ends, lengths, table."""
         return self.query_ends, self.lengths, self.table
 
-    def rows(self, start: int, stop: int) -> Requests:
-        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
+    def rows(self, start: int, stop: int, without: int = 0) -> Requests:
+        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet.
+
+        Args:
+            without: so many requests at the beginning, which end before `start`, are left out.
+        """
+        query_ends, all_lengths = self.query_ends[without:], self.lengths[without:]
 
         def make() -> Requests:
-            return Requests(torch.empty_like(self.query_ends), torch.empty_like(self.lengths), self.table)
+            longest = None if self.longest is None else min(self.longest, stop - start)
+            made = (torch.empty_like(x) for x in (query_ends, all_lengths))
+            return Requests(*made, self.table[without:], longest)
 
         def fill(part: Requests) -> None:
-            ends = self.query_ends.clamp(start, stop)
+            ends = query_ends.clamp(start, stop)
             torch.sub(ends, start, out=part.query_ends)
-            torch.sub(self.lengths, (self.query_ends - ends)[1:], out=part.lengths)
+            torch.sub(all_lengths, (query_ends - ends).clamp_(min=0)[1:], out=part.lengths)
             part.refill()
 
-        return self.keep(("rows", start, stop), make, fill)
+        return self.keep(("rows", start, stop, without), make, fill)
 
     def single_rows(self, start: int, stop: int) -> Requests:
         """rows(start, stop) where row r is the only new token of request r."""

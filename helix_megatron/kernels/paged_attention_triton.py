@@ -21,7 +21,13 @@ from torch import Tensor
 
 from helix_megatron.kernels import triton_merge
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
-from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel, out_offsets, store_lse
+from helix_megatron.kernels.triton_merge import (
+    merge_block,
+    merge_programs_kernel,
+    out_offsets,
+    pieces_of,
+    store_lse,
+)
 from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
 from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
 from helix_megatron.partition.grid import HelixConfigError
@@ -243,7 +249,7 @@ def attend_into(
     if not len(requests.lengths):
         outs.zero_(), lses.fill_(float("-inf"))
         return
-    to, of_pieces = _pieces(outs, lses, heads, dim)
+    to, of_pieces = pieces_of(outs, lses, heads, dim)
     ratio, dims = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     padded = triton.next_power_of_2(ratio)
     size = max(query.element_size(), keys.element_size())
@@ -275,16 +281,6 @@ def attend_into(
         MANY=many.tile.rows // padded if len(launches) > 1 else 0,
         LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **of_pieces, **block,
     )  # fmt: skip
-
-
-def _pieces(outs: Tensor, lses: Tensor, heads: int, dim: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """How far the pieces of outputs and of log-sum-exps are apart, in 16 bytes, and what one of them has."""
-    pieces, _, of_n, of_d = outs.shape
-    apart = [x.stride(0) * x.element_size() if pieces > 1 else 0 for x in (outs, lses)]
-    assert outs[0].is_contiguous() and lses[0].is_contiguous() and not any(x % 16 for x in apart)
-    assert (of_n * pieces, of_d) == (heads, dim) or (of_n, of_d * pieces) == (heads, dim)
-    constants = dict(OF_N=of_n, OF_D=of_d, COPIES=1 if of_n < heads else pieces)
-    return (apart[0] // 16, apart[1] // 16), constants | dict(UNIT=16 // outs.element_size())
 
 
 def _plan(

@@ -1,4 +1,5 @@
-"""Parts of attention merged by one Triton kernel: those of a kernel's programs, and those of a dim group.
+"""Parts of attention merged by one Triton kernel: those of a kernel's programs, those of a dim group, and
+what other libraries' kernels have computed, on its way to that group.
 
 The mathematics is merge.merge_partials: weights exp(lse_j - max lse) in fp32, natural logarithms; parts that
 are all empty give 0 and -inf. A sink is where the sums of a dim group start: maximum its logit, total 1.
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix_megatron.kernels.new_tokens import OfHeads
 from helix_megatron.kernels.triton_plan import holder
 
 MANY_ROWS = 4096  # of tokens times heads: their merge fills the device anyway
@@ -125,6 +127,71 @@ def merge_programs_kernel(
         to = out_offsets(out_piece, token + dim * 0, head, dim, OF_N, OF_D, UNIT)
         tl.store(out + to, merged, mask=dim < D)
         store_lse(lse, lse_piece, token + one, head, log, tl.program_id(1) + one == 0, OF_N, COPIES)
+
+
+@triton.jit(
+    do_not_specialize=["first", "out_piece", "lse_piece", "lse_t", "lse_n", "more_lse_n"],
+    do_not_specialize_on_alignment=["parts"],
+)
+def write_kernel(
+    out, lse, more, more_lse, parts, outs, lses, first, out_piece, lse_piece, out_t, out_n, lse_t, lse_n,
+    more_t, more_n, more_lse_t, more_lse_n,
+    N: tl.constexpr, D: tl.constexpr, MORE: tl.constexpr, DIMS: tl.constexpr, OF_N: tl.constexpr,
+    OF_D: tl.constexpr, COPIES: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    # MORE: heads of the part that is merged into those from `first` on, 0 without
+    token, head = (tl.program_id(0) // N).to(tl.int64), tl.program_id(0) % N
+    dim, one = tl.arange(0, DIMS), tl.arange(0, 1)
+    part = tl.load(parts + token + one).to(tl.int32)
+    there = part > 1
+    log = tl.load(lse + token * lse_t + head * lse_n + one, mask=there, other=float("-inf"))
+    acc = tl.load(out + token * out_t + head * out_n + dim, mask=there & (dim < D), other=0.0).to(tl.float32)
+    if MORE > 0:
+        mine = (head >= first) & (head < first + MORE) & (part > 0)
+        of_more = head - first
+        log_more = tl.load(
+            more_lse + token * more_lse_t + of_more * more_lse_n + one, mask=mine, other=float("-inf")
+        )
+        added = tl.load(
+            more + token * more_t + of_more * more_n + dim, mask=mine & (dim < D), other=0.0
+        ).to(tl.float32)  # fmt: skip
+        top = tl.maximum(log, log_more)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        weight, weight_more = tl.exp(log - finite), tl.exp(log_more - finite)
+        total = weight + weight_more
+        some = total > 0
+        acc = (acc * weight + added * weight_more) / tl.where(some, total, 1.0)
+        log = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+    to = out_offsets(out_piece, token + dim * 0, head, dim, OF_N, OF_D, UNIT)
+    tl.store(outs + to, acc, mask=dim < D)
+    store_lse(lses, lse_piece, token + one, head, log, one == 0, OF_N, COPIES)
+
+
+def pieces_of(outs: Tensor, lses: Tensor, heads: int, dim: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """How far the pieces of outputs and of log-sum-exps are apart, in 16 bytes, and what one of them has."""
+    pieces, _, of_n, of_d = outs.shape
+    apart = [x.stride(0) * x.element_size() if pieces > 1 else 0 for x in (outs, lses)]
+    assert outs[0].is_contiguous() and lses[0].is_contiguous() and not any(x % 16 for x in apart)
+    assert (of_n * pieces, of_d) == (heads, dim) or (of_n, of_d * pieces) == (heads, dim)
+    constants = dict(OF_N=of_n, OF_D=of_d, COPIES=1 if of_n < heads else pieces)
+    return (apart[0] // 16, apart[1] // 16), constants | dict(UNIT=16 // outs.element_size())
+
+
+def write_partials(
+    out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor, parts: Tensor, more: OfHeads | None
+) -> None:
+    """merge.write_partials by one kernel; pieces as pieces_of wants them."""
+    tokens, heads, dim = len(parts), *out.shape[1:]
+    if not tokens:
+        return
+    to, of_pieces = pieces_of(outs, lses, heads, dim)
+    first, added, added_lse = more or OfHeads(0, out, lse)
+    assert out.stride(-1) == added.stride(-1) == 1
+    write_kernel[(tokens * heads,)](
+        out, lse, added, added_lse, parts, outs, lses, first, *to, *out.stride()[:2], *lse.stride(),
+        *added.stride()[:2], *added_lse.stride(), N=heads, D=dim, MORE=added.shape[1] if more else 0,
+        DIMS=triton.next_power_of_2(dim), **of_pieces, num_warps=1,
+    )  # fmt: skip
 
 
 def merge_block(rows: int, dim: int) -> dict[str, int]:

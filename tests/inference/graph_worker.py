@@ -139,7 +139,7 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
     from helix_megatron.kernels.paged_attention import Requests, paged_attention
     from tests.inference import kv_cache_worker
 
-    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into):
+    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into, new):
         found = paged_attention(query, keys, values, Requests(*requests.tensors), visible)
         write_partials(*found, *into)
 

@@ -133,16 +133,14 @@ def test_what_is_cut_from_a_table_in_a_graph_is_not_kept(monkeypatch):
 
 def test_a_step_asks_for_megatrons_flash_attention_and_for_kernels_of_graphs(monkeypatch):
     """--flash-attention-version reaches the choice; so does that a graph will be captured."""
-    asked = []
-    monkeypatch.setattr(
-        backend, "choose", lambda *given, **named: asked.append(named) or backend.Choice("torch", "torch", "")
-    )
+    asked, plain = [], backend.Choice("torch", None, "torch", "")
+    monkeypatch.setattr(backend, "choose", lambda *given, **named: asked.append(named) or plain)
     cache, query = torch.zeros(2, 3, 4, 1, 8), torch.zeros(2, 1, 1, 8)
     attention, interleave = position_cache.Attention(0.5, None, 3), KvInterleave(1, 4)
     requests = Requests(torch.arange(3), torch.tensor([1, 1]), torch.tensor([[1], [2]]))
     places = torch.tensor([1, 2]), torch.tensor([0, 0])
     for graph in (True, False):
-        step = position_cache.PagedStep(*cache, interleave, 0, attention, *places, requests, True, graph)
+        step = position_cache.PagedStep(*cache, interleave, 0, attention, *places, requests, 2, graph)
         step.attend(query, 0, 2)
     position_cache.SequenceStep(*cache, interleave, 0, attention, 1).attend(query[:1], 0, 1)
     assert [(one["flash_version"], one["graph"]) for one in asked] == [(3, True), (3, False), (3, False)]

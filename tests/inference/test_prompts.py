@@ -55,12 +55,13 @@ def _requests(new, before):
 def test_which_tokens_are_whole_prompts():
     new, before = [1, 1, 3, 7, 5], [9, 4, 8, 0, 0]
     found = find_prompts(new, before, _requests(new, before))
-    assert (found.first, found.stop, found.longest, found.singles) == (5, 17, 7, False)
+    assert (found.first, found.stop, found.longest, found.singles) == (5, 17, 7, 2)
     assert found.host_ends.tolist() == found.ends.tolist() == [0, 7, 12]
+    assert found.others.longest == 3
     assert found.others.query_ends.tolist() == [0, 1, 2, 5] and found.others.lengths.tolist() == [10, 5, 11]
     packed = found.packed(on_host=True)
     assert packed.cu_seqlens_q is found.host_ends and packed.max_seqlen_kv == 7
     alone = find_prompts([1, 6], [3, 0], _requests([1, 6], [3, 0]))
-    assert alone.packed(on_host=False) is None and alone.singles and alone.host_ends.tolist() == [0, 6]
+    assert alone.packed(on_host=False) is None and alone.singles == 1 and alone.host_ends.tolist() == [0, 6]
     for new, before in (([1, 2], [3, 5]), ([4, 2], [0, 5]), ([1, 4, 2], [6, 0, 5])):
         assert find_prompts(new, before, _requests(new, before)) is None

@@ -78,8 +78,10 @@ def test_what_a_step_kept_follows_the_next_step_where_it_is(dtype):
     def kept(requests: Requests) -> list[torch.Tensor]:
         visible = VisibleSlots(1.0, None, KvInterleave(2, 3), 1)
         parts = requests, requests.rows(1, 4), requests.single_rows(1, 3), requests.rows(1, 4).rows(0, 2)
-        of_flash = flash._of_step(requests, visible), flash._of_step(requests.single_rows(1, 3), visible)
-        return [x for part in parts for x in part.for_kernels().tensors] + [x for of in of_flash for x in of]
+        of_flash = [flash._of_step(requests, visible, 4, singles) for singles in (True, False)]
+        of_flash.append(flash._of_step(requests.single_rows(1, 3), visible, 2, True))
+        tensors = [x for of in of_flash for x in of if isinstance(x, torch.Tensor)]
+        return [x for part in parts for x in part.for_kernels().tensors] + tensors
 
     def step(*values: list) -> Requests:
         return Requests(*(torch.tensor(value).to(dtype) for value in values))

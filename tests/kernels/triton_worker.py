@@ -45,7 +45,7 @@ def attention() -> int:
         check(paged_attention, *drawn, VisibleSlots(0.06, None, KvInterleave(2, 4), 1))
         number += 1
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
-    as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
+    as_backend = lambda *given: attention_backend.attend(*given, singles=len(given[0]))  # noqa: E731
     check(as_backend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 4), 0))
     wide_window()
     # one request in more parts than are merged at a time, beside one that one program does alone
