@@ -44,7 +44,7 @@ class _Case:
 
 
 class _Pages:
-    """A rank's scattered pages. What nobody wrote is large and finite: a kernel may read it, with weight 0."""
+    """A rank's scattered pages. What nobody wrote is large and finite: it may be read with weight 0."""
 
     def __init__(self, numbers: list[list[int]], page: int, dim: int, dtype: torch.dtype):
         self.table = torch.tensor(numbers, dtype=torch.int32)

@@ -372,6 +372,37 @@ def generate(
     }
 
 
+def generate_by_flash(tp: int, runs: list[tuple]) -> list[dict]:
+    """`generate` for each run, with FlashAttention 3's stand-in in as many of the ranks; and its calls.
+
+    Args:
+        runs: Helix, model and inference settings, proposals, ranks that have it.
+    """
+    import os
+    import sys
+
+    from helix_megatron.inference import agreement
+    from helix_megatron.kernels import backend, flash, known_case
+    from helix_megatron.megatron import integrate
+    from tests.kernels import flash_standin
+
+    found = []
+    for helix, model, settings, proposals, ranks in runs:
+        calls: list[tuple] = []
+        known = agreement.all_choose_alike, flash._installed, known_case.known_case_error, backend.choose
+        for function in known:
+            function.cache_clear()
+        has_it = int(os.environ["RANK"]) < ranks
+        with (
+            mock.patch.dict(sys.modules, flash_attn_interface=flash_standin.third(False, calls)),
+            mock.patch.dict(os.environ, {backend.OVERRIDE: "flash-attn-3" if has_it else "torch"}),
+        ):
+            found.append(generate(tp, helix, model, settings, proposals) | {"calls": calls})
+        if helix is not None:
+            integrate.disable()
+    return found
+
+
 def generate_like(
     tp: int, runs: list[tuple[HelixConfig, dict, str]], prompts: list[list[int]], new: int
 ) -> list[list[list[int]]]:

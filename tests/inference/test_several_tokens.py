@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_megatron.check.paged import expected
+from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.inference.position_cache import Attention, PagedStep
 from helix_megatron.kernels import backend, flash, known_case
@@ -22,7 +23,9 @@ from helix_megatron.kernels.merge import combine_partials
 from helix_megatron.kernels.new_tokens import kv_heads_for, share_of_heads
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.kernels.placement import place_tokens
+from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.kv_layout import interleave_of_block
+from tests.inference.kv_cache_worker import generate_by_flash
 from tests.kernels import flash_standin
 
 SPARE = 0  # block
@@ -139,6 +142,8 @@ def test_parts_of_all_ranks_merge_to_attention_over_the_requests(
     drawn = Ranks(before, list(new), ranks, 4 * ranks, size, heads, dim, seed)
     calls: list = []
     with installed(name, calls):
+        kind = drawn.steps[0].several()
+        assert kind is not None and kind.choice() == name
         drawn.check(drawn.attend(False, cuts))
         if heads[0] % ranks == 0:
             drawn.check(drawn.attend(True, cuts))
@@ -282,3 +287,37 @@ def test_shares_of_heads_make_all_heads_and_find_their_keys(heads, kv_heads, ran
         assert own == [head // ratio for head in share]
         view = found.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
         assert view == (found.shape[1] < len(share) or own == list(range(own[0], own[-1] + 1)))
+
+
+# ---- Megatron's dynamic engine ----
+CHUNKS = dict(enable_chunked_prefill=True, max_tokens=16, token_rounder=4)
+ENGINES = [  # model, inference settings, Helix
+    (dict(num_query_groups=1), CHUNKS, HelixConfig(1, 2, kv_interleave_size=3)),
+    (dict(num_query_groups=1), dict(enable_prefix_caching=True, async_sched_mode="async"), HelixConfig(1, 2)),
+    (dict(num_attention_heads=3, num_query_groups=1), CHUNKS, HelixConfig(1, 2, overlap_chunks=2)),
+    ({}, {}, HelixConfig(1, 2, query_placement="dims")),  # whole prompts too: a rank needs one KV head of two
+]
+
+
+@pytest.mark.dynamic_engine
+def test_the_dynamic_engine_chooses_the_same_tokens():
+    """Prompts in chunks, shared prefixes, both beside decoding requests, several tokens at a time."""
+    mtp, ahead = dict(mtp_num_layers=2, num_query_groups=1), dict(num_speculative_tokens=2)
+    plain = [(None, model, inference, None, 0) for model, inference, _ in [*ENGINES, (mtp, {}, None)]]
+    (vanilla,) = run_ranks(generate_by_flash, 1, 1, plain, timeout_s=200)
+    proposals = {r: vanilla[-1]["prompts"][r] + tokens for r, tokens in vanilla[-1]["tokens"].items()}
+    runs = [(helix, model, inference, None, 2) for model, inference, helix in ENGINES]
+    speculative = HelixConfig(1, 2, kv_interleave_size=2, overlap_chunks=3)
+    runs.append((speculative, mtp, ahead, proposals, 2))
+    runs.append((HelixConfig(1, 2, kv_interleave_size=3), *ENGINES[0][:2], None, 1))  # one rank alone has it
+    vanilla.append(vanilla[0])
+    for rank, found in enumerate(run_ranks(generate_by_flash, 2, 2, runs, timeout_s=300)):
+        for number, (run, wanted) in enumerate(zip(found, vanilla, strict=True)):
+            assert run["tokens"] == wanted["tokens"], number
+            calls = run["calls"][3:]  # after the known cases
+            if number < len(ENGINES) + 1:
+                heads = runs[number][1].get("num_attention_heads", 4)
+                assert {of for kind, of, _ in calls if kind == "cached"} == {heads}
+                assert {of for kind, of, _ in calls if kind == "new"} == {(heads + rank) // 2}
+            else:
+                assert {kind for kind, *_ in calls} == ({"decode"} if rank == 0 else set())
