@@ -393,11 +393,10 @@ def generate_by_flash(tp: int, runs: list[tuple]) -> list[dict]:
         for function in known:
             function.cache_clear()
         has_it = int(os.environ["RANK"]) < ranks
-        with (
-            mock.patch.dict(sys.modules, flash_attn_interface=flash_standin.third(False, calls)),
-            mock.patch.dict(os.environ, {backend.OVERRIDE: "flash-attn-3" if has_it else "torch"}),
-        ):
+        sys.modules["flash_attn_interface"] = flash_standin.third(False, calls)
+        with mock.patch.dict(os.environ, {backend.OVERRIDE: "flash-attn-3" if has_it else "torch"}):
             found.append(generate(tp, helix, model, settings, proposals) | {"calls": calls})
+        del sys.modules["flash_attn_interface"]
         if helix is not None:
             integrate.disable()
     return found

@@ -270,7 +270,7 @@ def test_the_triton_kernel_under_its_interpreter():
     command = [sys.executable, "-m", "tests.kernels.triton_worker"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "24 cases, 4 merges"
+    assert ran.stdout.strip() == "24 cases, 4 merges, 16 written"
 
 
 def test_the_triton_kernel_is_there_without_knobs(monkeypatch):
@@ -355,7 +355,12 @@ def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window
 
 @pytest.mark.parametrize("gpu", [80, 90, 100])
 def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
-    from helix_megatron.kernels.triton_merge import combine_kernel, merge_block, merge_programs_kernel
+    from helix_megatron.kernels.triton_merge import (
+        combine_kernel,
+        merge_block,
+        merge_programs_kernel,
+        write_kernel,
+    )
     from helix_megatron.kernels.triton_plan import place_kernel, plan_kernel
 
     longs = dict.fromkeys(("of_tokens", "blocks", "slots"), "*i64")
@@ -364,11 +369,14 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
     merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
+    halves = dict.fromkeys(("out", "more", "outs"), "*bf16")
+    written = dict.fromkeys(("lse", "more_lse", "lses"), "*fp32") | halves | {"parts": "*u8"}
     ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
         (place_kernel, longs | {"places": "*i32"}, dict(RANKS=8, SIZE=32, BLOCK=256), 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
+        (write_kernel, written, dict(N=8, D=128, MORE=4, DIMS=128, OF_N=8, OF_D=64, COPIES=2, UNIT=8), 1),
         (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)

@@ -2,16 +2,21 @@
 
 import functools
 import itertools
+import sys
+from unittest import mock
 
 import torch
 
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend as attention_backend
-from helix_megatron.kernels import merge, triton_merge, triton_plan
+from helix_megatron.kernels import flash, merge, triton_merge, triton_plan
 from helix_megatron.kernels import paged_attention_triton as kernels
 from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels.new_tokens import OfHeads
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
+from tests.inference.allocations import Allocations
+from tests.kernels import flash_standin
 from tests.kernels.test_paged_attention import check, draw
 
 paged_attention = kernels.paged_attention
@@ -154,6 +159,77 @@ def pieces() -> None:
             assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, number, new)
 
 
+def parts_and_pieces() -> int:
+    """What another kernel computed, with a part of some heads merged in: one kernel, beside torch's."""
+    number, generator = 0, torch.Generator().manual_seed(5)
+    merges = ((0, 0), (2, 3), (0, 6), (5, 1))  # first head, heads
+    for by_heads, (first, count), dtype in itertools.product(
+        (True, False), merges, (torch.bfloat16, torch.float32)
+    ):
+        m, tokens, heads, dim = (3, 7, 6, 12) if by_heads else (2, 7, 6, 16)
+        parts = torch.tensor([2, 1, 0, 2, 1, 2, 0], dtype=torch.uint8)
+        draw_ = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        out, lse = draw_(6, heads, dim).to(dtype), (20 * draw_(heads, 6)).T  # the last row is of no request
+        out[parts[:6] < 2], lse[parts[:6] < 2] = torch.nan, torch.inf
+        added, added_lse = draw_(tokens, count, dim).to(dtype), (20 * draw_(count, tokens)).T
+        added[parts < 1], added_lse[parts < 1] = torch.nan, torch.nan
+        more = OfHeads(first, added, added_lse) if count else None
+        shape = (heads // m, dim) if by_heads else (heads, dim // m)
+        size = piece_elements(tokens, *shape, dtype.itemsize)[1]
+        mine, wanted = (
+            piece_views(torch.full((m, size), torch.nan, dtype=dtype), (tokens,), *shape) for _ in range(2)
+        )
+        launched = []
+        with mock.patch.object(triton_merge, "write_kernel", Counted(triton_merge.write_kernel, launched)):
+            merge.write_partials(out, lse, *mine, parts, more)
+        assert len(launched) == 1
+        with mock.patch.object(merge, "runs_triton", lambda device: False):
+            merge.write_partials(out, lse, *wanted, parts, more)
+        for found, right in zip(mine, wanted, strict=True):
+            assert not found.isnan().any() and found[:, 2].float().nan_to_num(neginf=0).count_nonzero() == 0
+            near = dict(rtol=1e-2, atol=1e-2) if found.dtype is torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, right, **near)
+        number += 1
+    return number
+
+
+class Counted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+def cached_and_new_keys_need_no_memory_of_their_own() -> None:
+    """Requests with history by FlashAttention: no scores, no copy of the outputs in fp32, three kernels."""
+    tokens, heads, dim, cached = 96, 4, 16, 700
+    keys, values = torch.zeros(2, 50, 16, 2, dim, dtype=torch.bfloat16)
+    table = torch.arange(50, dtype=torch.int32)[None]
+    ends, lengths = torch.tensor([0, tokens]).int(), torch.tensor([cached + tokens]).int()
+    requests = Requests(ends, lengths, table, longest=tokens)
+    query = torch.randn(tokens, heads, dim).bfloat16()
+    new = torch.randn(2, tokens, 2, dim).bfloat16()
+    visible, calls, launched = VisibleSlots(0.25, None, KvInterleave(2, 8), 1), [], []
+    size = piece_elements(tokens, heads, dim // 2, 2)[1]
+    into = piece_views(torch.empty(2, size, dtype=torch.bfloat16), (tokens,), heads, dim // 2)
+    sys.modules["flash_attn_interface"] = flash_standin.third(True, calls)
+    with (
+        mock.patch.object(triton_merge, "write_kernel", Counted(triton_merge.write_kernel, launched)),
+        Allocations() as made,
+    ):
+        flash.attend("flash-attn-3", query, keys, values, requests, visible, tuple(new), into)
+    del sys.modules["flash_attn_interface"]
+    assert [kind for kind, *_ in calls] == ["cached", "new"] and len(launched) == 1
+    most, half = made.largest(), made.largest(torch.bfloat16)
+    assert most == half and half[0] == tokens * heads * dim, made.made  # FlashAttention's own output
+    single, allowed = made.largest(torch.float32), tokens * heads  # log-sum-exps
+    assert single[0] <= allowed, made.made
+
+
 def placement() -> None:
     """More tokens than one program takes, types as Megatron has them; beside torch's."""
     blocks, places = torch.arange(300), torch.arange(300, dtype=torch.int32) * 7 % 24
@@ -222,10 +298,12 @@ def main() -> None:
     far_apart()
     cases = attention()
     pieces()
+    cached_and_new_keys_need_no_memory_of_their_own()
+    written = parts_and_pieces()
     placement()
     merged = merges()
     warms_up()
-    print(f"{cases} cases, {merged} merges")
+    print(f"{cases} cases, {merged} merges, {written} written")
 
 
 if __name__ == "__main__":
