@@ -90,6 +90,28 @@ def prompts_by_the_core(
     return found
 
 
+def memory_of_prompts(tp: int, jobs: list[tuple[Case, HelixConfig]]) -> list[dict[str, tuple[int, str]]]:
+    """Of each job, a prompt of the whole case in half precision: the largest tensor of all and of fp32 that
+    its attention makes, in elements, and the operation that makes it; how often the core ran."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from tests.inference.allocations import Allocations
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix in jobs:
+        layer, _ = make(case, helix, tp, groups)
+        layer.bfloat16()
+        runs: list[int] = []
+        layer.core_attention.core.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        context, hidden = StaticInferenceContext(case.batch, case.seq), case.tensors["hidden"].bfloat16()
+        with inferring(), Allocations() as made:
+            layer(hidden, None, inference_context=context, rotary_pos_emb=case.rope_table())
+        largest = dict(any=made.largest(), fp32=made.largest(torch.float32, torch.float64))
+        found.append(largest | {"runs of the core": len(runs)})
+    return found
+
+
 def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int) -> list[dict]:
     """Collectives of every step."""
     from megatron.core.inference.contexts import StaticInferenceContext

@@ -12,7 +12,7 @@ from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference.prompts import find_prompts
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
-from tests.inference.kv_cache_worker import prompts_by_the_core
+from tests.inference.kv_cache_worker import memory_of_prompts, prompts_by_the_core
 from tests.megatron_glue.te_environment import environment
 
 
@@ -33,6 +33,18 @@ def test_the_core_attends_and_what_follows_finds_the_prompt_in_the_cache(te_core
         for (name, error, calls), (*_, of_te, local) in zip(rank, runs, strict=True):
             assert error < 2e-6, name
             assert calls == (of_te if te_core else local), name
+
+
+def test_prompts_need_memory_that_is_linear_in_their_length_and_half_precision():
+    """Neither scores of all pairs of tokens nor a copy of the outputs in fp32, on the way of the core."""
+    prompt, heads, dim = 384, 8, 16
+    case = Case(heads, 1, dim, seq=prompt, batch=1, hidden=64)
+    jobs = [(case, HelixConfig(1, 2, query_placement=placement)) for placement in ("heads", "dims")]
+    for rank in run_ranks(memory_of_prompts, 2, 2, jobs):
+        for found in rank:
+            assert found["runs of the core"] == 1
+            assert found["any"][0] < prompt * prompt, found
+            assert found["fp32"][0] < prompt * heads // 2 * dim, found
 
 
 def test_transformer_engines_core_attends_over_prompts_one_and_several():
