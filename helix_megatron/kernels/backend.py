@@ -23,7 +23,12 @@ from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
 from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import write_partials
-from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
+from helix_megatron.kernels.paged_attention import (
+    Requests,
+    VisibleSlots,
+    paged_attention,
+    step_of_zeros,
+)
 from helix_megatron.partition.grid import HelixConfigError
 
 logger = logging.getLogger(__name__)
@@ -337,6 +342,12 @@ def warm_up(
         piece: heads and dimensions of a piece, where attention writes `into` pieces.
     """
     choice = choose_for(keys, dtype, visible.left is not None, flash_version, graph)
+    for name, new in ((choice.singles, [1]), (choice.several, [3, 1])):
+        if name in FLASH:
+            query, requests, into = step_of_zeros(new, keys, heads, dtype, piece)
+            several = torch.zeros(2, len(query), *keys.shape[2:], dtype=keys.dtype, device=keys.device)
+            its = (several[0], several[1]) if len(new) > 1 else None
+            flash.attend(name, query, keys, values, requests, visible, its, into)
     waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton

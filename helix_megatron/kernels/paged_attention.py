@@ -176,6 +176,30 @@ def _as_int32(tensor: Tensor, fits: bool) -> Tensor:
     return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
 
 
+def step_of_zeros(
+    new: list[int], keys: Tensor, heads: int, dtype: torch.dtype, piece: tuple[int, int] | None
+) -> tuple[Tensor, Requests, tuple[Tensor, Tensor]]:
+    """What a kernel is warmed up with: requests of `new` tokens each, all on a cache's first page.
+
+    Args:
+        keys: [pages, page, K, D].
+        piece: heads and dimensions of a piece; None for all heads.
+    Returns:
+        query [T, N, D], requests, and outputs and log-sum-exps to be written, as merge.write_partials has
+        them.
+    """
+    tokens, device, integers = sum(new), keys.device, dict(dtype=torch.int32, device=keys.device)
+    ends = torch.tensor([0, *new], **integers).cumsum(0, dtype=torch.int32)
+    table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, **integers)
+    requests = Requests(ends, torch.tensor(new, **integers), table, longest=max(new))
+    query = torch.zeros(tokens, heads, keys.shape[-1], dtype=dtype, device=device)
+    of_n, of_d = piece or query.shape[1:]
+    pieces = query[0].numel() // (of_n * of_d)
+    outs = torch.empty(pieces, tokens, of_n, of_d, dtype=dtype, device=device)
+    lses = torch.empty(pieces, -(-tokens * of_n // 4) * 4, dtype=torch.float32, device=device)
+    return query, requests, (outs, lses[:, : tokens * of_n].unflatten(1, (-1, of_n)))
+
+
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, requests: Requests, visible: VisibleSlots
 ) -> tuple[Tensor, Tensor]:

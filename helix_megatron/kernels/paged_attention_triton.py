@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_megatron.kernels import triton_merge
-from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, step_of_zeros
 from helix_megatron.kernels.triton_merge import (
     merge_block,
     merge_programs_kernel,
@@ -359,21 +359,11 @@ def warm_up(
         visible: of one layer; those with a window and those without are apart.
         piece: N', D' of what attend_into writes; None for paged_attention.
     """
-    device = keys.device
     rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
     steps = (([1], True), ([1] * rows, True), ([1, 2], False), ([1, rows], False))
     for new, singles in steps:
-        ends = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        lengths = torch.tensor(new, dtype=torch.int32)
-        table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, dtype=torch.int32)
-        query = torch.zeros(sum(new), heads, keys.shape[-1], dtype=dtype, device=device)
-        requests = Requests(ends.to(device), lengths.to(device), table.to(device))
-        of_n, of_d = piece or query.shape[1:]
-        shape = (query[0].numel() // (of_n * of_d), sum(new), of_n, of_d)
-        outs = torch.empty(shape, dtype=dtype, device=device)
-        lses = torch.empty(shape[0], -(-sum(new) * of_n // 4) * 4, dtype=torch.float32, device=device)
-        lses = lses[:, : sum(new) * of_n].unflatten(1, (-1, of_n))
-        attend_into(outs, lses, query, keys, values, requests, visible, singles)
+        query, requests, into = step_of_zeros(new, keys, heads, dtype, piece)
+        attend_into(*into, query, keys, values, requests, visible, singles)
 
 
 def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:

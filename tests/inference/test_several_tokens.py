@@ -182,6 +182,17 @@ def test_half_precision_on_a_gpus_terms(name, page):
     assert {call[0] for call in calls} == {"decode", "cached", "new"}
 
 
+@pytest.mark.parametrize("piece", [None, (3, 16), (6, 8)])
+def test_warm_up_asks_for_what_steps_will(piece):
+    drawn, calls = Ranks([9], [4], 2, 48, 8, (6, 2), 16, dtype=torch.bfloat16), []
+    step = drawn.steps[0]
+    with installed("flash-attn-3", calls, strict=True):
+        visible = step.attention.over(step.interleave, step.rank)
+        choice = backend.warm_up(step.keys, step.values, 6, torch.bfloat16, visible, piece=piece)
+        assert calls[3:] == [("decode", 6, 1), ("cached", 6, 4), ("new", 3, 4)]
+    assert choice.several == "flash-attn-3"
+
+
 def test_where_cached_and_new_keys_are_not_apart():
     """Windows, graphs, unknown numbers of tokens, few for FlashAttention 2: as without FlashAttention."""
     before, new = [20, 3], [1, 6]
