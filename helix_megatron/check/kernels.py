@@ -19,7 +19,8 @@ import torch
 
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
-from helix_megatron.kernels import backend
+from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -54,6 +55,7 @@ def check(rows: Rows, place: Place) -> None:
         return
     for name in ("triton", "torch", ""):
         check_exactness(rows, name, "cuda", place.quick)
+    check_flash(rows)
     check_speed(rows, place)
 
 
@@ -105,6 +107,25 @@ def check_exactness(rows: Rows, name: str, device: str, quick: bool) -> None:
         worst[label] = max(worst.get(label, 0.0), error)
     for label, error in worst.items():
         rows.add(label, "ok", f"at most {error:.1e} off the formula", error=error, device=device)
+
+
+def check_flash(rows: Rows) -> None:
+    """Every FlashAttention that is installed, by its small known cases: single tokens, and several of a
+    request, cached and new keys apart."""
+    for (name, kind), several in itertools.product(flash.FLASH.items(), (False, True)):
+        label = f"{name}, {'several tokens' if several else 'single tokens'}"
+        kernel, reason = (flash.find_varlen if several else flash.find)(name)
+        if kernel is None:
+            rows.add(label, "skipped", reason)
+            continue
+        pages = (kind.page, 2 * kind.page) if kind.page > 1 else (24, 256)
+        kinds = [(dtype, dim) for dtype, dim in KINDS if dtype != torch.float32]
+        found = (
+            known_case_error(name, "cuda", dtype, page, dim, several)
+            for page, (dtype, dim) in itertools.product(pages, kinds)
+        )
+        fault = next(filter(None, found), None)
+        rows.add(label, "failed" if fault else "ok", fault or f"{reason}: as the formula")
 
 
 def measure_error(name: str, device: str, case: dict[str, Any]) -> float:

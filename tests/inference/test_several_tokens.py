@@ -14,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helix_megatron.check.kernels import check_flash
 from helix_megatron.check.paged import expected
+from helix_megatron.check.rows import Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.inference.position_cache import Attention, PagedStep
@@ -269,6 +271,23 @@ def test_a_kernel_that_is_wrong_with_several_tokens_has_single_ones_left(monkeyp
     said = "of another age" if fault is _of_an_earlier_layout else "computes a wrong answer"
     assert said in chosen.reason and "with several new tokens of a request" in chosen.reason
     assert [record.levelname for record in caplog.records] == ["WARNING"] and said in caplog.text
+
+
+def test_helix_check_asks_the_packages_that_are_installed(monkeypatch, tmp_path):
+    def found():
+        rows = Rows(tmp_path / str(len(list(tmp_path.iterdir()))))
+        check_flash(rows)
+        return [(row["case"], row["status"]) for row in read_rows(rows.path)]
+
+    labels = [f"{name}, {kind} tokens" for name in flash.FLASH for kind in ("single", "several")]
+    with installed("flash-attn-3", [], strict=True):
+        assert found() == list(zip(labels, ["ok", "ok", "skipped", "skipped"], strict=True))
+    with installed("flash-attn-3", [], strict=True):
+        module = sys.modules["flash_attn_interface"]
+        kernel = _not_causal(module)["flash_attn_varlen_func"]
+        kernel.__wrapped__ = module.flash_attn_varlen_func
+        monkeypatch.setattr(module, "flash_attn_varlen_func", kernel)
+        assert [status for _, status in found()] == ["ok", "failed", "skipped", "skipped"]
 
 
 def test_a_package_without_the_kernel_for_several_tokens_has_single_ones_left(monkeypatch):
