@@ -183,23 +183,25 @@ def choose(
         HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported; or what
             is chosen waits for the device, which a CUDA graph cannot.
     """
+    kind, apart = (device, dtype, page, dim), not (windowed or graph)  # in a graph, single rows may change
     if override:
-        choice = _overridden(override, device, dtype, page, windowed, dim, graph, compare)
+        choice = _overridden(override, kind, apart, compare)
     else:
         others, why = _without_flash(device)
         taken, obstacles = None, []
         for name in FLASH if device == "cuda" else ():
             obstacle = _obstacle(name, dtype, page, windowed, dim, major, flash_version, graph)
             if not obstacle and compare:
-                obstacle = known_case_error(name, device, dtype, page, dim)
+                obstacle = known_case_error(name, *kind)
             if not obstacle:
                 taken = name
                 break
             obstacles.append(obstacle)
         not_those = "".join(f"; {obstacle}" for obstacle in [*obstacles, *_about_version_4(flash_version)])
         if taken:
-            several, tokens = _several(taken, device, dtype, page, windowed, dim, graph, compare)
-            reason = f"{flash.find(taken)[1]} for {tokens}, {others} for prompts ({why}){not_those}"
+            several, remark = _several(taken, kind, apart, compare)
+            label = flash.find(taken)[1]
+            reason = f"{label} for single tokens, {others} for prompts ({why}){remark}{not_those}"
             choice = Choice(taken, several, others, reason)
         else:
             choice = Choice(others, None, others, f"{others} ({why}){not_those}")
@@ -219,37 +221,26 @@ def _refuse_in_graph(choice: Choice) -> None:
             )
 
 
-def _several(
-    name: str,
-    device: str,
-    dtype: torch.dtype,
-    page: int,
-    windowed: bool,
-    dim: int,
-    graph: bool,
-    compare: bool,
-) -> tuple[str | None, str]:
-    """FlashAttention `name` if it takes several new tokens of a request too; and what it takes, in words."""
-    if graph or windowed:  # in a graph, which rows are single ones may change
-        return None, "single tokens"
-    kernel, fault = flash.find_varlen(name)
-    if kernel is not None:
-        fault = (known_case_error(name, device, dtype, page, dim, several=True) if compare else "") or ""
-    if fault:
-        return None, f"single tokens (not for several of a request: {fault})"
-    return name, f"single tokens and for {FLASH[name].several} or more of a request that are not a prompt"
+_Kind = tuple[str, torch.dtype, int, int]
+"""Device, dtype, page and head dimension of a cache."""
 
 
-def _overridden(
-    override: str,
-    device: str,
-    dtype: torch.dtype,
-    page: int,
-    windowed: bool,
-    dim: int,
-    graph: bool,
-    compare: bool,
-) -> Choice:
+def _several(name: str, kind: _Kind, apart: bool, compare: bool) -> tuple[str | None, str]:
+    """FlashAttention `name` if it takes several new tokens of a request too; and a remark.
+
+    Args:
+        apart: cached and new keys may be.
+    """
+    if not apart:
+        return None, ""
+    kernel, reason = flash.find_varlen(name)
+    fault = known_case_error(name, *kind, several=True) if kernel and compare else None
+    if kernel is None or fault:
+        return None, f"; not {name} for several tokens of a request: {fault or reason}"
+    return name, f"; {name} for {FLASH[name].several} or more tokens of a request that has others before them"
+
+
+def _overridden(override: str, kind: _Kind, apart: bool, compare: bool) -> Choice:
     if override not in NAMES:
         raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(NAMES)}")
     if override in ("torch", "triton"):
@@ -259,11 +250,11 @@ def _overridden(
         kernel, reason = flash.find(name)
         fault: str | None = reason
         if kernel is not None:
-            fault = known_case_error(name, device, dtype, page, dim) if compare else None
+            fault = known_case_error(name, *kind) if compare else None
         if not fault:
-            others = _without_flash(device)[0]
-            several, tokens = _several(name, device, dtype, page, windowed, dim, graph, compare)
-            why = f"{reason} for {tokens}, as {OVERRIDE} says, {others} for prompts"
+            others = _without_flash(kind[0])[0]
+            several, remark = _several(name, kind, apart, compare)
+            why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts{remark}"
             return Choice(name, several, others, why)
         reasons.append(fault)
     raise HelixConfigError(f"{OVERRIDE}={override}: {'; '.join(reasons)}")

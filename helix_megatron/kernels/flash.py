@@ -75,7 +75,7 @@ FLASH = {
             ),
             ("flash-attn-3", "flashattn-hopper"),
             "page_table",
-            ("cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q", "pack_gqa", "return_softmax_lse"),
+            ("cache_seqlens", "page_table", "pack_gqa", "return_softmax_lse"),
             ("return_attn_probs",),
             2,
             1,
