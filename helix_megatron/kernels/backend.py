@@ -64,7 +64,8 @@ def attend(
         singles: row r is the only new token of request r; rows past the last request are padding.
         flash_version: Megatron's --flash-attention-version.
         graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
-        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself.
+        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself, what
+            FlashAttention computes one kernel more.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
         None with `into`.
@@ -87,6 +88,10 @@ def attend(
         from helix_megatron.kernels import paged_attention_triton
 
         paged_attention_triton.attend_into(*into, query, keys, values, requests, visible, singles)
+        return None
+    if into is not None and name in FLASH:
+        _refuse_windows(name, singles, visible)
+        flash.attend_into(name, *into, query, keys, values, requests, visible)
         return None
     found = _BACKENDS[name](query, keys, values, requests, visible, singles)
     if into is None:
@@ -239,6 +244,7 @@ def warm_up(
     flash_version: int | None = None,
     graph: bool = False,
     piece: tuple[int, int] | None = None,
+    row: int | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -251,6 +257,7 @@ def warm_up(
         flash_version: Megatron's --flash-attention-version.
         graph: for steps that CUDA graphs are captured of.
         piece: heads and dimensions of a piece, where attention writes `into` pieces.
+        row: heads from a token's first to the next token's, where other heads lie between them.
     """
     on_gpu = keys.device.type == "cuda"
     choice = choose(
@@ -268,7 +275,7 @@ def warm_up(
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece, row)
     return choice
 
 
@@ -308,11 +315,15 @@ def flash_attention(
     singles: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention `name`."""
+    _refuse_windows(name, singles, visible)
+    return flash.attend(name, query, keys, values, requests, visible)
+
+
+def _refuse_windows(name: str, singles: bool, visible: VisibleSlots) -> None:
     if not singles or visible.left is not None:  # by the override alone
         raise HelixConfigError(
             f"{OVERRIDE}={name}: it has one window for all requests; leave the choice to Helix"
         )
-    return flash.attend(name, query, keys, values, requests, visible)
 
 
 _BACKENDS = {"torch": torch_attention, "triton": triton_attention} | {

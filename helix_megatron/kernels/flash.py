@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helix_megatron.kernels.merge import plain_attention
+from helix_megatron.kernels.merge import plain_attention, write_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.measure.machine import installed_version
 from helix_megatron.partition.grid import HelixConfigError
@@ -126,10 +126,42 @@ def attend(
 
     What nobody wrote of a page in use must be finite: FlashAttention 3 may read it, with a weight of 0.
     """
+    empty = _of_step(requests, visible)[1]
+    out, lse = _attend_rows(name, query, keys, values, requests, visible)
+    rows = len(out)
+    out = out.masked_fill(empty[:rows, None], 0.0)
+    lse = lse.masked_fill(empty[:rows], float("-inf"))  # a kernel may say +inf
+    if rows == len(query):
+        return out, lse
+    outs, lses = torch.zeros_like(query), lse.new_full(query.shape[:2], float("-inf"))
+    outs[:rows], lses[:rows] = out, lse
+    return outs, lses
+
+
+def attend_into(
+    name: str,
+    outs: Tensor,
+    lses: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    requests: Requests,
+    visible: VisibleSlots,
+) -> None:
+    """attend, written to the pieces that merge.write_partials has: the kernel has no way to be told."""
+    out, lse = _attend_rows(name, query, keys, values, requests, visible)
+    write_partials(out, lse, outs, lses, _of_step(requests, visible)[0][: len(out)])
+
+
+def _attend_rows(
+    name: str, query: Tensor, keys: Tensor, values: Tensor, requests: Requests, visible: VisibleSlots
+) -> tuple[Tensor, Tensor]:
+    """What the kernel says of the rows that a request may have, [rows, N, D] and [rows, N]; anything of those
+    that see nothing."""
     kernel, reason = find(name)
     if kernel is None:
         raise HelixConfigError(reason)
-    kept, empty, table = _of_step(requests, visible)
+    kept, _, table = _of_step(requests, visible)
     rows = min(len(kept), len(query))
     options = dict(pack_gqa=query.shape[1] != keys.shape[2]) if name == "flash-attn-3" else {}
     out, lse, *_ = kernel(
@@ -143,13 +175,7 @@ def attend(
         **{FLASH[name].table: table[:rows]},
         **options,
     )  # [rows, 1, N, D], [rows, N, 1]
-    out, lse = out[:, 0].masked_fill(empty[:rows, None], 0.0), lse[:, :, 0]
-    lse = lse.masked_fill(empty[:rows], float("-inf"))  # a kernel may say +inf
-    if rows == len(query):
-        return out, lse
-    outs, lses = torch.zeros_like(query), lse.new_full(query.shape[:2], float("-inf"))
-    outs[:rows], lses[:rows] = out, lse
-    return outs, lses
+    return out[:, 0], lse[:, :, 0]
 
 
 def _of_step(requests: Requests, visible: VisibleSlots) -> tuple[Tensor, Tensor, Tensor]:

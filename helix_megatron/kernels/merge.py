@@ -52,15 +52,32 @@ def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> t
     return out, top + torch.log(total)  # -inf + -inf when all are empty
 
 
-def write_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor) -> None:
-    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
+def write_partials(
+    out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor, kept: Tensor | None = None
+) -> None:
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end. One
+    kernel on a GPU.
 
     Args:
-        out: [T, N, D].
-        lse: [T, N] fp32.
+        out: [rows, N, D]; rows up to T, those behind them are padding: 0, and -inf.
+        lse: [rows, N] fp32.
         outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
             heads (D' = D/m), with the log-sum-exps of all.
+        kept: [rows] int32, how many keys a row saw. Those of 0 keys are written as padding is, whatever `out`
+            and `lse` say of them; None: what they say holds.
     """
+    if runs_triton(outs.device):
+        from helix_megatron.kernels import triton_merge
+
+        triton_merge.write_partials(out, lse, outs, lses, kept)
+        return
+    rows = len(out)
+    if kept is not None:
+        out = out.masked_fill((kept == 0)[:, None, None], 0.0)
+        lse = lse.masked_fill((kept == 0)[:, None], float("-inf"))
+    if rows < outs.shape[1]:
+        outs[:, rows:].zero_(), lses[:, rows:].fill_(float("-inf"))
+        outs, lses = outs[:, :rows], lses[:, :rows]
     if outs.shape[2] < out.shape[1]:
         outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
         lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))

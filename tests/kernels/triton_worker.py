@@ -2,16 +2,21 @@
 
 import functools
 import itertools
+import os
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend as attention_backend
-from helix_megatron.kernels import merge, triton_merge, triton_plan
+from helix_megatron.kernels import flash, merge, triton_merge, triton_plan
 from helix_megatron.kernels import paged_attention_triton as kernels
 from helix_megatron.kernels.merge import merge_partials
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
+from tests.kernels.test_attention_backend import third
 from tests.kernels.test_paged_attention import check, draw
 
 paged_attention = kernels.paged_attention
@@ -154,6 +159,57 @@ def pieces() -> None:
             assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, number, new)
 
 
+def packs() -> None:
+    """What another kernel computed, to where it travels: beside torch's, with rows that are padding or see
+    nothing, of which it may say anything."""
+    for dtype, number, dim, by_heads in ((torch.bfloat16, 3, 12, True), (torch.float32, 2, 16, False)):
+        for rows, kept in ((5, None), (4, torch.tensor([3, 0, 1, 7], dtype=torch.int32))):
+            out, lse = torch.randn(rows, 6, dim).to(dtype), torch.randn(rows, 6)
+            if kept is not None:
+                out[1], lse[1] = torch.nan, torch.inf
+            shape = (6 // number, dim) if by_heads else (6, dim // number)
+            _, size = piece_elements(5, *shape, dtype.itemsize)
+            memory = torch.full((2, number, size), torch.nan, dtype=dtype)
+            mine, wanted = (piece_views(x, (5,), *shape) for x in memory)
+            triton_merge.write_partials(out, lse, *mine, kept)
+            with mock.patch.object(merge, "runs_triton", lambda device: False):
+                merge.write_partials(out, lse, *wanted, kept)
+            assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, rows)
+            assert not any(x.isnan().any() for x in mine) and (rows == 5 or mine[1][0, 4].isneginf().all())
+
+
+def of_flash_attention() -> None:
+    """FlashAttention's outputs travel after one launch more than ours, whatever rows see."""
+    from tests.inference.host_graph import HostGraph
+
+    query, keys, values, requests, _ = draw(
+        [9, 40, 1, 0], [1, 1, 1, 0], 2, 4, 1, (4, 2), 16, "scattered", dtype=torch.bfloat16
+    )
+    visible = VisibleSlots(0.3, None, KvInterleave(2, 4), 1)
+    shape, rows = (2, 16), len(query)  # of two ranks; a row more than requests
+    _, size = piece_elements(rows, *shape, 2)
+    pieces = [piece_views(torch.full((2, size), torch.nan).bfloat16(), (rows,), *shape) for _ in range(2)]
+    counted = []
+    with mock.patch.dict(sys.modules, flash_attn_interface=SimpleNamespace(flash_attn_with_kvcache=third)):
+        for name, into in zip(("flash-attn-3", "triton"), pieces, strict=True):
+            with mock.patch.dict(os.environ, HELIX_PAGED_ATTENTION=name):
+                attend = functools.partial(
+                    attention_backend.attend, query, keys, values, requests, visible, True, into=into
+                )
+                attend()  # the step's first layer
+                graph = HostGraph(((flash, "_attend_rows"),))
+                with graph.recording():
+                    attend()
+                counted.append(dict(graph.names))
+    assert counted == [
+        {"_attend_rows": 1, "pack_kernel": 1},
+        {"attention_kernel": 1, "merge_programs_kernel": 1},
+    ], counted
+    for mine, wanted in zip(*pieces, strict=True):
+        torch.testing.assert_close(mine.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+    assert pieces[0][1][:, 2:].isneginf().all()  # a token of another rank's, and padding
+
+
 def placement() -> None:
     """More tokens than one program takes, types as Megatron has them; beside torch's."""
     blocks, places = torch.arange(300), torch.arange(300, dtype=torch.int32) * 7 % 24
@@ -222,6 +278,8 @@ def main() -> None:
     far_apart()
     cases = attention()
     pieces()
+    packs()
+    of_flash_attention()
     placement()
     merged = merges()
     warms_up()
