@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 OVERRIDE = "HELIX_PAGED_ATTENTION"
 NAMES = ("torch", "triton", *FLASH, "flash-attn")
+OLDEST_TRITON = (3, 3)  # all kernels compile from there on, for SM 8.0 to 10.0
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,12 @@ def _without_flash(device: str) -> tuple[str, str]:
     if device != "cuda":
         return "torch", f"the cache is on the {device}"
     try:
-        import triton.language  # noqa: F401
+        import triton.language
     except ImportError:
         return "torch", "Triton is not installed"
+    version = getattr(triton, "__version__", "0")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return "torch", f"Triton {version} ends the process over a kernel for SM 9.0; torch 2.7 brings 3.3"
     return "triton", "the cache is on a GPU"
 
 

@@ -115,10 +115,10 @@ def test_no_step_waits_for_a_kernel_that_the_start_has_not_compiled():
     jobs = [
         (Case(3, 1, 8, seq=48, batch=1), HelixConfig(1, 2, query_placement="dims")),  # rows of 32 elements
         (Case(3, 1, 8, seq=48, batch=1, qk_norm="RMSNorm"), HelixConfig(1, 2)),  # of 24
-        (Case(6, 3, 8, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2, overlap_chunks=2)),
+        (Case(32, 2, 8, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2)),  # pieces of 576 T bytes
         (
             Case(4, 2, 8, seq=48, batch=1, sinks=True, window=(13, 0)),
-            HelixConfig(1, 2, query_placement="dims"),
+            HelixConfig(1, 2, query_placement="dims", overlap_chunks=2),
         ),
         (Case(2, 1, 10, seq=48, batch=1, **uneven), HelixConfig(1, 2, slice_weights=(3.0, 2.0), **uneven)),
     ]

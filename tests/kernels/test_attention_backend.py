@@ -87,6 +87,14 @@ def test_the_choice_has_a_reason(monkeypatch, fresh):
         choice = backend.choose(**given)
         assert choice.singles == choice.others == ("torch" if given["device"] == "cpu" else "triton")
         assert reason in choice.reason
+    import triton
+
+    for version, others in (("3.2.0", "torch"), ("3.3.1", "triton"), ("3.10.0+git1", "triton")):
+        monkeypatch.setattr(triton, "__version__", version)
+        fresh()
+        choice = backend.choose("cuda", HALF, PAGES, False)
+        assert choice.others == others
+        assert ("Triton 3.2.0 ends the process" in choice.reason) == (others == "torch")
     monkeypatch.setitem(sys.modules, "triton.language", None)
     fresh()
     choice = backend.choose("cuda", HALF, PAGES, False)
@@ -364,7 +372,12 @@ def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window
 
 @pytest.mark.parametrize("gpu", [80, 90, 100])
 def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
-    from helix_megatron.kernels.triton_merge import combine_kernel, merge_block, merge_programs_kernel
+    from helix_megatron.kernels.triton_merge import (
+        combine_kernel,
+        merge_block,
+        merge_programs_kernel,
+        pack_kernel,
+    )
     from helix_megatron.kernels.triton_plan import place_kernel, plan_kernel
 
     longs = dict.fromkeys(("of_tokens", "blocks", "slots"), "*i64")
@@ -373,12 +386,14 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
     merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
-    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
+    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128, UNIT=8, LSE_UNIT=4)
+    packed = dict(N=8, D=128, WITH_KEPT=True, DIMS=128, OF_N=8, OF_D=64, COPIES=2, UNIT=8)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
         (place_kernel, longs | {"places": "*i32"}, dict(RANKS=8, SIZE=32, BLOCK=256), 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
         (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
+        (pack_kernel, floats | {"outs": "*bf16", "kept": "*i32", "out": "*bf16"}, packed, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)
         assert code.metadata.shared <= 16 * 1024 and registers <= 128 and stack == 0
