@@ -13,7 +13,7 @@ import torch
 from helix_megatron import cli
 from helix_megatron.check import tiny_model
 from helix_megatron.convert.torch_dist import Checkpoint
-from helix_megatron.generate import generate, graphs, model
+from helix_megatron.generate import generate, graphs, model, ranks
 from helix_megatron.generate.graphs import Steps, asked_for, choose_steps, refuse_unread_flags
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.kernels import backend
@@ -158,9 +158,46 @@ def test_the_engine_captures_the_sizes_that_megatrons_flags_say(monkeypatch):
     assert graphs.engine_settings(SimpleNamespace(cuda_graph_impl="none")) == {}
 
 
-# ---- in ranks: graphs of the host's stand-in ----
+# ---- with a model ----
 PROMPTS, NEW = ["hello there", "a", "one more prompt, a longer one"], 8
 
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder, checkpoint) of a model of 6 heads and 2 KV heads."""
+    folder = tiny_model.make(tmp_path_factory.mktemp("tiny"))
+    return folder, model.prepare_checkpoint(folder, "float32", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("command, more, expected", [
+    (["generate", "hello"], [], ["--decode-only-cuda-graphs"]),
+    (["generate", "hello"], ["--inference-dynamic-batching-num-cuda-graphs", "3"],
+     ["--inference-dynamic-batching-num-cuda-graphs", "3", "--decode-only-cuda-graphs"]),
+    (["serve", "--max-sequence-length", "64"], [], []),
+    (["serve", "--max-sequence-length", "64"], ["--decode-only-cuda-graphs"], ["--decode-only-cuda-graphs"]),
+    (["generate", "hello"], ["--cuda-graph-impl", "none"], None),
+    (["serve", "--max-sequence-length", "64"], ["--megatron-args=--helix-kv-cache dim"], None),
+])  # fmt: skip
+def test_commands_on_a_gpu_tell_their_ranks(tiny, installed, monkeypatch, command, more, expected):
+    for package in ("zmq", "msgpack", "quart", "hypercorn") if command[0] == "serve" else ():
+        pytest.importorskip(package)
+    started = []
+    monkeypatch.setattr(ranks, "on_host", lambda: False)
+    monkeypatch.setattr(ranks, "under_torchrun", lambda: True)
+    monkeypatch.setattr(ranks, "run", lambda function, size, host, asked: started.append(asked) or 0)
+    folder, checkpoint = tiny
+    given = [command[0], "--model", str(folder), "--cache-dir", str(checkpoint.parent), "--dtype", "float32"]
+    assert cli.main([*given, "--tensor-model-parallel-size", "4", *more, *command[1:]]) == 0
+    (asked,) = started
+    flags = asked.layout.more[-len(expected) - 3 :] if expected is not None else ()
+    if expected is None:
+        assert "local" not in asked.layout.more and asked.steps.impl == "none"
+    else:
+        assert list(flags) == ["--cuda-graph-impl", "local", "--inference-rng-tracker", *expected]
+        assert asked.steps.impl == "local"
+
+
+# ---- in ranks: graphs of the host's stand-in ----
 
 def rank_answers(job):
     """A job's report, and how many graphs were captured, and how often replayed."""
@@ -180,24 +217,21 @@ def rank_answers(job):
 
 
 @pytest.mark.dynamic_engine
-@pytest.mark.parametrize("ranks, attention, more", [
+@pytest.mark.parametrize("size, attention, more", [
     (2, "helix", ("--helix-head-parallel-size", "1", "--helix-dim-parallel-size", "2")),
     (1, "megatron", ()),
 ])  # fmt: skip
-def test_the_command_with_graphs_chooses_the_tokens_of_transformers(
-    tmp_path_factory, installed, ranks, attention, more
-):
+def test_the_command_with_graphs_chooses_the_tokens_of_transformers(tiny, installed, size, attention, more):
     """By the flags that a GPU's default gives."""
-    folder = tiny_model.make(tmp_path_factory.mktemp("tiny"))
-    checkpoint = model.prepare_checkpoint(folder, "float32", tmp_path_factory.mktemp("cache"))
+    folder, checkpoint = tiny
     expected = tiny_model.greedy(folder, PROMPTS, NEW)
     tokenizer = model.open_tokenizer(checkpoint, None)
-    layout = model.Layout(ranks, attention, "float32", False, more)
+    layout = model.Layout(size, attention, "float32", False, more)
     steps = choose_steps(None, layout, Checkpoint(checkpoint).args)
     layout = replace(layout, on_host=True, more=(*more, *steps.flags(2, decode_only=True)))
     tokens = [tokenizer.tokenize(prompt) for prompt in PROMPTS]
     job = generate.Job("tiny", checkpoint, layout, PROMPTS, tokens, NEW, steps=steps)
-    for report, captured, replays in run_ranks(rank_answers, ranks, job, timeout_s=200):
+    for report, captured, replays in run_ranks(rank_answers, size, job, timeout_s=200):
         assert [output["tokens"] for output in report["outputs"]] == expected
         assert captured > 1 and replays > 2 * captured and report["steps"]["impl"] == "local"
 
