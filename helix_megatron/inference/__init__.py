@@ -1,6 +1,7 @@
 """Caches of sliced heads in Megatron's inference contexts; no KV head is stored twice.
 
 contexts.py          a layer's step in Megatron's static context and dynamic engine
+warm_up.py           kernels compiled when an engine starts, before it captures
 dynamic_context.py   Megatron's dynamic context, made and checked for sliced heads
 step_tokens.py       what all layers of a dynamic step share, where a CUDA graph finds it
 position_cache.py    KV cache "sequence": whole heads of 1/m of the positions on each rank

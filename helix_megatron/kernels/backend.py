@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 OVERRIDE = "HELIX_PAGED_ATTENTION"
 NAMES = ("torch", "triton", *FLASH, "flash-attn")
+OLDEST_TRITON = (3, 3)  # all kernels compile from there on, for SM 8.0 to 10.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def attend(
             the last request.
         flash_version: Megatron's --flash-attention-version.
         graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
-        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself.
+        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself, what
+            FlashAttention computes one kernel more.
         new: keys and values [T, K, D] of the rows, which the cache has as well; given where every rank of the
             dim group has the same `several` for this cache: parts of another way do not fit together.
     Returns:
@@ -264,9 +267,12 @@ def _without_flash(device: str) -> tuple[str, str]:
     if device != "cuda":
         return "torch", f"the cache is on the {device}"
     try:
-        import triton.language  # noqa: F401
+        import triton.language
     except ImportError:
         return "torch", "Triton is not installed"
+    version = getattr(triton, "__version__", "0")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return "torch", f"Triton {version} ends the process over a kernel for SM 9.0; torch 2.7 brings 3.3"
     return "triton", "the cache is on a GPU"
 
 
@@ -319,6 +325,7 @@ def warm_up(
     flash_version: int | None = None,
     graph: bool = False,
     piece: tuple[int, int] | None = None,
+    row: int | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -331,11 +338,12 @@ def warm_up(
         flash_version: Megatron's --flash-attention-version.
         graph: for steps that CUDA graphs are captured of.
         piece: heads and dimensions of a piece, where attention writes `into` pieces.
+        row: heads from a token's first to the next token's, where other heads lie between them.
     """
     choice = choose_for(keys, dtype, visible.left is not None, flash_version, graph)
     for name, new in ((choice.singles, [1]), (choice.several, [3, 1])):
         if name in FLASH:
-            query, requests, into = step_of_zeros(new, keys, heads, dtype, piece)
+            query, requests, into = step_of_zeros(new, keys, heads, dtype, piece, row)
             several = torch.zeros(2, len(query), *keys.shape[2:], dtype=keys.dtype, device=keys.device)
             its = (several[0], several[1]) if len(new) > 1 else None
             flash.attend(name, query, keys, values, requests, visible, its, into)
@@ -343,7 +351,7 @@ def warm_up(
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece, row)
     return choice
 
 

@@ -62,26 +62,29 @@ def write_partials(
     parts: Tensor | None = None,
     more: OfHeads | None = None,
 ) -> None:
-    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
-
-    With `parts` it is one kernel on a GPU.
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end. One
+    kernel on a GPU.
 
     Args:
-        out: [T, N, D]; with `parts`, rows at the end that have none may be missing.
-        lse: [T, N] fp32, of any strides.
+        out: [rows, N, D]; rows up to T, those behind them are padding: 0, and -inf.
+        lse: [rows, N] fp32, of any strides.
         outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
             heads (D' = D/m), with the log-sum-exps of all.
         parts: [T] uint8, what is there for a token: 2 all that is given, 1 `more` alone, 0 nothing. What is
-            not there may hold anything. None: `out` is there for all.
-        more: a part of some heads over other keys, merged into theirs.
+            not there may hold anything. None: `out` is there for its rows.
+        more: with `parts`, a part of some heads over other keys, merged into theirs.
     """
-    if parts is not None and runs_triton(outs.device):
+    if runs_triton(outs.device):
         from helix_megatron.kernels import triton_merge
 
         triton_merge.write_partials(out, lse, outs, lses, parts, more)
         return
+    rows = len(out)
     if parts is not None:
         out, lse = _joined(out, lse, parts, more)
+    elif rows < outs.shape[1]:
+        outs[:, rows:].zero_(), lses[:, rows:].fill_(float("-inf"))
+        outs, lses = outs[:, :rows], lses[:, :rows]
     if outs.shape[2] < out.shape[1]:
         outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
         lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))

@@ -177,13 +177,19 @@ def _as_int32(tensor: Tensor, fits: bool) -> Tensor:
 
 
 def step_of_zeros(
-    new: list[int], keys: Tensor, heads: int, dtype: torch.dtype, piece: tuple[int, int] | None
+    new: list[int],
+    keys: Tensor,
+    heads: int,
+    dtype: torch.dtype,
+    piece: tuple[int, int] | None,
+    row: int | None = None,
 ) -> tuple[Tensor, Requests, tuple[Tensor, Tensor]]:
     """What a kernel is warmed up with: requests of `new` tokens each, all on a cache's first page.
 
     Args:
         keys: [pages, page, K, D].
         piece: heads and dimensions of a piece; None for all heads.
+        row: heads from a token's first to the next token's; None for N.
     Returns:
         query [T, N, D], requests, and outputs and log-sum-exps to be written, as merge.write_partials has
         them.
@@ -192,7 +198,7 @@ def step_of_zeros(
     ends = torch.tensor([0, *new], **integers).cumsum(0, dtype=torch.int32)
     table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, **integers)
     requests = Requests(ends, torch.tensor(new, **integers), table, longest=max(new))
-    query = torch.zeros(tokens, heads, keys.shape[-1], dtype=dtype, device=device)
+    query = torch.zeros(tokens, row or heads, keys.shape[-1], dtype=dtype, device=device)[:, :heads]
     of_n, of_d = piece or query.shape[1:]
     pieces = query[0].numel() // (of_n * of_d)
     outs = torch.empty(pieces, tokens, of_n, of_d, dtype=dtype, device=device)

@@ -24,8 +24,8 @@ from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, step_
 from helix_megatron.kernels.triton_merge import (
     merge_block,
     merge_programs_kernel,
+    of_pieces,
     out_offsets,
-    pieces_of,
     store_lse,
 )
 from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
@@ -233,9 +233,8 @@ def attend_into(
     their tensors are filled anew for the next step, Requests.refill makes it anew, where it is.
 
     Args:
-        outs, lses: [pieces, T, N', D'] in the query's dtype and [pieces, T, N'] fp32, what is written: whole
-            heads (N' = N/pieces, D' = D), or slices of all heads (N' = N, D' = D/pieces), whose log-sum-exps
-            every piece has. Pieces are contiguous and a multiple of 16 bytes apart.
+        outs, lses: pieces as of_pieces has them, in the query's dtype and in fp32, written; each is
+            contiguous, and they are a multiple of 16 bytes apart.
         query: [T, N, D].
         keys, values: [pages, page, K, D]; the last dimension contiguous.
         singles: no request has more than one new token.
@@ -249,7 +248,7 @@ def attend_into(
     if not len(requests.lengths):
         outs.zero_(), lses.fill_(float("-inf"))
         return
-    to, of_pieces = pieces_of(outs, lses, heads, dim)
+    to, pieces = of_pieces(outs, lses, heads, dim)
     ratio, dims = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     padded = triton.next_power_of_2(ratio)
     size = max(query.element_size(), keys.element_size())
@@ -271,7 +270,7 @@ def attend_into(
             WINDOW=visible.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
             SLOTS=tile.slots, STAGES=tile.stages, LEAST=tile.least, PAGED=tile.paged,
             UPCAST=INTERPRETED,  # the interpreter cannot multiply bf16
-            **of_pieces, num_warps=tile.warps,
+            **pieces, num_warps=tile.warps,
         )  # fmt: skip
     few, many = launches[0], launches[-1]
     block = merge_block(tokens * heads, dim)
@@ -279,7 +278,7 @@ def attend_into(
         parts, logs, plan, given.query_ends, outs, lses, len(given.lengths), programs, few.tiles,
         many.tiles, *to, N=heads, R=ratio, R_PAD=padded, D=dim, FEW=few.tile.rows // padded,
         MANY=many.tile.rows // padded if len(launches) > 1 else 0,
-        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **of_pieces, **block,
+        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **pieces, **block,
     )  # fmt: skip
 
 
@@ -349,6 +348,7 @@ def warm_up(
     dtype: torch.dtype,
     visible: VisibleSlots,
     piece: tuple[int, int] | None = None,
+    row: int | None = None,
 ) -> None:
     """Compile what attention over this cache will need, so that no request waits for it.
 
@@ -358,11 +358,12 @@ def warm_up(
         dtype: of the queries.
         visible: of one layer; those with a window and those without are apart.
         piece: N', D' of what attend_into writes; None for paged_attention.
+        row: heads from a token's first to the next token's; None for N.
     """
     rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
     steps = (([1], True), ([1] * rows, True), ([1, 2], False), ([1, rows], False))
     for new, singles in steps:
-        query, requests, into = step_of_zeros(new, keys, heads, dtype, piece)
+        query, requests, into = step_of_zeros(new, keys, heads, dtype, piece, row)
         attend_into(*into, query, keys, values, requests, visible, singles)
 
 

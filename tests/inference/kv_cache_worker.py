@@ -450,16 +450,18 @@ def generate_like(
 
 
 def warmed_up(tp: int, helix: HelixConfig, model: dict) -> list[dict]:
-    """What is compiled before requests come: slots and KV heads of a page, window, and the piece written."""
-    from helix_megatron.inference import contexts
+    """What is compiled as the engine starts: slots and KV heads of a page, window, and the piece written."""
+    from helix_megatron.inference import warm_up
     from helix_megatron.kernels import backend
 
-    running = engine(tp, helix, model, {})
-    with mock.patch.object(backend, "warm_up") as warm_up:
-        contexts.warm_up(running.controller.inference_wrapped_model.model, running.context)
+    with (
+        mock.patch.object(backend, "warm_up") as compiled,
+        mock.patch.object(warm_up, "runs_triton", lambda device: True),
+    ):
+        running = engine(tp, helix, model, {})
     found, memory = [], running.context.memory_buffer
-    for layer, call in enumerate(warm_up.call_args_list):
-        keys, values, heads, dtype, visible, *settings, piece = call.args
+    for layer, call in enumerate(compiled.call_args_list):
+        keys, values, heads, dtype, visible, *settings, piece, _ = call.args
         assert keys.shape == values.shape and len(keys) == memory.shape[2]
         assert [keys.data_ptr(), values.data_ptr()] == [x[layer].data_ptr() for x in memory]
         assert dtype is torch.float32 and settings == [None, False]

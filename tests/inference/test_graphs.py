@@ -14,7 +14,13 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
-from tests.inference.graph_worker import TRITON, count_launches, generate_with_graphs, replays
+from tests.inference.graph_worker import (
+    TRITON,
+    compiled_after_warm_up,
+    count_launches,
+    generate_with_graphs,
+    replays,
+)
 from tests.inference.host_graph import HostGraph, WaitsForDeviceError
 from tests.inference.kv_cache_worker import generate
 
@@ -100,6 +106,25 @@ def test_the_dynamic_engine_with_graphs_chooses_the_same_tokens(scope):
         assert found["tokens"] == vanilla["tokens"]
         assert found["kinds of steps"] == vanilla["kinds of steps"]
         assert found["graphs"] > 1 and found["replays"] > 2 * found["graphs"], found
+        assert found["before"] == [0]  # kernels are warm before a capture
+
+
+def test_no_step_waits_for_a_kernel_that_the_start_has_not_compiled():
+    """Single tokens in any number, with all that a layer may have: what Triton tells apart is met before."""
+    uneven = dict(rotary_percent=0.6)
+    jobs = [
+        (Case(3, 1, 8, seq=48, batch=1), HelixConfig(1, 2, query_placement="dims")),  # rows of 32 elements
+        (Case(3, 1, 8, seq=48, batch=1, qk_norm="RMSNorm"), HelixConfig(1, 2)),  # of 24
+        (Case(32, 2, 8, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2)),  # pieces of 576 T bytes
+        (
+            Case(4, 2, 8, seq=48, batch=1, sinks=True, window=(13, 0)),
+            HelixConfig(1, 2, query_placement="dims", overlap_chunks=2),
+        ),
+        (Case(2, 1, 10, seq=48, batch=1, **uneven), HelixConfig(1, 2, slice_weights=(3.0, 2.0), **uneven)),
+    ]
+    for found in run_ranks(compiled_after_warm_up, 2, 2, jobs, env=TRITON, fresh=True):
+        for job, (warm, new) in zip(jobs, found, strict=True):
+            assert not new and warm >= 5, (job, warm, new)
 
 
 def test_slices_that_are_heads_of_their_own_have_megatrons_graphs():

@@ -78,6 +78,14 @@ def test_the_choice_has_a_reason(monkeypatch, fresh):
         choice = backend.choose(**given)
         assert choice.singles == choice.others == ("torch" if given["device"] == "cpu" else "triton")
         assert reason in choice.reason
+    import triton
+
+    for version, others in (("3.2.0", "torch"), ("3.3.1", "triton"), ("3.10.0+git1", "triton")):
+        monkeypatch.setattr(triton, "__version__", version)
+        fresh()
+        choice = backend.choose("cuda", HALF, PAGES, False)
+        assert choice.others == others
+        assert ("Triton 3.2.0 ends the process" in choice.reason) == (others == "torch")
     monkeypatch.setitem(sys.modules, "triton.language", None)
     fresh()
     choice = backend.choose("cuda", HALF, PAGES, False)
@@ -359,7 +367,7 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
         combine_kernel,
         merge_block,
         merge_programs_kernel,
-        write_kernel,
+        pack_kernel,
     )
     from helix_megatron.kernels.triton_plan import place_kernel, plan_kernel
 
@@ -370,13 +378,14 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
     merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
     halves = dict.fromkeys(("out", "more", "outs"), "*bf16")
-    written = dict.fromkeys(("lse", "more_lse", "lses"), "*fp32") | halves | {"parts": "*u8"}
-    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
+    packed = dict.fromkeys(("lse", "more_lse", "lses"), "*fp32") | halves | {"parts": "*u8"}
+    pack = dict(N=8, D=128, WITH_PARTS=True, MORE=4, DIMS=128, OF_N=8, OF_D=64, COPIES=2, UNIT=8)
+    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128, UNIT=8, LSE_UNIT=4)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
         (place_kernel, longs | {"places": "*i32"}, dict(RANKS=8, SIZE=32, BLOCK=256), 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
-        (write_kernel, written, dict(N=8, D=128, MORE=4, DIMS=128, OF_N=8, OF_D=64, COPIES=2, UNIT=8), 1),
+        (pack_kernel, packed, pack, 1),
         (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import os
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -17,6 +19,7 @@ from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from tests.inference.allocations import Allocations
 from tests.kernels import flash_standin
+from tests.kernels.test_attention_backend import third
 from tests.kernels.test_paged_attention import check, draw
 
 paged_attention = kernels.paged_attention
@@ -180,7 +183,7 @@ def parts_and_pieces() -> int:
             piece_views(torch.full((m, size), torch.nan, dtype=dtype), (tokens,), *shape) for _ in range(2)
         )
         launched = []
-        with mock.patch.object(triton_merge, "write_kernel", Counted(triton_merge.write_kernel, launched)):
+        with mock.patch.object(triton_merge, "pack_kernel", Counted(triton_merge.pack_kernel, launched)):
             merge.write_partials(out, lse, *mine, parts, more)
         assert len(launched) == 1
         with mock.patch.object(merge, "runs_triton", lambda device: False):
@@ -218,7 +221,7 @@ def cached_and_new_keys_need_no_memory_of_their_own() -> None:
     into = piece_views(torch.empty(2, size, dtype=torch.bfloat16), (tokens,), heads, dim // 2)
     sys.modules["flash_attn_interface"] = flash_standin.third(True, calls)
     with (
-        mock.patch.object(triton_merge, "write_kernel", Counted(triton_merge.write_kernel, launched)),
+        mock.patch.object(triton_merge, "pack_kernel", Counted(triton_merge.pack_kernel, launched)),
         Allocations() as made,
     ):
         flash.attend("flash-attn-3", query, keys, values, requests, visible, tuple(new), into)
@@ -228,6 +231,59 @@ def cached_and_new_keys_need_no_memory_of_their_own() -> None:
     assert most == half and half[0] == tokens * heads * dim, made.made  # FlashAttention's own output
     single, allowed = made.largest(torch.float32), tokens * heads  # log-sum-exps
     assert single[0] <= allowed, made.made
+
+
+def packs() -> None:
+    """What another kernel computed, to where it travels: beside torch's, with rows that are padding or see
+    nothing, of which it may say anything."""
+    for dtype, number, dim, by_heads in ((torch.bfloat16, 3, 12, True), (torch.float32, 2, 16, False)):
+        for rows, kept in ((5, None), (4, None), (4, torch.tensor([2, 0, 2, 2, 0], dtype=torch.uint8))):
+            out, lse = torch.randn(rows, 6, dim).to(dtype), torch.randn(rows, 6)
+            if kept is not None:
+                out[1], lse[1] = torch.nan, torch.inf
+            shape = (6 // number, dim) if by_heads else (6, dim // number)
+            _, size = piece_elements(5, *shape, dtype.itemsize)
+            memory = torch.full((2, number, size), torch.nan, dtype=dtype)
+            mine, wanted = (piece_views(x, (5,), *shape) for x in memory)
+            triton_merge.write_partials(out, lse, *mine, kept, None)
+            with mock.patch.object(merge, "runs_triton", lambda device: False):
+                merge.write_partials(out, lse, *wanted, kept)
+            assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, rows)
+            assert not any(x.isnan().any() for x in mine) and (rows == 5 or mine[1][0, 4].isneginf().all())
+
+
+def of_flash_attention() -> None:
+    """FlashAttention's outputs travel after one launch more than ours, whatever rows see."""
+    from tests.inference.host_graph import HostGraph
+
+    query, keys, values, requests, _ = draw(
+        [9, 40, 1, 0], [1, 1, 1, 0], 2, 4, 1, (4, 2), 16, "scattered", dtype=torch.bfloat16
+    )
+    visible = VisibleSlots(0.3, None, KvInterleave(2, 4), 1)
+    shape, rows = (2, 16), len(query)  # of two ranks; a row more than requests
+    _, size = piece_elements(rows, *shape, 2)
+    pieces = [piece_views(torch.full((2, size), torch.nan).bfloat16(), (rows,), *shape) for _ in range(2)]
+    counted = []
+    flash._installed.cache_clear()
+    sys.modules["flash_attn_interface"] = SimpleNamespace(flash_attn_with_kvcache=third)
+    for name, into in zip(("flash-attn-3", "triton"), pieces, strict=True):
+        with mock.patch.dict(os.environ, HELIX_PAGED_ATTENTION=name):
+            attend = functools.partial(
+                attention_backend.attend, query, keys, values, requests, visible, rows, into=into
+            )
+            attend()  # the step's first layer
+            graph = HostGraph(((flash, "_single_tokens"),))
+            with graph.recording():
+                attend()
+            counted.append(dict(graph.names))
+    del sys.modules["flash_attn_interface"]
+    assert counted == [
+        {"_single_tokens": 1, "pack_kernel": 1},
+        {"attention_kernel": 1, "merge_programs_kernel": 1},
+    ], counted
+    for mine, wanted in zip(*pieces, strict=True):
+        torch.testing.assert_close(mine.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+    assert pieces[0][1][:, 2:].isneginf().all()  # a token of another rank's, and padding
 
 
 def placement() -> None:
@@ -300,6 +356,8 @@ def main() -> None:
     pieces()
     cached_and_new_keys_need_no_memory_of_their_own()
     written = parts_and_pieces()
+    packs()
+    of_flash_attention()
     placement()
     merged = merges()
     warms_up()
