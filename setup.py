@@ -45,7 +45,7 @@ setup(
         # Carries megatron.core and megatron.training. 0.20 is not released; its tree: scripts/test_next.sh.
         "megatron-core>=0.19.0,<0.20; python_version>='3.12'",
         "megatron-core>=0.16.1,<0.17; python_version<'3.12'",  # carries megatron.core
-        "torch>=2.6",
+        "torch>=2.7",  # 2.6 brings Triton 3.2, which aborts on the prompt kernel for compute capability 9.0
         "numpy",
         "scipy",  # the statistics of `helix compare`
         "matplotlib",  # ... its figures

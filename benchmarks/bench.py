@@ -53,6 +53,7 @@ def attention_layer(
     qk_norm: bool = False,
     graphs: bool = False,
     flash: int | None = None,
+    rope_fusion: bool = False,
 ) -> Iterator[tuple[torch.nn.Module, Any]]:
     """A self-attention layer and its TransformerConfig, of the same weights every time.
 
@@ -65,6 +66,7 @@ def attention_layer(
         qk_norm: RMSNorm of query and key heads.
         graphs: decode steps are captured (--cuda-graph-impl local).
         flash: version of FlashAttention; None for the newest.
+        rope_fusion: Transformer Engine rotates, by one kernel.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -99,7 +101,7 @@ def attention_layer(
             bf16=dtype is torch.bfloat16,
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
-            apply_rope_fusion=False,
+            apply_rope_fusion=rope_fusion,
             qk_layernorm=qk_norm,
             cuda_graph_impl="local" if graphs else "none",
             **({} if flash is None else {"flash_attention_version": flash}),

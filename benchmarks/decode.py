@@ -6,10 +6,11 @@ Megatron's side is its own layer at TP = 8 with fewer KV heads than ranks: every
 that others cache too. Both sides run in the same processes, in Megatron's dynamic inference context, with the
 same weights, and take turns; their caches hold the same keys and values (drawn, not computed from a prompt)
 and their outputs are compared. Steps are padded as Megatron pads them (TOKEN_ROUNDER as it is). They are
-eager and, on GPUs, replayed from CUDA graphs too, but for a cache of slices, which has none. On a host both
-sides attend with the same kernel; on GPUs with the same FlashAttention, as far as it is installed
-(--flash-attention-version): the document names both. A sample is the slowest rank's time of one decode
-step of `--layers` layers, the figure is the median over the turns.
+eager and, on GPUs, replayed from CUDA graphs too, of the sizes that Megatron's engine captures by default;
+but for a cache of slices, which has none. On a host both sides attend with the same kernel; on GPUs, with
+Transformer Engine's layers where it is installed, and with the same FlashAttention
+(--flash-attention-version) on pages of 256 tokens a rank: the document names both. A sample is the slowest
+rank's time of one decode step of `--layers` layers, the figure is the median over the turns.
 Prints what the bytes of the cache alone would allow, then what was measured, then one JSON document.
 """
 
@@ -20,6 +21,7 @@ import json
 import os
 import statistics
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import bench
@@ -29,7 +31,9 @@ from helix_megatron import compat
 from helix_megatron.check.decode_step import new_context, set_decode_step
 from helix_megatron.plan.trial import slowest_seconds
 
-TP, HEADS, DIM, HIDDEN, BLOCK = 8, 16, 128, 1024, 256
+TP, HEADS, DIM, HIDDEN, PAGE = 8, 16, 128, 1024, 256
+REQUESTS = 256  # that the contexts have room for
+SIZES = 16  # of steps that Megatron captures by default
 CASES = {"mqa": 1, "g2": 2}  # KV heads
 VARIANTS = {  # Helix settings, by KV cache
     "Helix sequence": {"kv_cache": "sequence"},
@@ -56,6 +60,16 @@ def kv_bytes(groups: int, tokens: int, helix: bool, element: int) -> int:
     return int(2 * tokens * heads * DIM * element)
 
 
+def block_tokens(groups: int, settings: dict | None, host: bool) -> int:
+    """Tokens of a block: on GPUs a rank keeps PAGE of them, as `helix generate` has it; m times as many are
+    one block of a sharded cache."""
+    if settings is None or host:
+        return PAGE
+    from helix_megatron.partition.config import HelixConfig
+
+    return PAGE * HelixConfig(**settings).resolve(HEADS, groups, DIM, TP).grid.dim_parallel_size
+
+
 class Side:
     """A layer of one side, with an inference context of its own, filled.
 
@@ -65,37 +79,41 @@ class Side:
         batch, length: requests and their tokens, for which the cache has room.
         dtype: of weights and cache.
         graphs: every size of step is captured once and replayed.
-        flash: the FlashAttention that both sides take; None for the newest.
+        flash: the FlashAttention that both sides take; None on a host.
     """
 
     def __init__(
         self, groups: int, settings: dict | None, batch: int, length: int, dtype: torch.dtype,
         graphs: bool = False, flash: int | None = None,
     ):  # fmt: skip
+        from helix_megatron.host.mode import host_mode_enabled
         from helix_megatron.partition.config import HelixConfig
 
+        host = host_mode_enabled()
         self.graphs: dict | None = {} if graphs else None
-        self.batch, self.length = batch, length
+        self.batch, self.length, self.block = batch, length, block_tokens(groups, settings, host)
         helix = None if settings is None else HelixConfig(**settings)
-        how = dict(graphs=graphs, flash=flash)
+        fused = not host and find_spec("transformer_engine") is not None
+        how = dict(graphs=graphs, flash=flash, transformer_engine=fused, rope_fusion=fused)
         with bench.attention_layer((HEADS, groups, DIM, HIDDEN), TP, dtype, helix, **how) as (layer, config):
             self.layer = layer.eval()
-            blocks = batch * -(-length // BLOCK)
-            block_bytes = kv_bytes(groups, BLOCK, settings is not None, dtype.itemsize)
+            blocks = batch * -(-length // self.block)
+            block_bytes = kv_bytes(groups, self.block, settings is not None, dtype.itemsize)
             self.context, self.table = new_context(
-                config, blocks, block_bytes, length, batch, BLOCK, graphs=2 if graphs else None, requests=256
+                config, blocks, block_bytes, length, batch, self.block, graphs=SIZES if graphs else None,
+                requests=REQUESTS,
             )
         self.fill(groups, settings is not None, dtype)
 
     def fill(self, groups: int, helix: bool, dtype: torch.dtype) -> None:
         """Keys and values that depend on request and position alone, so that both sides hold the same."""
-        drawn = torch.randn(2, 61 * BLOCK, groups, DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
-        rank = torch.distributed.get_rank()
-        memory = self.context.memory_buffer[:, 0]  # [2, blocks, BLOCK, K, d] or, of slices, d/m
+        drawn = torch.randn(2, 61, PAGE, groups, DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
+        rank, pages = torch.distributed.get_rank(), self.block // PAGE
+        memory = self.context.memory_buffer[:, 0]  # [2, blocks, block, K, d] or, of slices, d/m
         for request, blocks in enumerate(self.table.tolist()):
             for number, block in enumerate(blocks):
-                start = (7 * request + 3 * number) % 61 * BLOCK
-                whole = drawn[:, start : start + BLOCK]
+                parts = [(7 * request + 3 * (number * pages + page)) % 61 for page in range(pages)]
+                whole = drawn[:, parts].flatten(1, 2)
                 if not helix:
                     heads = slice(rank * groups // TP, rank * groups // TP + 1)
                     memory[:, block] = whole[:, :, heads]
@@ -108,12 +126,12 @@ class Side:
                     for half, dims in enumerate((plan.layout.key_dims(j), plan.layout.value_dims(j))):
                         memory[half, block] = whole[half][:, heads, dims]
                     continue
-                own = torch.arange(BLOCK) // min(plan.kv_interleave_size, BLOCK // m) % m == j
+                own = torch.arange(self.block) // min(plan.kv_interleave_size, self.block // m) % m == j
                 memory[:, block] = whole[:, own, heads].reshape(memory[:, block].shape)
 
     def at(self, batch: int, length: int) -> None:
         """Put the context into a decode step of `batch` requests, whose new tokens are their `length`-th."""
-        set_decode_step(self.context, self.table, batch, length, BLOCK)
+        set_decode_step(self.context, self.table, batch, length, self.block)
 
     def step(self, hidden: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """[tokens, 1, h] to the same, the requests' next token through the layer; with graphs, a replay."""
@@ -146,8 +164,8 @@ def worker(
 
     dtype, host = bench.DTYPES[dtype_name], host_mode_enabled()
     bench.initialize(TP)
-    longest = max(contexts)
-    tokens = DynamicInferenceContext.round_up_tokens(max(batches), TP)
+    longest, flash = max(contexts), flash_version(host, flash)
+    tokens = DynamicInferenceContext.round_up_tokens(max(REQUESTS, *batches), TP)
     hidden = torch.randn(tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(3))
     inputs = hidden.to(torch.cuda.current_device(), dtype), bench.rotary(longest, DIM)
     rows = []
@@ -203,18 +221,30 @@ def measure(
     return samples, tallies
 
 
-def attends_with(host: bool, dtype: torch.dtype, version: int | None) -> dict[str, str]:
+def flash_version(host: bool, asked: int | None) -> int | None:
+    """The FlashAttention of both sides: the newest that both can take. Megatron alone would take 4 first."""
+    if host or asked:
+        return asked
+    from megatron.core.transformer import attention
+
+    return 3 if attention.HAVE_FA3 else 2
+
+
+def attends_with(host: bool, dtype: torch.dtype, asked: int | None) -> dict[str, str]:
     """What each side's attention runs on, in words."""
     if host:
         return dict.fromkeys(("Megatron", "Helix"), "host mode's kernels")
-    from megatron.core.transformer import attention
-
     from helix_megatron.kernels import backend
 
-    newest = 3 if getattr(attention, "HAVE_FA3", False) else 2
-    override = os.environ.get(backend.OVERRIDE)
-    choice = backend.choose("cuda", dtype, BLOCK, False, override, DIM, flash_version=version, compare=False)
-    return {"Megatron": f"FlashAttention {version or newest}", "Helix": f"{choice.singles} ({choice.reason})"}
+    version = flash_version(host, asked)
+    kind = "cuda", dtype, PAGE, False, os.environ.get(backend.OVERRIDE), DIM
+    names = {"Megatron": f"FlashAttention {version}"}
+    for side, graph in (("Helix", False), ("Helix in graphs", True)):
+        choice = backend.choose(
+            *kind, torch.cuda.get_device_capability()[0], flash_version=version, graph=graph, compare=False
+        )
+        names[side] = f"{choice.singles} ({choice.reason})"
+    return names
 
 
 def row(case, mode, length, batch, name, layers, side, samples, tallies) -> dict:
@@ -225,7 +255,7 @@ def row(case, mode, length, batch, name, layers, side, samples, tallies) -> dict
     tokens = context.padded_active_token_count
     tally = tallies[name]
     calls, received = inside_attention(tally, tokens, context.memory_buffer.element_size())
-    block_bytes = context.memory_buffer.nbytes / compat.cache_blocks(context.kv_block_allocator)
+    token_bytes = context.memory_buffer.nbytes / compat.cache_blocks(context.kv_block_allocator) / side.block
     return {
         "case": case,
         "mode": mode,
@@ -236,7 +266,7 @@ def row(case, mode, length, batch, name, layers, side, samples, tallies) -> dict
         "seconds_median": statistics.median(samples[name]),
         "time_ratio": statistics.median(samples[name]) / base,
         "time_ratio_of_turns_median": statistics.median(ratios),
-        "kv_bytes_per_rank": int(block_bytes / BLOCK * length * batch),
+        "kv_bytes_per_rank": int(token_bytes * length * batch),
         "collectives_inside_attention": calls,
         "message_bytes": received,
         "collectives": tally,
@@ -337,10 +367,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=11, help="timed repetitions of every side")
     parser.add_argument("--layers", type=int, default=4, help="decode steps of the layer in one sample")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="fp32 on a host, bf16 on GPUs")
     parser.add_argument("--flash-attention-version", type=int, choices=[2, 3], help="of both sides, on GPUs")
     parser.add_argument("--out", help="also write the JSON document here, and the tables beside it (.md)")
     options = parser.parse_args()
+    options.dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     cases = list(CASES) if options.case == "all" else [options.case]
     rows: list[dict] = []
     for case in cases:
@@ -361,7 +392,7 @@ def main() -> None:
         "graph": "measured; " + NO_GRAPH if any(r["mode"] == "graph" for r in rows) else NO_GPU,
         "attends with": attends_with(not torch.cuda.is_available(), bench.DTYPES[options.dtype],
                                       options.flash_attention_version),
-        "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "block": BLOCK, "KV heads": CASES},
+        "shape": {"TP": TP, "heads": HEADS, "dim": DIM, "hidden": HIDDEN, "page": PAGE, "KV heads": CASES},
         "prediction": prediction,
         "Helix wins": crossovers(rows),
         "rows": rows,

@@ -7,11 +7,14 @@ cache at the copy bandwidth measured first. Each kernel is replayed from a CUDA 
 host count for nothing; of ours there are also the time of a first layer, which plans the step, and that of a
 call without a graph. FlashAttention 3 or 2 is measured where it is installed and takes the pages.
 Before it is timed a kernel is compared with the formula in fp32.
+Then steps of several new tokens of each request (speculative ones, chunks of a prompt): what a rank computes
+and writes for the exchange, by our kernel and by FlashAttention over cached and new keys apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import plain_attention
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -34,13 +38,15 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads and requests of a rank, slots that it keeps of each, slots of a page, ranks that share."""
+    """Query heads and requests of a rank, slots that it keeps of each, slots of a page, ranks that share, new
+    tokens of each request."""
 
     heads: int
     batch: int
     slots: int
     page: int
     ranks: int
+    new: int = 1
 
     @property
     def bytes(self) -> int:
@@ -57,6 +63,14 @@ SHAPES = [
     Shape(8, 64, 4096, 128, 2),
     Shape(8, 64, 65536, 128, 2),
     Shape(16, 64, 16384, 32, 8),
+]
+SEVERAL = [
+    Shape(8, 8, 4096, 128, 2, 4),
+    Shape(8, 8, 65536, 128, 2, 4),
+    Shape(16, 8, 16384, 32, 8, 4),
+    Shape(8, 1, 16384, 128, 2, 2048),
+    Shape(16, 1, 16384, 32, 8, 8192),
+    Shape(8, 1, 16384, 256, 2, 2048),
 ]
 
 
@@ -99,14 +113,17 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Requests, VisibleSlots]:
     """Requests of equal length on scattered pages."""
-    pages = shape.batch * shape.slots // shape.page
+    of_request = -(-shape.slots // shape.page) + (-(-shape.new // shape.page) if shape.new > 1 else 0)
+    pages = shape.batch * of_request
     keys = torch.randn(pages, shape.page, 1, DIM, device="cuda", dtype=DTYPE)
     values = torch.randn_like(keys)
-    query = torch.randn(shape.batch, shape.heads, DIM, device="cuda", dtype=DTYPE)
+    query = torch.randn(shape.batch * shape.new, shape.heads, DIM, device="cuda", dtype=DTYPE)
     integers = dict(device="cuda", dtype=torch.int32)
     table = torch.randperm(pages, device="cuda").to(torch.int32).view(shape.batch, -1)
-    lengths = torch.full((shape.batch,), shape.slots * shape.ranks, **integers)
-    requests = Requests(torch.arange(shape.batch + 1, **integers), lengths, table)
+    before = shape.slots * shape.ranks
+    lengths = torch.full((shape.batch,), before + shape.new * (shape.new > 1), **integers)
+    ends = torch.arange(shape.batch + 1, **integers) * shape.new
+    requests = Requests(ends, lengths, table, longest=shape.new)
     visible = VisibleSlots(DIM**-0.5, None, KvInterleave(shape.ranks, min(32, shape.page)), 0)
     return query, keys, values, requests, visible
 
@@ -143,13 +160,40 @@ def measure(shape: Shape, turns: int) -> dict[str, Any]:
         fault = flash.find(name)[1] if flash.find(name)[0] is None else None
         if shape.page % kind.page:
             fault = f"wants pages of {kind.page}"
-        fault = fault or flash.known_case_error(name, "cuda", DTYPE, shape.page, DIM)
+        fault = fault or known_case_error(name, "cuda", DTYPE, shape.page, DIM)
         if fault:
             print(f"  {name}: {fault}", file=sys.stderr)
             continue
         run = lambda n=name: flash.attend(n, query, keys, values, requests, visible)  # noqa: E731
         check(name, shape, *run(), drawn)
         row[name] = 1e6 * seconds(run if kind.waits else captured(run), turns)
+    return row
+
+
+def measure_several(shape: Shape, turns: int) -> dict[str, Any]:
+    """Microseconds of every kernel that takes several new tokens, eager and, where it can be, in a graph."""
+    from helix_megatron.kernels.paged_attention_triton import attend_into
+
+    query, keys, values, requests, visible = draw(shape)
+    new = torch.randn(2, len(query), 1, DIM, device="cuda", dtype=DTYPE)
+    outs = torch.empty(shape.ranks, len(query), shape.heads // shape.ranks, DIM, device="cuda", dtype=DTYPE)
+    into = outs, torch.empty(outs.shape[:3], device="cuda", dtype=torch.float32)
+    ways = {"triton": lambda: attend_into(*into, query, keys, values, requests, visible)}
+    for name, kind in flash.FLASH.items():
+        fault = None if flash.find_varlen(name)[0] else flash.find_varlen(name)[1]
+        if shape.page % kind.page:
+            fault = f"wants pages of {kind.page}"
+        fault = fault or known_case_error(name, "cuda", DTYPE, shape.page, DIM, several=True)
+        if fault:
+            print(f"  {name}: {fault}", file=sys.stderr)
+            continue
+        ways[name] = functools.partial(
+            flash.attend, name, query, keys, values, requests, visible, (new[0], new[1]), into
+        )
+    row: dict[str, Any] = asdict(shape)
+    for name, run in ways.items():
+        row[name] = 1e6 * seconds(captured(run), turns)
+        row[f"{name}_no_graph"] = 1e6 * seconds(run, turns)
     return row
 
 
@@ -176,6 +220,9 @@ def main() -> None:
             times = {k: round(v, 1) for k, v in row.items() if isinstance(v, float)}
             share = row["flash-attn-3"] / row["triton"] if "flash-attn-3" in row else None
             print(f"  {shape}: {times}" + (f", FlashAttention 3's time / ours {share:.2f}" if share else ""))
+        several = [measure_several(shape, options.turns) for shape in SEVERAL]
+        for shape, row in zip(SEVERAL, several):
+            print(f"  {shape}: { {k: round(v, 1) for k, v in row.items() if isinstance(v, float)} }")
     choice = backend.choose("cuda", DTYPE, 128, False, major=torch.cuda.get_device_capability()[0])
     document = json.dumps(
         {
@@ -184,6 +231,7 @@ def main() -> None:
             "bandwidth": bandwidth,
             "choice": choice.reason,
             "rows": rows,
+            "several": several,
         }
     )
     if options.out:

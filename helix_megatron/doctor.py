@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
             versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     except Exception as error:  # a half-installed torch raises anything
         works = False
-        problems.append(f"torch cannot be imported ({_one_line(error)}); install torch >= 2.6")
+        problems.append(f"torch cannot be imported ({_one_line(error)}); install torch >= 2.7")
     else:
         works &= _check_megatron(versions, problems)
     gpus, topology = find_gpus(problems)

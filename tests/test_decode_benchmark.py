@@ -53,5 +53,10 @@ def test_where_helix_starts_to_win(monkeypatch):
 
     assert [decode.chosen(2, context, True) for context in (6144, 6145)] == ["Helix dim", "Helix sequence"]
     assert decode.chosen(2, 128, False) == "Helix sequence"  # on GPUs
+    sharded = {"kv_cache": "sequence"}  # on 8 ranks, of which 4 or 8 share a head
+    sides = (2, None, False), (2, sharded, True), (2, sharded, False)
+    blocks = [decode.block_tokens(*side) for side in sides]
+    assert blocks == [256, 256, 1024] and decode.block_tokens(1, sharded, False) == 2048
+    assert [decode.flash_version(*given) for given in ((True, None), (False, 2))] == [None, 2]
     for ratios, start in [((0.9, 1.1, 0.5), 100), ((0.9, 0.8), 1), ((0.9, 1.0), None)]:
         assert [win["from"] for win in decode.crossovers(rows(*ratios))] == [start]

@@ -143,7 +143,7 @@ def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     def kernel(cache_seqlens, page_table, pack_gqa, return_softmax_lse):
         raise AssertionError("run")
 
-    flash.find.cache_clear(), backend.choose.cache_clear()
+    flash._installed.cache_clear(), backend.choose.cache_clear()
     module = types.SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="3.0.0")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -152,9 +152,10 @@ def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     monkeypatch.setattr(flash, "installed_version", lambda *names: installed.get(names[0]))
     said = doctor._features("gpu", dict.fromkeys(doctor.PACKAGES), 1)[name]
     assert said.startswith("flash-attn-3 3.0.0 (flash_attn_interface) for single tokens, triton for prompts")
+    assert "not flash-attn-3 for several tokens of a request: flash_attn_varlen_func of" in said
     assert "not FlashAttention 4: with split KV" in said and said.endswith("before its first use")
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
     assert "no: HelixConfigError: HELIX_PAGED_ATTENTION=flash-attn-2: flash-attn-2 is not installed" in (
         doctor._features("gpu", dict.fromkeys(doctor.PACKAGES), 1)[name]
     )
-    flash.find.cache_clear(), backend.choose.cache_clear()
+    flash._installed.cache_clear(), backend.choose.cache_clear()

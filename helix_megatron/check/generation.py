@@ -21,8 +21,17 @@ PROMPTS = (
     "é, and a third prompt, which is longer than one block of sixty-four tokens; yes",
 )
 NEW = 12
-SIZES = ((4, "sequence", True), (4, "dim", False), (1, "", False), (2, "", False), (6, "sequence", False))
-"""Ranks, KV cache, whether `--quick` has it; 6 heads and 2 KV heads: T = 4 is 2x2, T = 1 and 2 have m = 1."""
+SIZES = (
+    (4, "sequence", False, True),
+    (4, "sequence", True, True),
+    (4, "dim", False, False),
+    (1, "", False, False),
+    (2, "", False, False),
+    (2, "", True, False),
+    (6, "sequence", False, False),
+)
+"""Ranks, KV cache, CUDA graphs (on GPUs alone), whether `--quick` has it; 6 heads and 2 KV heads: T = 4 is
+2x2, T = 1 and 2 have m = 1."""
 
 
 def check(rows: Rows, place: Place) -> None:
@@ -44,12 +53,13 @@ def check(rows: Rows, place: Place) -> None:
         expected, margins = greedy(source)
         checkpoint = model.prepare_checkpoint(source, dtype_of(place), Path(folder))
         tokens = [tiny_model.tokenize(source, prompt) for prompt in PROMPTS]
-        for ranks, cache, quick in SIZES:
-            if not quick and place.quick:
+        for ranks, cache, graphs, quick in SIZES:
+            if (place.quick and not quick) or (place.on_host and graphs):
                 continue
-            name = f"T={ranks}{f', {cache} cache' if cache else ''}"
+            name = f"T={ranks}{f', {cache} cache' if cache else ''}{', CUDA graphs' if graphs else ''}"
+            job = make_job(checkpoint, tokens, ranks, cache, place, graphs)
             try:
-                found = place.run(rank_answers, ranks, make_job(checkpoint, tokens, ranks, cache, place))[0]
+                found = place.run(rank_answers, ranks, job)[0]
             except RankError as error:
                 print(error, flush=True)
                 rows.add(name, *outcome_of(error))
@@ -115,11 +125,16 @@ def dtype_of(place: Place) -> str:
     return "float32" if place.on_host else "bfloat16"
 
 
-def make_job(checkpoint: Path, tokens: list[list[int]], ranks: int, cache: str, place: Place) -> Any:
+def make_job(
+    checkpoint: Path, tokens: list[list[int]], ranks: int, cache: str, place: Place, graphs: bool = False
+) -> Any:
     """What `helix generate` would be asked for."""
     from helix_megatron.generate import generate, model
+    from helix_megatron.generate.graphs import Steps
 
     more = ("--helix-kv-cache", cache) if cache else ()
+    if graphs:
+        more += Steps("local", "").flags(None, decode_only=True)
     layout = model.Layout(ranks, "helix", dtype_of(place), place.on_host, more)
     return generate.Job("tiny", checkpoint, layout, list(PROMPTS), tokens, NEW, ignore_eos=True)
 

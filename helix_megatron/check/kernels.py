@@ -21,8 +21,9 @@ import torch
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
-from helix_megatron.kernels import backend
+from helix_megatron.kernels import backend, flash
 from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import combine_partials, merge_partials, triton_obstacle
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -64,6 +65,7 @@ def check(rows: Rows, place: Place) -> None:
         rows.add("triton", "skipped", triton_obstacle())
     for name in ("torch", "") if triton_obstacle() else ("triton", "torch", ""):
         check_exactness(rows, name, "cuda", place.quick)
+    check_flash(rows)
     check_speed(rows, place)
 
 
@@ -135,12 +137,31 @@ def _major(device: str) -> int | None:
     return torch.cuda.get_device_capability()[0] if device == "cuda" else None
 
 
+def check_flash(rows: Rows) -> None:
+    """Every FlashAttention that is installed, by its small known cases: single tokens, and several of a
+    request, cached and new keys apart."""
+    for (name, kind), several in itertools.product(flash.FLASH.items(), (False, True)):
+        label = f"{name}, {'several tokens' if several else 'single tokens'}"
+        kernel, reason = (flash.find_varlen if several else flash.find)(name)
+        if kernel is None:
+            rows.add(label, "skipped", reason)
+            continue
+        pages = (kind.page, 2 * kind.page) if kind.page > 1 else (24, 256)
+        kinds = [(dtype, dim) for dtype, dim in KINDS if dtype != torch.float32]
+        found = (
+            known_case_error(name, "cuda", dtype, page, dim, several)
+            for page, (dtype, dim) in itertools.product(pages, kinds)
+        )
+        fault = next(filter(None, found), None)
+        rows.add(label, "failed" if fault else "ok", fault or f"{reason}: as the formula")
+
+
 def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
     """The greatest difference of outputs and log-sum-exp over all shards, and of the merged whole."""
     scale, ranks, dtype = case["dim"] ** -0.5, case["ranks"], case["dtype"]
     shape = (case["lengths"], case["new"], ranks, case["size"])
     how = dict(dtype=dtype, cycles=case["cycles"], unwritten=torch.nan if name else 100.0)
-    singles = all(new == 1 for new in case["new"])
+    singles = sum(case["new"]) if all(new == 1 for new in case["new"]) else 0
     outs, lses, wants, errors = [], [], [], []
     for rank in range(ranks):
         drawn = draw(*shape, rank, case["heads"], case["dim"], "scattered", case["seed"], **how)
@@ -164,7 +185,7 @@ def measure_error(name: str, device: str, case: dict[str, Any]) -> float:
 
 def attend_into_pieces(
     name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
-    visible: VisibleSlots, singles: bool,
+    visible: VisibleSlots, singles: int,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """The same by kernels that write what ranks are sent, as whole again: whole heads of each, and slices."""
     (tokens, heads, dim), m, found = query.shape, visible.interleave.ranks, []
@@ -183,7 +204,7 @@ def attend_into_pieces(
 
 def attend(
     name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, requests: Requests,
-    visible: VisibleSlots, singles: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    visible: VisibleSlots, singles: int, into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
     """backend.attend by the backend `name`."""
     before = os.environ.pop(backend.OVERRIDE, None)
@@ -242,7 +263,7 @@ def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: 
     lengths = torch.full((batch,), slots * ranks, device="cuda", dtype=torch.int32)
     requests = Requests(torch.arange(batch + 1, device="cuda", dtype=torch.int32), lengths, table)
     visible = VisibleSlots(dim**-0.5, None, KvInterleave(ranks, min(32, page)), 0)
-    once = lambda: backend.attend(query, keys, values, requests, visible, True)  # noqa: E731
+    once = lambda: backend.attend(query, keys, values, requests, visible, batch)  # noqa: E731
     eager, graph = measure_seconds(once), measure_seconds(capture_graph(once))
     moved = 2 * keys.nbytes
     asked = os.environ.get(backend.OVERRIDE)

@@ -2,6 +2,7 @@
 
     kv_bytes.py   what a KV cache holds on a rank: Helix's share beside Megatron's replication
     model.py      a model on disk (Hugging Face, GGUF, Megatron) as a checkpoint, and its flags
+    graphs.py     whether steps are replayed from CUDA graphs, and of which sizes
     engine.py     the dynamic engine around a loaded model; everything here that knows Megatron's engine
     prompts.py    prompts of the command line or a file, and text that streams token by token
     generate.py   what the ranks of `helix generate` do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="where converted models are kept (default: the user's cache folder)")  # fmt: skip
     add("--kv-block-size", type=int, metavar="TOKENS",
         help="tokens of a block of the paged cache; a multiple of the slices m")  # fmt: skip
+    add("--cuda-graph-impl", choices=["none", "local"],
+        help="local: steps are replayed from CUDA graphs, which Megatron's engine captures when it starts "
+        "(default: on GPUs wherever that works, which is said)")  # fmt: skip
+    add("--inference-dynamic-batching-num-cuda-graphs", type=int, metavar="N",
+        help="sizes of a step that graphs are captured of; -1: as many as Megatron likes")  # fmt: skip
     add("--megatron-args", default="", metavar="'FLAGS'",
         help="further flags of Megatron and Helix, in one string")  # fmt: skip
 
 
-def _layout(options: argparse.Namespace) -> Any:
-    from helix_megatron.generate import ranks
+def _layout(options: argparse.Namespace) -> tuple[Any, str | None]:
+    """How the model is spread, and the --cuda-graph-impl that was asked for."""
+    from helix_megatron.generate import graphs, ranks
     from helix_megatron.generate.model import Layout
 
     size = options.tensor_model_parallel_size
@@ -39,7 +46,9 @@ def _layout(options: argparse.Namespace) -> Any:
     host = ranks.on_host()
     dtype = ("float32" if host else "bfloat16") if options.dtype == "auto" else options.dtype
     more = _megatron_args(options.megatron_args)
-    return Layout(size, options.attention_impl, dtype, host, more)
+    graphs.refuse_unread_flags(more)
+    asked = graphs.asked_for(options.cuda_graph_impl, more, host)
+    return Layout(size, options.attention_impl, dtype, host, more), asked
 
 
 def _megatron_args(text: str) -> tuple[str, ...]:
@@ -56,6 +65,18 @@ def _megatron_args(text: str) -> tuple[str, ...]:
             arguments.add_helix_arguments(parser)
         yaml_config.check_flags(words, parser)
     return tuple(words)
+
+
+def _with_steps(
+    options: argparse.Namespace, layout: Any, asked: str | None, checkpoint: Path, decode_only: bool
+) -> tuple[Any, Any]:
+    """The layout with the flags of its steps, and how they are run."""
+    from helix_megatron.generate import graphs
+    from helix_megatron.generate.model import Checkpoint
+
+    steps = graphs.choose_steps(asked, layout, Checkpoint(checkpoint).args)
+    flags = steps.flags(options.inference_dynamic_batching_num_cuda_graphs, decode_only)
+    return replace(layout, more=(*layout.more, *flags)), steps
 
 
 def add_generate(subparsers: Any) -> None:
@@ -102,13 +123,15 @@ def _generate(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     prompts = read_prompts(options.prompt, options.prompts_file)
-    layout = _layout(options)
+    layout, asked = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     tokenizer = open_tokenizer(checkpoint, options.tokenizer, options.model)
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
     refuse_vocabulary(tokens, options.top_k, model.vocabulary(checkpoint, tokenizer))
     limit = Checkpoint(checkpoint).args.max_position_embeddings
     refuse_too_long(tokens, options.max_new_tokens, limit)
+    # prompts start together: their steps have sizes that do not come again
+    layout, steps = _with_steps(options, layout, asked, checkpoint, decode_only=True)
     job = Job(
         model=str(options.model),
         checkpoint=checkpoint,
@@ -122,6 +145,7 @@ def _generate(options: argparse.Namespace) -> int:
         at_once=options.max_batch_size,
         block_tokens=options.kv_block_size,
         as_json=options.json,
+        steps=steps,
     )
     return ranks.run(generate.rank_generate, layout.tensor_parallel, layout.on_host, job)
 
@@ -144,6 +168,8 @@ def add_serve(subparsers: Any) -> None:
     add("--max-batch-size", type=int, default=16, metavar="N", help="prompts generated for at once (16)")
     add("--max-queue", type=int, default=256, metavar="N",
         help="prompts in the server, those generated for included; more are refused (256)")  # fmt: skip
+    add("--decode-only-cuda-graphs", action="store_true",
+        help="capture steps without prompts alone: an earlier start")  # fmt: skip
     parser.set_defaults(run=_serve)
 
 
@@ -159,7 +185,7 @@ def _serve(options: argparse.Namespace) -> int:
     for name in ("max_sequence_length", "max_batch_size", "max_queue"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
-    layout = _layout(options)
+    layout, asked = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     open_tokenizer(checkpoint, options.tokenizer, options.model)
     limit = Checkpoint(checkpoint).args.max_position_embeddings
@@ -167,6 +193,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--max-sequence-length {options.max_sequence_length}: this model knows {limit} positions."
         )
+    layout, steps = _with_steps(options, layout, asked, checkpoint, options.decode_only_cuda_graphs)
     if not ranks.under_torchrun():
         serve.refuse_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="helix-serve-") as folder:
@@ -182,6 +209,7 @@ def _serve(options: argparse.Namespace) -> int:
             pid_file=Path(folder, "pid"),
             tokenizer=options.tokenizer,
             block_tokens=options.kv_block_size,
+            steps=steps,
         )
         if not ranks.under_torchrun():
             serve.stop_on_signals(server.pid_file)

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from helix_megatron.generate import graphs
 from helix_megatron.generate.kv_bytes import KvBytes, readable
 
 
@@ -130,6 +131,7 @@ def inference_config(config: Any, size: CacheSize, **more: Any) -> Any:
         "max_tokens": -(-max(size.step_tokens, requests) // pad) * pad,
         "unified_memory_level": 0,
         "use_flashinfer_fused_rope": False,
+        **graphs.engine_settings(config),
     }
     return InferenceConfig(**{**settings, **more})
 
@@ -154,7 +156,7 @@ def _refuse_more_than_memory(needed: float, size: CacheSize) -> None:
 
 
 def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more: Any) -> Any:
-    """The engine; its cache is `engine.context`.
+    """The engine; its cache is `engine.context`. A model whose layers keep CUDA graphs has one engine.
 
     Args:
         model: in eval mode, with its weights.
@@ -176,22 +178,15 @@ def build(model: Any, tokenizer: Any, size: CacheSize, watch: Any = None, **more
         def run_one_forward_step(self, *args: Any, **kwargs: Any) -> Any:
             logits = super().run_one_forward_step(*args, **kwargs)
             context = self.inference_context
+            if context.is_creating_cuda_graphs:  # of requests that nobody made
+                return logits
             ids = context.request_ids[context.paused_request_count : context.total_request_count].tolist()
             watch(ids, logits[0, : len(ids)])
             return logits
 
     context = DynamicInferenceContext(model.config, inference_config(model.config, size, **more))
-    warm_up(model, context)
     wrapper = (GPTInferenceWrapper if watch is None else Watched)(model, context)
     return DynamicInferenceEngine(TextGenerationController(wrapper, tokenizer), context)
-
-
-def warm_up(model: Any, context: Any) -> None:
-    """Compile on a GPU what attention over the context's memory needs, so that no request waits for it."""
-    from helix_megatron.inference import contexts
-
-    if context.memory_buffer.device.type == "cuda":
-        contexts.warm_up(model, context)
 
 
 def end_at_tokens(engine: Any, tokens: tuple[int, ...]) -> None:

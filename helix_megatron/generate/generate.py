@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from helix_megatron.generate import model as models
 from helix_megatron.generate import report
+from helix_megatron.generate.graphs import EAGER, Steps
 from helix_megatron.generate.requests import COLDEST, HOTTEST, LEAST_TOP_P
 
 
@@ -96,6 +97,7 @@ class Job:
     block_tokens: int | None = None
     """Of a block of the cache."""
     as_json: bool = False
+    steps: Steps = EAGER
 
     @property
     def sequence(self) -> int:
@@ -136,6 +138,7 @@ def answer(model: Any, tokenizer: Any, job: Job, terminal: TextIO | None = None)
         "attention": report.describe_attention(model.config, job.layout.attention),
         "dtype": job.layout.dtype,
         "device": "host" if job.layout.on_host else torch.cuda.get_device_name(),
+        "steps": asdict(job.steps),
         **report.summarise(answers, seconds, tokenizer, stop),
         "kv_cache": report.kv_report(engine, peak),
     }

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any, TextIO
 
 from helix_megatron import compat
+from helix_megatron.generate.graphs import Steps
 from helix_megatron.generate.kv_bytes import readable
 from helix_megatron.generate.prompts import TextStream
 
@@ -135,7 +136,7 @@ def text_report(report: dict[str, Any]) -> str:
         [
             "",
             f"{report['attention']}, tensor-parallel size {report['tensor_parallel_size']}, "
-            f"{report['dtype']}, {report['device']}",
+            f"{report['dtype']}, {report['device']}; {Steps(**report['steps'])}",
             f"{count} prompt{'s' * (count > 1)}, {made} tokens in {report['seconds']:.2f} s: TTFT "
             f"{1e3 * report['ttft_s']:.0f} ms, TPOT {tpot}, {report['tokens_per_s']:.1f} tokens/s",
             f"KV cache at its fullest, {kv['peak_blocks']} blocks of {kv['block_tokens']} tokens: "

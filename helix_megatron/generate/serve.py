@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from helix_megatron.generate import model as models
+from helix_megatron.generate.graphs import EAGER, Steps
 from helix_megatron.generate.requests import Limits
 
 _POLL_S = 0.1
@@ -38,6 +39,7 @@ class Server:
         at_once: prompts generated for at the same time; the cache holds that many at full length.
         queue: prompts in the server, those generated for included.
         pid_file: where rank 0 writes the process that a signal should go to.
+        steps: how they are run.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Server:
     pid_file: Path
     tokenizer: str | None = None
     block_tokens: int | None = None
+    steps: Steps = EAGER
 
 
 def refuse_port(host: str, port: int) -> None:
@@ -81,6 +84,8 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
     from helix_megatron.generate import front_end, stops
 
     model, tokenizer = models.load(server.checkpoint, server.layout, server.tokenizer, server.sequence)
+    if os.environ.get("RANK", "0") == "0":
+        print(server.steps, file=terminal, flush=True)
     vocabulary = models.vocabulary(server.checkpoint, tokenizer)
     block = server.block_tokens or engines.default_block_tokens(model.config, server.layout.on_host)
     blocks = server.at_once * -(-server.sequence // block)
@@ -96,7 +101,6 @@ def rank_serve(terminal: TextIO, server: Server) -> None:
         inference_config=engines.inference_config(model.config, size),
         coordinator_host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
     )
-    engines.warm_up(model, llm.engine.context)
     engines.end_at_tokens(llm.engine, ends)
     signal.signal(signal.SIGTERM, default)
     stops.end_at_stop_texts(llm.engine, tokenizer)

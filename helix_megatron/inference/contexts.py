@@ -12,7 +12,6 @@ from torch import Tensor
 
 from helix_megatron import compat
 from helix_megatron.exchange.slices import query_slices, share_of_sinks, whole_outputs
-from helix_megatron.inference.partial_exchange import piece_shapes
 from helix_megatron.inference.position_cache import (
     Attention,
     PagedStep,
@@ -23,7 +22,6 @@ from helix_megatron.inference.position_cache import (
 )
 from helix_megatron.inference.prompts import attend_among_themselves
 from helix_megatron.inference.slice_cache import SlicedPages, attend_over_slices
-from helix_megatron.kernels import backend
 from helix_megatron.partition.kv_layout import interleave_of_sequence
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -218,41 +216,10 @@ def _static_step(layer: Any, context: Any, attention: Attention, key: Tensor) ->
 
 
 # ---- dynamic engine ----
-def warm_up(model: torch.nn.Module, context: Any) -> None:
-    """Choose, compare and compile what attention over the layers' cache will need, before requests come.
-
-    Args:
-        model: its layers with KV cache "sequence"; others are left alone.
-        context: Megatron's dynamic context, its memory allocated.
-    """
-    done = set()
-    for layer in model.modules():
-        plan = getattr(layer, "helix_plan", None)
-        if plan is None or plan.is_megatron or plan.kv_cache != "sequence":
-            continue
-        if _layer_index(layer) not in context.layer_map:  # of multi-token prediction: it has no memory here
-            continue
-        attention = attention_of(layer)
-        if attention not in done:
-            done.add(attention)
-            keys, values = _paged_memory(layer, context)
-            step, shapes = context.helix_step, set(piece_shapes(plan.layout))
-            adds_sinks = layer.core_attention.sinks is not None and plan.layout.query_placement == "dims"
-            backend.warm_up(
-                keys,
-                values,
-                plan.layout.query_heads,
-                layer.config.params_dtype,
-                attention.over(step.interleave, step.rank),
-                attention.flash_version,
-                layer.config.cuda_graph_impl == "local",
-                None if adds_sinks or len(shapes) > 1 else shapes.pop(),
-            )
-
-
 def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
-    step = context.helix_step
-    keys, values = _paged_memory(layer, context)
+    step, memory = context.helix_step, paged_memory(layer, context)
+    assert memory is not None
+    keys, values = memory
     return PagedStep(
         keys,
         values,
@@ -267,8 +234,13 @@ def _dynamic_step(layer: Any, context: Any, attention: Attention) -> PagedStep:
     )
 
 
-def _paged_memory(layer: Any, context: Any) -> tuple[Tensor, Tensor]:
-    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy: keys and values."""
+def paged_memory(layer: Any, context: Any) -> tuple[Tensor, Tensor] | None:
+    """Megatron's [blocks, B, K, paged_dim] as [blocks, B/m, K, D], without a copy: keys and values.
+
+    None for a layer that has no memory there, as those of multi-token prediction.
+    """
+    if _layer_index(layer) not in context.layer_map:
+        return None
     layout = layer.helix_plan.layout
     slots = context.block_size_tokens // layout.grid.dim_parallel_size
     page = (slots, layout.kv_heads, layout.shape.kv_channels)

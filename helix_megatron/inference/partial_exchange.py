@@ -112,3 +112,25 @@ class PartialExchange:
         assert self._work is not None
         outs, lses = piece_views(self._work.wait(), (prod(self._rows),), *self._own)
         return combine_partials(outs, lses, self._dtype, sinks).unflatten(0, self._rows)
+
+
+def warm_up(like: Tensor, layout: HelixLayout, rank: int, sinks: Tensor | None) -> None:
+    """Launch what the exchange does besides its collective, once: a kernel's first use compiles it.
+
+    Args:
+        like: of the model's dtype and on its device.
+        rank: in the dim group.
+        sinks: as `merged` will be given them.
+    """
+    shapes, m = piece_shapes(layout), layout.grid.dim_parallel_size
+
+    def pieces(*shape: int) -> Views:
+        _, size = piece_elements(1, *shape, like.element_size())
+        return piece_views(like.new_zeros(m, size), (1,), *shape)
+
+    if len(set(shapes)) == 1:
+        out = like.new_zeros(1, layout.query_heads, layout.shape.kv_channels)
+        lse = out.new_zeros(out.shape[:2], dtype=torch.float32)
+        write_partials(out, lse, *pieces(*shapes[0]))
+        write_partials(out, lse, *pieces(*shapes[0]), torch.ones(1, dtype=torch.int32, device=like.device))
+    combine_partials(*pieces(*shapes[rank]), like.dtype, sinks)

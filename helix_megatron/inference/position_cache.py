@@ -4,7 +4,8 @@ Note [A step with a cache sharded by sequence]
     1. ONE all-gather hands every rank the new tokens' queries, keys and values, as whole heads, which are
        normed and rotated there: as one rank would, with its kernels.
     2. A rank keeps the keys and values of its own positions (kv_layout.py) and attends over what it keeps,
-       for all query heads of the head group.
+       for all query heads of the head group. Where FlashAttention does that for several new tokens of a
+       request, it is what was kept before, and what is new for a share of the heads (kernels/new_tokens.py).
     3. ONE all-to-all hands every rank its share of the m partial outputs: slice j of all heads ("dims"), or
        its whole heads ("heads"). Their log-sum-exps travel along (partial_exchange.py), so one kernel
        combines them exactly (merge.py).
@@ -37,11 +38,15 @@ from torch import Tensor
 from helix_megatron.exchange.collectives import gather_tokens, gather_uneven
 from helix_megatron.exchange.slices import first_head_of_sinks, slice_shapes
 from helix_megatron.exchange.views import Pieces, aligned_views
+from helix_megatron.inference.agreement import SeveralTokens, all_choose_alike
 from helix_megatron.inference.partial_exchange import PartialExchange, Views
 from helix_megatron.kernels.backend import attend
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
 from helix_megatron.partition.layout import HelixLayout
+
+Heads = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class Step(Protocol):
@@ -53,8 +58,16 @@ class Step(Protocol):
     def write_new_tokens(self, key: Tensor, value: Tensor) -> None:
         """Keep those of the new tokens' [S, B, K, D] that are this rank's."""
 
-    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
-        """Attention of rows start ... stop - 1 along `dim`, given by `query`, over all that the rank keeps.
+    def several(self) -> SeveralTokens | None:
+        """What decides on the kernel for requests of several new tokens; None without any, or a choice."""
+
+    def attend(
+        self, query: Tensor, start: int, stop: int, into: Views | None = None, new: Heads | None = None
+    ) -> Views | None:
+        """This rank's part of the attention of rows start ... stop - 1 along `dim`, given by `query`.
+
+        It is the part over all that the rank keeps. Given the rows' `new` keys and values [S, B, K, D], which
+        are kept already, it is what backend.attend makes of them.
 
         Returns: partial output, shaped as `query`, and its log-sum-exp [S, B, N] fp32; or None, when it has
             put them `into` the pieces that travel.
@@ -87,8 +100,9 @@ def attend_with_shards(
 ) -> Tensor:
     """Attention of new tokens over a cache whose positions are spread over the dim group.
 
-    Collectives over `group`: one, and then one for each chunk; no backward is meant. A chunk's exchange runs
-    while the next chunk attends. All ranks cut the tokens alike, so they start the exchanges in one order.
+    Collectives over `group`: one, and then one for each chunk; once the agreement on a kernel. No backward is
+    meant. A chunk's exchange runs while the next chunk attends. All ranks cut the tokens alike, so they start
+    the exchanges in one order.
 
     Args:
         query: [S, B, N, d_s], or [S, B, N/m, D] with "heads" placement; neither normed nor rotated.
@@ -103,15 +117,17 @@ def attend_with_shards(
     heads, value = gather_new_tokens(query, key, value, layout, group, prepare.together)
     query, key = prepare.function(heads)
     step.write_new_tokens(key, value)
-    rows = query.shape[step.dim]
+    rows, several = query.shape[step.dim], step.several()
+    apart = several is not None and all_choose_alike(group, several)
     chunks = max(1, min(chunks, rows))
     bounds = [rows * chunk // chunks for chunk in range(chunks + 1)]
     on_their_way, receives_own_heads = [], layout.query_placement == "heads"
     for start, stop in pairwise(bounds):
-        part = query.narrow(step.dim, start, stop - start)
+        part, *new = (x.narrow(step.dim, start, stop - start) for x in (query, key, value))
         exchange = PartialExchange(tuple(part.shape[:2]), part, layout, group, async_op=chunks > 1)
         adds = sinks is not None and not receives_own_heads
-        partial = step.attend(part, start, stop, None if adds else exchange.target)
+        into = None if adds else exchange.target
+        partial = step.attend(part, start, stop, into, (new[0], new[1]) if apart else None)
         if adds and partial is not None:
             _add_own_sinks(*partial, sinks, layout, group.rank())
         exchange.send(partial)
@@ -250,23 +266,31 @@ class SequenceStep:
         self.keys[first:last] = key
         self.values[first:last] = value
 
-    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
+    def several(self) -> SeveralTokens | None:
+        """None: ranks have different numbers of slots, and Megatron's static context is on its way out."""
+        return None
+
+    def attend(
+        self, query: Tensor, start: int, stop: int, into: Views | None = None, new: Heads | None = None
+    ) -> Views | None:
         """As Step; the rows are sequences."""
-        new, batch = query.shape[:2]
+        assert new is None
+        count, batch = query.shape[:2]
+        single = count == 1
         partial = attend(
             query.transpose(0, 1).flatten(0, 1),
             self.keys.transpose(0, 1),
             self.values.transpose(0, 1),
-            self._requests(new, start, stop, query.device),
+            self._requests(count, start, stop, query.device),
             self.attention.over(self.interleave, self.rank),
-            singles=new == 1,
+            singles=batch if single else 0,
             flash_version=self.attention.flash_version,
-            into=into if new == 1 else None,  # else tokens of a sequence come after each other here
+            into=into if single else None,  # else tokens of a sequence come after each other here
         )
         if partial is None:
             return None
-        out, lse = partial
-        return out.unflatten(0, (batch, new)).transpose(0, 1), lse.unflatten(0, (batch, new)).transpose(0, 1)
+        out, lse = (x.unflatten(0, (batch, count)).transpose(0, 1) for x in partial)
+        return out, lse
 
     def _requests(self, new: int, start: int, stop: int, device: torch.device) -> Requests:
         """Sequences start ... stop - 1, of one page each; made by the first layer of a step."""
@@ -294,7 +318,7 @@ class PagedStep:
         attention: of the layer.
         blocks, slots: [tokens] where each new token is kept, int64: what is another rank's, in a spare block.
         requests: whose tokens they are; tokens past the last request are padding.
-        singles: row r is the only new token of request r.
+        singles: of so many tokens at the beginning, r is the only new one of request r, or padding past all.
         graph: the step is captured in a CUDA graph, or may be.
     """
 
@@ -306,7 +330,7 @@ class PagedStep:
     blocks: Tensor
     slots: Tensor
     requests: Requests
-    singles: bool
+    singles: int
     graph: bool = False
     dim = 0
 
@@ -316,13 +340,26 @@ class PagedStep:
         self.keys[self.blocks, self.slots] = key[:tokens, 0]
         self.values[self.blocks, self.slots] = value[:tokens, 0]
 
-    def attend(self, query: Tensor, start: int, stop: int, into: Views | None = None) -> Views | None:
+    def several(self) -> SeveralTokens | None:
+        """As Step."""
+        known = not self.graph and self.requests.longest is not None
+        if not known or self.singles >= len(self.blocks):
+            return None
+        return SeveralTokens.of(self.keys, self.attention.left, self.attention.flash_version)
+
+    def attend(
+        self, query: Tensor, start: int, stop: int, into: Views | None = None, new: Heads | None = None
+    ) -> Views | None:
         """As Step; the rows are tokens, query [tokens, 1, N, D]."""
-        cut = self.requests.single_rows if self.singles else self.requests.rows
-        requests = cut(start, stop)
+        singles = min(max(self.singles - start, 0), stop - start)
+        if singles == stop - start:
+            requests = self.requests.single_rows(start, stop)
+        else:
+            requests = self.requests.rows(start, stop, without=min(start, self.singles))
         visible = self.attention.over(self.interleave, self.rank)
+        new = None if new is None else (new[0][:, 0], new[1][:, 0])
         partial = attend(
-            query[:, 0], self.keys, self.values, requests, visible, self.singles,
-            self.attention.flash_version, self.graph, into,
+            query[:, 0], self.keys, self.values, requests, visible, singles, self.attention.flash_version,
+            self.graph, into, new,
         )  # fmt: skip
         return None if partial is None else (partial[0][:, None], partial[1][:, None])

@@ -11,7 +11,8 @@ Note [A prompt that sees itself alone]
     after                   "dims" (m-1)/m t hq d_s, "heads" nothing     (m-1) t hq (d_s + e), "heads" /m
 
     Prompts with history (a chunk that is not the first, a prefix that was cached) go the way of single
-    tokens: cores return no log-sum-exp, by which the part over the cache could be merged. So do prompts
+    tokens: cores return no log-sum-exp, by which the part over the cache could be merged. FlashAttention
+    does, and attends over cached and new keys apart on that way (kernels/new_tokens.py). So do prompts
     whose ranks attend with some of the head group's KV heads, as the cache keeps all of them.
 
 t new tokens, S of a sequence, B batch, N query heads of the head group (hq), K its KV heads (hk), d_s = D/m.
@@ -40,7 +41,7 @@ class Prompts:
         host_ends, ends: [prompts + 1] cumulative numbers of their tokens, int32, on host and device.
         longest: of them.
         others: the requests before them.
-        singles: each of those has one new token.
+        singles: so many of those come first and have one new token.
     """
 
     first: int
@@ -49,7 +50,7 @@ class Prompts:
     ends: Tensor
     longest: int
     others: Requests
-    singles: bool
+    singles: int
 
     def packed(self, on_host: bool) -> PackedSeqParams | None:
         """For a core; one prompt alone is a sequence like any other."""
@@ -72,9 +73,15 @@ def find_prompts(new: list[int], before: list[int], requests: Requests) -> Promp
     first, prompts = sum(new[:others]), new[others:]
     host_ends = torch.tensor([0, *prompts], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
     ends = requests.query_ends[others : len(new) + 1].to(torch.int32) - first
-    table = Requests(requests.query_ends[: others + 1], requests.lengths[:others], requests.table[:others])
-    singles = all(count == 1 for count in new[:others])
-    return Prompts(first, first + sum(prompts), host_ends, ends, max(prompts), table, singles)
+    tensors = requests.query_ends[: others + 1], requests.lengths[:others], requests.table[:others]
+    before_them = Requests(*tensors, longest=max(new[:others], default=0))
+    singles = count_singles(new[:others])
+    return Prompts(first, first + sum(prompts), host_ends, ends, max(prompts), before_them, singles)
+
+
+def count_singles(new: list[int]) -> int:
+    """How many requests at the beginning have one new token."""
+    return next((number for number, count in enumerate(new) if count != 1), len(new))
 
 
 def attend_among_themselves(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_megatron.inference.prompts import Prompts, find_prompts
+from helix_megatron.inference.prompts import Prompts, count_singles, find_prompts
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.kernels.placement import place_tokens
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -37,7 +37,7 @@ class StepTokens:
         self._memory: Tensor | None = None  # blocks and slots of as many tokens as a step may have
         self._of_graphs: dict[Any, Requests] = {}
         self.tokens, self.requests = 0, Requests(*torch.zeros(3, 0, dtype=torch.int32))
-        self.in_graph = self.singles = False
+        self.in_graph, self.singles = False, 0
         self.prompts: Prompts | None = None
 
     def begin(self, context: Any) -> None:
@@ -58,11 +58,15 @@ class StepTokens:
             context.kv_block_allocator.dummy_block_idx,
         )
         metadata = context.active_attn_metadata["mha_metadata"].state_data
-        requests = Requests(
-            metadata["cu_query_seq_lengths"], metadata["kv_seq_lengths"], metadata["block_table"]
-        )
-        self.singles = context.is_decode_only() and context.num_speculative_tokens == 0
         self.in_graph = self._graphs and context.using_cuda_graph_this_step()
+        requests = Requests(
+            metadata["cu_query_seq_lengths"],
+            metadata["kv_seq_lengths"],
+            metadata["block_table"],
+            longest=None if self.in_graph else metadata.get("max_seqlen_q"),
+        )
+        only_singles = context.is_decode_only() and context.num_speculative_tokens == 0
+        self.singles = self.tokens if only_singles else 0
         if self.in_graph:
             requests = self._that_stay(context.padded_batch_dimensions, requests)
         self.requests, self.prompts = requests, None
@@ -71,6 +75,9 @@ class StepTokens:
             active = slice(context.paused_request_count, context.total_request_count)
             of_requests = (context.request_query_lengths, context.request_kv_length_offsets)  # on the host
             new, before = (x[active].tolist() for x in of_requests)
+            self.singles = count_singles(new)
+            if self.singles == len(new):
+                self.singles = self.tokens  # padding is behind them
             self.prompts = find_prompts(new, before, requests)
 
     @property

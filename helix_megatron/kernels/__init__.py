@@ -5,8 +5,10 @@ merge.py                   partial attention with log-sum-exp, and its stable co
 paged_attention.py         attention over a rank's pages, in torch
 paged_attention_triton.py  the same as Triton kernels
 triton_plan.py             a step's work dealt to programs in equal shares
-triton_merge.py            parts merged by one kernel, of programs and of ranks
+triton_merge.py            parts merged by one kernel: of programs, of other libraries' kernels, of ranks
 triton_tiles.py            what a program holds at a time
-flash.py                   FlashAttention's kernels, found and compared with a known answer
+new_tokens.py              which rank attends over new keys, where they are apart from cached ones
+flash.py                   FlashAttention's kernels, found and given what they ask for
+known_case.py              the same compared with a known answer
 backend.py                 which of them computes it
 """

@@ -1,6 +1,7 @@
 """Which kernel attends over a rank's part of the KV cache: chosen here, once for each kind of cache.
 
-    flash-attn-3, flash-attn-2   for single tokens without a window (flash.py), as Megatron prefers them
+    flash-attn-3, flash-attn-2   without a window (flash.py), as Megatron prefers them: single tokens; several
+                                 of a request, whose new keys are at hand, outside of CUDA graphs
     triton                       everything else on a GPU (paged_attention_triton.py)
     torch                        PyTorch's fused attention on the CPU (paged_attention.py), plain on others
 
@@ -20,8 +21,14 @@ from torch import Tensor
 
 from helix_megatron.kernels import flash
 from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import triton_obstacle, write_partials
-from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, paged_attention
+from helix_megatron.kernels.paged_attention import (
+    Requests,
+    VisibleSlots,
+    paged_attention,
+    step_of_zeros,
+)
 from helix_megatron.partition.grid import HelixConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,11 +43,14 @@ class Choice:
 
     Args:
         singles: backend when every request has one new token at most.
-        others: backend for prompts, and for steps with both.
+        several: the FlashAttention that attends over what is cached and what is new apart, for requests of
+            several new tokens; None for none.
+        others: backend for what is left.
         reason: one line.
     """
 
     singles: str
+    several: str | None
     others: str
     reason: str
 
@@ -51,48 +61,99 @@ def attend(
     values: Tensor,
     requests: Requests,
     visible: VisibleSlots,
-    singles: bool,
+    singles: int,
     flash_version: int | None = None,
     graph: bool = False,
     into: tuple[Tensor, Tensor] | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """paged_attention by the chosen backend.
+    """A rank's part of attention by the chosen backend: paged_attention; or, with `new` keys, such that the
+    parts of all ranks merge to the same (Note [Cached and new keys apart] in new_tokens.py).
 
     Args:
         query: [T, N, D].
         keys, values: [pages, page, K, D].
-        singles: row r is the only new token of request r; rows past the last request are padding.
+        singles: of so many rows at the beginning, row r is the only new token of request r, or padding past
+            the last request.
         flash_version: Megatron's --flash-attention-version.
         graph: a CUDA graph of it is captured, or will be: the same backend is taken before.
-        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself.
+        into: where it goes, as merge.write_partials has it; the Triton kernel writes there itself, what
+            FlashAttention computes one kernel more.
+        new: keys and values [T, K, D] of the rows, which the cache has as well; given where every rank of the
+            dim group has the same `several` for this cache: parts of another way do not fit together.
     Returns:
         output [T, N, D] in the query's dtype, log-sum-exp [T, N] fp32; 0 and -inf where nothing is seen.
         None with `into`.
     """
-    device = query.device
-    on_gpu = device.type == "cuda"
-    choice = choose(
-        device.type,
-        query.dtype,
-        keys.shape[1],
-        visible.left is not None,
-        os.environ.get(OVERRIDE),
-        dim=query.shape[-1],
-        major=_major(device) if on_gpu else None,
-        flash_version=flash_version,
-        graph=graph or (on_gpu and torch.cuda.is_current_stream_capturing()),
-    )
-    name = choice.singles if singles else choice.others
+    choice = choose_for(keys, query.dtype, visible.left is not None, flash_version, graph)
+    cache, rows = (keys, values), len(query)
+    if singles < rows and new is not None and _is_better(choice.several, requests):
+        assert choice.several is not None
+        outs, lses = into or _one_piece(query)
+        if singles:  # they have kernels of their own, which share one long request
+            own = requests.single_rows(0, singles)
+            first = outs[:, :singles], lses[:, :singles]
+            _attend(choice.singles, query[:singles], cache, own, visible, True, first)
+        rest = (x[singles:] for x in new)
+        flash.attend(
+            choice.several, query[singles:], *cache, requests.rows(singles, rows, singles), visible,
+            (*rest,), (outs[:, singles:], lses[:, singles:]),
+        )  # fmt: skip
+        return None if into else (outs[0], lses[0])
+    single = singles >= rows
+    return _attend(choice.singles if single else choice.others, query, cache, requests, visible, single, into)
+
+
+def _is_better(several: str | None, requests: Requests) -> bool:
+    """Whether a FlashAttention that attends over cached and new keys apart is, for these requests."""
+    return several is not None and (requests.longest or 0) >= FLASH[several].several
+
+
+def _one_piece(query: Tensor) -> tuple[Tensor, Tensor]:
+    lses = torch.empty(1, *query.shape[:2], dtype=torch.float32, device=query.device)
+    return torch.empty(1, *query.shape, dtype=query.dtype, device=query.device), lses
+
+
+def _attend(
+    name: str,
+    query: Tensor,
+    cache: tuple[Tensor, Tensor],
+    requests: Requests,
+    visible: VisibleSlots,
+    singles: bool,
+    into: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor] | None:
+    """paged_attention by a backend; `singles`: all rows are."""
     if into is not None and name == "triton":
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.attend_into(*into, query, keys, values, requests, visible, singles)
+        paged_attention_triton.attend_into(*into, query, *cache, requests, visible, singles)
         return None
-    found = _BACKENDS[name](query, keys, values, requests, visible, singles)
+    if into is not None and name in FLASH:
+        return flash_attention(name, query, *cache, requests, visible, singles, into)
+    found = _BACKENDS[name](query, *cache, requests, visible, singles)
     if into is None:
         return found
     write_partials(*found, *into)
     return None
+
+
+def choose_for(
+    keys: Tensor, dtype: torch.dtype, windowed: bool, flash_version: int | None = None, graph: bool = False
+) -> Choice:
+    """`choose` for a cache [pages, page, K, D] and queries of `dtype`, as HELIX_PAGED_ATTENTION says."""
+    device, on_gpu = keys.device, keys.device.type == "cuda"
+    return choose(
+        device.type,
+        dtype,
+        keys.shape[1],
+        windowed,
+        os.environ.get(OVERRIDE),
+        dim=keys.shape[-1],
+        major=_major(device) if on_gpu else None,
+        flash_version=flash_version,
+        graph=graph or (on_gpu and torch.cuda.is_current_stream_capturing()),
+    )
 
 
 @functools.cache
@@ -123,26 +184,28 @@ def choose(
         HelixConfigError: the override names no backend, or a FlashAttention that cannot be imported; or what
             is chosen waits for the device, which a CUDA graph cannot.
     """
+    kind, apart = (device, dtype, page, dim), not (windowed or graph)  # in a graph, single rows may change
     if override:
-        choice = _overridden(override, device, dtype, page, dim, compare)
+        choice = _overridden(override, kind, apart, compare)
     else:
         others, why = _without_flash(device)
         taken, obstacles = None, []
         for name in FLASH if device == "cuda" else ():
             obstacle = _obstacle(name, dtype, page, windowed, dim, major, flash_version, graph)
             if not obstacle and compare:
-                obstacle = flash.known_case_error(name, device, dtype, page, dim)
+                obstacle = known_case_error(name, *kind)
             if not obstacle:
                 taken = name
                 break
             obstacles.append(obstacle)
         not_those = "".join(f"; {obstacle}" for obstacle in [*obstacles, *_about_version_4(flash_version)])
         if taken:
+            several, remark = _several(taken, kind, apart, compare)
             label = flash.find(taken)[1]
-            reason = f"{label} for single tokens, {others} for prompts ({why}){not_those}"
+            reason = f"{label} for single tokens, {others} for prompts ({why}){remark}{not_those}"
+            choice = Choice(taken, several, others, reason)
         else:
-            reason = f"{others} ({why}){not_those}"
-        choice = Choice(taken or others, others, reason)
+            choice = Choice(others, None, others, f"{others} ({why}){not_those}")
     if graph and device == "cuda":
         _refuse_in_graph(choice)
     if compare:
@@ -159,25 +222,43 @@ def _refuse_in_graph(choice: Choice) -> None:
             )
 
 
-def _overridden(
-    override: str, device: str, dtype: torch.dtype, page: int, dim: int, compare: bool
-) -> Choice:
+_Kind = tuple[str, torch.dtype, int, int]
+"""Device, dtype, page and head dimension of a cache."""
+
+
+def _several(name: str, kind: _Kind, apart: bool, compare: bool) -> tuple[str | None, str]:
+    """FlashAttention `name` if it takes several new tokens of a request too; and a remark.
+
+    Args:
+        apart: cached and new keys may be.
+    """
+    if not apart:
+        return None, ""
+    kernel, reason = flash.find_varlen(name)
+    fault = known_case_error(name, *kind, several=True) if kernel and compare else None
+    if kernel is None or fault:
+        return None, f"; not {name} for several tokens of a request: {fault or reason}"
+    return name, f"; {name} for {FLASH[name].several} or more tokens of a request that has others before them"
+
+
+def _overridden(override: str, kind: _Kind, apart: bool, compare: bool) -> Choice:
     if override not in NAMES:
         raise HelixConfigError(f"{OVERRIDE}={override}: choose from {', '.join(NAMES)}")
     if override == "triton" and triton_obstacle():
         raise HelixConfigError(f"{OVERRIDE}={override}: {triton_obstacle()}")
     if override in ("torch", "triton"):
-        return Choice(override, override, f"{override}, as {OVERRIDE} says")
+        return Choice(override, None, override, f"{override}, as {OVERRIDE} says")
     reasons = []
     for name in FLASH if override == "flash-attn" else (override,):
         kernel, reason = flash.find(name)
         fault: str | None = reason
         if kernel is not None:
-            fault = flash.known_case_error(name, device, dtype, page, dim) if compare else None
+            fault = known_case_error(name, *kind) if compare else None
         if not fault:
-            others = _without_flash(device)[0]
-            why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts"
-            return Choice(name, others, why)
+            others = _without_flash(kind[0])[0]
+            several, remark = _several(name, kind, apart, compare)
+            why = f"{reason} for single tokens, as {OVERRIDE} says, {others} for prompts{remark}"
+            return Choice(name, several, others, why)
         reasons.append(fault)
     raise HelixConfigError(f"{OVERRIDE}={override}: {'; '.join(reasons)}")
 
@@ -238,6 +319,7 @@ def warm_up(
     flash_version: int | None = None,
     graph: bool = False,
     piece: tuple[int, int] | None = None,
+    row: int | None = None,
 ) -> Choice:
     """Choose, compare and compile what attention over this cache will need: no request waits for it, and a
     CUDA graph that is being captured, where neither can be, needs it done.
@@ -250,24 +332,20 @@ def warm_up(
         flash_version: Megatron's --flash-attention-version.
         graph: for steps that CUDA graphs are captured of.
         piece: heads and dimensions of a piece, where attention writes `into` pieces.
+        row: heads from a token's first to the next token's, where other heads lie between them.
     """
-    on_gpu = keys.device.type == "cuda"
-    choice = choose(
-        keys.device.type,
-        dtype,
-        keys.shape[1],
-        visible.left is not None,
-        os.environ.get(OVERRIDE),
-        dim=keys.shape[-1],
-        major=_major(keys.device) if on_gpu else None,
-        flash_version=flash_version,
-        graph=graph,
-    )
+    choice = choose_for(keys, dtype, visible.left is not None, flash_version, graph)
+    for name, new in ((choice.singles, [1]), (choice.several, [3, 1])):
+        if name in FLASH:
+            query, requests, into = step_of_zeros(new, keys, heads, dtype, piece, row)
+            several = torch.zeros(2, len(query), *keys.shape[2:], dtype=keys.dtype, device=keys.device)
+            its = (several[0], several[1]) if len(new) > 1 else None
+            flash.attend(name, query, keys, values, requests, visible, its, into)
     waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
     if waits or "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
-        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece)
+        paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece, row)
     return choice
 
 
@@ -305,13 +383,14 @@ def flash_attention(
     requests: Requests,
     visible: VisibleSlots,
     singles: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """FlashAttention `name`."""
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """FlashAttention `name` of single tokens."""
     if not singles or visible.left is not None:  # by the override alone
         raise HelixConfigError(
             f"{OVERRIDE}={name}: it has one window for all requests; leave the choice to Helix"
         )
-    return flash.attend(name, query, keys, values, requests, visible)
+    return flash.attend(name, query, keys, values, requests, visible, into=into)
 
 
 _BACKENDS = {"torch": torch_attention, "triton": triton_attention} | {

@@ -19,6 +19,8 @@ import os
 import torch
 from torch import Tensor
 
+from helix_megatron.kernels.new_tokens import OfHeads
+
 _SCORE_BYTES = 256 * 2**20  # scores that exist at a time
 
 
@@ -70,21 +72,65 @@ def merge_partials(outs: Tensor, lses: Tensor, sinks: Tensor | None = None) -> t
     return out, top + torch.log(total)  # -inf + -inf when all are empty
 
 
-def write_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor) -> None:
-    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end.
+def write_partials(
+    out: Tensor,
+    lse: Tensor,
+    outs: Tensor,
+    lses: Tensor,
+    parts: Tensor | None = None,
+    more: OfHeads | None = None,
+) -> None:
+    """Partial outputs to the pieces that the ranks of a dim group are sent, combine_partials' other end. One
+    kernel on a GPU.
 
     Args:
-        out: [T, N, D].
-        lse: [T, N] fp32.
+        out: [rows, N, D]; rows up to T, those behind them are padding: 0, and -inf.
+        lse: [rows, N] fp32, of any strides.
         outs, lses: [m, T, N', D'] and [m, T, N'], written: whole heads of each (N' = N/m), or slices of all
             heads (D' = D/m), with the log-sum-exps of all.
+        parts: [T] uint8, what is there for a token: 2 all that is given, 1 `more` alone, 0 nothing. What is
+            not there may hold anything. None: `out` is there for its rows.
+        more: with `parts`, a part of some heads over other keys, merged into theirs.
     """
+    if runs_triton(outs.device):
+        from helix_megatron.kernels import triton_merge
+
+        triton_merge.write_partials(out, lse, outs, lses, parts, more)
+        return
+    rows = len(out)
+    if parts is not None:
+        out, lse = _joined(out, lse, parts, more)
+    elif rows < outs.shape[1]:
+        outs[:, rows:].zero_(), lses[:, rows:].fill_(float("-inf"))
+        outs, lses = outs[:, :rows], lses[:, :rows]
     if outs.shape[2] < out.shape[1]:
         outs.copy_(out.unflatten(1, (len(outs), -1)).movedim(1, 0))
         lses.copy_(lse.unflatten(1, (len(outs), -1)).movedim(1, 0))
     else:
         outs.copy_(out.unflatten(2, (len(outs), -1)).movedim(2, 0))
         lses.copy_(lse.expand_as(lses))
+
+
+def _joined(out: Tensor, lse: Tensor, parts: Tensor, more: OfHeads | None) -> tuple[Tensor, Tensor]:
+    """write_partials' parts as one: [T, N, D] and [T, N]; 0 and -inf where there are none."""
+    missing = len(parts) - len(out)
+    out, lse = (torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x for x in (out, lse))
+    out, lse = _only_where(parts > 1, out, lse)
+    if more is None:
+        return out, lse
+    heads = slice(more.first, more.first + more.out.shape[1])
+    added, added_lse = _only_where(parts > 0, more.out, more.lse)
+    merged, lse[:, heads] = merge_partials(
+        torch.stack([out[:, heads], added]), torch.stack([lse[:, heads], added_lse])
+    )
+    out[:, heads] = merged.to(out.dtype)
+    return out, lse
+
+
+def _only_where(there: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies that are empty parts elsewhere."""
+    absent = ~there[:, None]
+    return out.masked_fill(absent[..., None], 0.0), lse.masked_fill(absent, float("-inf"))
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:

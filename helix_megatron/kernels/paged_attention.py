@@ -75,11 +75,13 @@ class Requests:
         query_ends: [requests + 1] cumulative numbers of new tokens; they are the last of their request.
         lengths: [requests] tokens of each request, the new ones included; 0 for padding.
         table: [requests, pages] numbers of each request's pages, in order of its slots.
+        longest: no request has more new tokens; None where the host does not know.
     """
 
     query_ends: Tensor
     lengths: Tensor
     table: Tensor
+    longest: int | None = None
     _kept: dict[Any, tuple[Any, Callable[[Any], None]]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -129,19 +131,26 @@ class Requests:
         """query_ends, lengths, table."""
         return self.query_ends, self.lengths, self.table
 
-    def rows(self, start: int, stop: int) -> Requests:
-        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet."""
+    def rows(self, start: int, stop: int, without: int = 0) -> Requests:
+        """The same for new tokens start ... stop - 1 alone; what comes later is not there yet.
+
+        Args:
+            without: so many requests at the beginning, which end before `start`, are left out.
+        """
+        query_ends, all_lengths = self.query_ends[without:], self.lengths[without:]
 
         def make() -> Requests:
-            return Requests(torch.empty_like(self.query_ends), torch.empty_like(self.lengths), self.table)
+            longest = None if self.longest is None else min(self.longest, stop - start)
+            made = (torch.empty_like(x) for x in (query_ends, all_lengths))
+            return Requests(*made, self.table[without:], longest)
 
         def fill(part: Requests) -> None:
-            ends = self.query_ends.clamp(start, stop)
+            ends = query_ends.clamp(start, stop)
             torch.sub(ends, start, out=part.query_ends)
-            torch.sub(self.lengths, (self.query_ends - ends)[1:], out=part.lengths)
+            torch.sub(all_lengths, (query_ends - ends).clamp_(min=0)[1:], out=part.lengths)
             part.refill()
 
-        return self.keep(("rows", start, stop), make, fill)
+        return self.keep(("rows", start, stop, without), make, fill)
 
     def single_rows(self, start: int, stop: int) -> Requests:
         """rows(start, stop) where row r is the only new token of request r."""
@@ -165,6 +174,36 @@ def _as_int32(tensor: Tensor, fits: bool) -> Tensor:
     if tensor.dtype is torch.int32 and fits and (tensor.dim() > 1 or tensor.is_contiguous()):
         return tensor
     return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
+
+
+def step_of_zeros(
+    new: list[int],
+    keys: Tensor,
+    heads: int,
+    dtype: torch.dtype,
+    piece: tuple[int, int] | None,
+    row: int | None = None,
+) -> tuple[Tensor, Requests, tuple[Tensor, Tensor]]:
+    """What a kernel is warmed up with: requests of `new` tokens each, all on a cache's first page.
+
+    Args:
+        keys: [pages, page, K, D].
+        piece: heads and dimensions of a piece; None for all heads.
+        row: heads from a token's first to the next token's; None for N.
+    Returns:
+        query [T, N, D], requests, and outputs and log-sum-exps to be written, as merge.write_partials has
+        them.
+    """
+    tokens, device, integers = sum(new), keys.device, dict(dtype=torch.int32, device=keys.device)
+    ends = torch.tensor([0, *new], **integers).cumsum(0, dtype=torch.int32)
+    table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, **integers)
+    requests = Requests(ends, torch.tensor(new, **integers), table, longest=max(new))
+    query = torch.zeros(tokens, row or heads, keys.shape[-1], dtype=dtype, device=device)[:, :heads]
+    of_n, of_d = piece or query.shape[1:]
+    pieces = query[0].numel() // (of_n * of_d)
+    outs = torch.empty(pieces, tokens, of_n, of_d, dtype=dtype, device=device)
+    lses = torch.empty(pieces, -(-tokens * of_n // 4) * 4, dtype=torch.float32, device=device)
+    return query, requests, (outs, lses[:, : tokens * of_n].unflatten(1, (-1, of_n)))
 
 
 def paged_attention(

@@ -20,8 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from helix_megatron.kernels import triton_merge
-from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
-from helix_megatron.kernels.triton_merge import merge_block, merge_programs_kernel, out_offsets, store_lse
+from helix_megatron.kernels.paged_attention import Requests, VisibleSlots, step_of_zeros
+from helix_megatron.kernels.triton_merge import (
+    merge_block,
+    merge_programs_kernel,
+    of_pieces,
+    out_offsets,
+    store_lse,
+)
 from helix_megatron.kernels.triton_plan import count, holder, plan_kernel, share_of
 from helix_megatron.kernels.triton_tiles import SMALLEST_SHARED, Tile, tile_shape
 from helix_megatron.partition.grid import HelixConfigError
@@ -227,9 +233,8 @@ def attend_into(
     their tensors are filled anew for the next step, Requests.refill makes it anew, where it is.
 
     Args:
-        outs, lses: [pieces, T, N', D'] in the query's dtype and [pieces, T, N'] fp32, what is written: whole
-            heads (N' = N/pieces, D' = D), or slices of all heads (N' = N, D' = D/pieces), whose log-sum-exps
-            every piece has. Pieces are contiguous and a multiple of 16 bytes apart.
+        outs, lses: pieces as of_pieces has them, in the query's dtype and in fp32, written; each is
+            contiguous, and they are a multiple of 16 bytes apart.
         query: [T, N, D].
         keys, values: [pages, page, K, D]; the last dimension contiguous.
         singles: no request has more than one new token.
@@ -243,7 +248,7 @@ def attend_into(
     if not len(requests.lengths):
         outs.zero_(), lses.fill_(float("-inf"))
         return
-    to, of_pieces = _pieces(outs, lses, heads, dim)
+    to, pieces = of_pieces(outs, lses, heads, dim)
     ratio, dims = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     padded = triton.next_power_of_2(ratio)
     size = max(query.element_size(), keys.element_size())
@@ -265,7 +270,7 @@ def attend_into(
             WINDOW=visible.left is not None, TOKENS=tile.rows // padded, R_PAD=padded, D_PAD=dims,
             SLOTS=tile.slots, STAGES=tile.stages, LEAST=tile.least, PAGED=tile.paged,
             UPCAST=INTERPRETED,  # the interpreter cannot multiply bf16
-            **of_pieces, num_warps=tile.warps,
+            **pieces, num_warps=tile.warps,
         )  # fmt: skip
     few, many = launches[0], launches[-1]
     block = merge_block(tokens * heads, dim)
@@ -273,18 +278,8 @@ def attend_into(
         parts, logs, plan, given.query_ends, outs, lses, len(given.lengths), programs, few.tiles,
         many.tiles, *to, N=heads, R=ratio, R_PAD=padded, D=dim, FEW=few.tile.rows // padded,
         MANY=many.tile.rows // padded if len(launches) > 1 else 0,
-        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **of_pieces, **block,
+        LEAST_FEW=few.tile.least, LEAST_MANY=many.tile.least, **pieces, **block,
     )  # fmt: skip
-
-
-def _pieces(outs: Tensor, lses: Tensor, heads: int, dim: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """How far the pieces of outputs and of log-sum-exps are apart, in 16 bytes, and what one of them has."""
-    pieces, _, of_n, of_d = outs.shape
-    apart = [x.stride(0) * x.element_size() if pieces > 1 else 0 for x in (outs, lses)]
-    assert outs[0].is_contiguous() and lses[0].is_contiguous() and not any(x % 16 for x in apart)
-    assert (of_n * pieces, of_d) == (heads, dim) or (of_n, of_d * pieces) == (heads, dim)
-    constants = dict(OF_N=of_n, OF_D=of_d, COPIES=1 if of_n < heads else pieces)
-    return (apart[0] // 16, apart[1] // 16), constants | dict(UNIT=16 // outs.element_size())
 
 
 def _plan(
@@ -353,6 +348,7 @@ def warm_up(
     dtype: torch.dtype,
     visible: VisibleSlots,
     piece: tuple[int, int] | None = None,
+    row: int | None = None,
 ) -> None:
     """Compile what attention over this cache will need, so that no request waits for it.
 
@@ -362,22 +358,13 @@ def warm_up(
         dtype: of the queries.
         visible: of one layer; those with a window and those without are apart.
         piece: N', D' of what attend_into writes; None for paged_attention.
+        row: heads from a token's first to the next token's; None for N.
     """
-    device = keys.device
     rows = -(-triton_merge.MANY_ROWS // heads)  # so that both ways of merging are met
     steps = (([1], True), ([1] * rows, True), ([1, 2], False), ([1, rows], False))
     for new, singles in steps:
-        ends = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        lengths = torch.tensor(new, dtype=torch.int32)
-        table = torch.zeros(len(new), max(new) // keys.shape[1] + 1, dtype=torch.int32)
-        query = torch.zeros(sum(new), heads, keys.shape[-1], dtype=dtype, device=device)
-        requests = Requests(ends.to(device), lengths.to(device), table.to(device))
-        of_n, of_d = piece or query.shape[1:]
-        shape = (query[0].numel() // (of_n * of_d), sum(new), of_n, of_d)
-        outs = torch.empty(shape, dtype=dtype, device=device)
-        lses = torch.empty(shape[0], -(-sum(new) * of_n // 4) * 4, dtype=torch.float32, device=device)
-        lses = lses[:, : sum(new) * of_n].unflatten(1, (-1, of_n))
-        attend_into(outs, lses, query, keys, values, requests, visible, singles)
+        query, requests, into = step_of_zeros(new, keys, heads, dtype, piece, row)
+        attend_into(*into, query, keys, values, requests, visible, singles)
 
 
 def _check_strides(keys: Tensor, values: Tensor, slots: int) -> None:

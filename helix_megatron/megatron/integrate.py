@@ -189,7 +189,7 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from helix_megatron.inference import dynamic_context
+    from helix_megatron.inference import dynamic_context, warm_up
     from helix_megatron.megatron import process_groups
     from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
     from helix_megatron.partition.derived import slices_for
@@ -257,6 +257,10 @@ def enable(helix: HelixConfig, grid: HelixGrid | None = None) -> None:
     if megatron.dynamic_engine:
         sliced = functools.partial(dynamic_context.sliced_context, helix=helix)
         _enabled.replace(DynamicInferenceContext, "__init__", sliced)
+        from megatron.core.inference.model_inference_wrappers import abstract_model_inference_wrapper
+
+        wrapper = abstract_model_inference_wrapper.AbstractModelInferenceWrapper
+        _enabled.replace(wrapper, "__init__", warm_up.then_warm_up)
     if megatron.handoff:
         from megatron.core.inference.disaggregation.inference_state_handoff import InferenceStateHandoffMixin
 

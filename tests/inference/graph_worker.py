@@ -139,8 +139,38 @@ def check_replays(fault: str, path: str, names: list[str], place: Place) -> None
         graphs.rank_replays(path, names, place)
 
 
-def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dict) -> dict:
-    """kv_cache_worker.generate by an engine that captures graphs, with their number and their replays.
+def compiled_after_warm_up(tp: int, jobs: list[tuple[Case, HelixConfig]]) -> list[tuple[int, list]]:
+    """Kinds of kernels compiled when an engine starts, and those that decode steps ask for besides."""
+    from megatron.core.inference.contexts import DynamicInferenceContext
+
+    from helix_megatron.check.decode_step import set_decode_step
+    from helix_megatron.inference.warm_up import warm_up
+    from helix_megatron.kernels import triton_merge
+    from tests.inference.specialisations import recorded
+
+    triton_merge.MANY_ROWS = 16  # of tokens times heads
+    DynamicInferenceContext.TOKEN_ROUNDER = 1  # so that steps differ in size
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix in jobs:
+        layer, context, table = layer_and_context(case, helix, tp, groups)
+        rope = case.rope_table()
+        with inferring():
+            with recorded() as warm:
+                warm_up(layer, context)
+            with recorded() as asked:
+                for lengths in ([5], [5, 17, 1], [5, 17, 1, 33, 8, 16]):
+                    set_decode_step(context, table, len(lengths), lengths, BLOCK)
+                    hidden = torch.randn(context.padded_active_token_count, 1, case.hidden)
+                    layer(hidden, None, inference_context=context, rotary_pos_emb=rope)
+        found.append((len(warm), sorted(map(str, asked - warm))))
+    return found
+
+
+@contextlib.contextmanager
+def graphs_on_the_host() -> Iterator[tuple[list[HostGraph], list[HostGraph]]]:
+    """Graphs that Megatron captures, and those that it replays, once for each time.
 
     Attention is one launch that reads requests when it is replayed, as a kernel does.
     """
@@ -149,9 +179,8 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
     from helix_megatron.inference import position_cache
     from helix_megatron.kernels.merge import write_partials
     from helix_megatron.kernels.paged_attention import Requests, paged_attention
-    from tests.inference import kv_cache_worker
 
-    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into):
+    def attend(query, keys, values, requests, visible, singles, flash_version, graph, into, new):
         found = paged_attention(query, keys, values, Requests(*requests.tensors), visible)
         write_partials(*found, *into)
 
@@ -166,5 +195,19 @@ def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dic
         mock.patch.object(HostGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))),
         in_place_of_cuda_graphs(kernels) as captured,
     ):
+        yield captured, replayed
+
+
+def generate_with_graphs(tp: int, helix: HelixConfig, model: dict, settings: dict) -> dict:
+    """kv_cache_worker.generate by an engine that captures graphs, with their number, how many there were at
+    each warm-up, and their replays."""
+    from helix_megatron.inference import warm_up
+    from tests.inference import kv_cache_worker
+
+    before, warm = [], warm_up.warm_up
+    with (
+        graphs_on_the_host() as (captured, replayed),
+        mock.patch.object(warm_up, "warm_up", lambda *given: (before.append(len(captured)), warm(*given))),
+    ):
         found = kv_cache_worker.generate(tp, helix, {"cuda_graph_impl": "local", **model}, settings)
-    return {**found, "graphs": len(captured), "replays": len(replayed)}
+    return {**found, "graphs": len(captured), "replays": len(replayed), "before": before}

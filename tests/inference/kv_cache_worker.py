@@ -90,6 +90,28 @@ def prompts_by_the_core(
     return found
 
 
+def memory_of_prompts(tp: int, jobs: list[tuple[Case, HelixConfig]]) -> list[dict[str, tuple[int, str]]]:
+    """Of each job, a prompt of the whole case in half precision: the largest tensor of all and of fp32 that
+    its attention makes, in elements, and the operation that makes it; how often the core ran."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from tests.inference.allocations import Allocations
+
+    start(tp)
+    groups, found = Groups(), []
+    for case, helix in jobs:
+        layer, _ = make(case, helix, tp, groups)
+        layer.bfloat16()
+        runs: list[int] = []
+        layer.core_attention.core.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        context, hidden = StaticInferenceContext(case.batch, case.seq), case.tensors["hidden"].bfloat16()
+        with inferring(), Allocations() as made:
+            layer(hidden, None, inference_context=context, rotary_pos_emb=case.rope_table())
+        largest = dict(any=made.largest(), fp32=made.largest(torch.float32, torch.float64))
+        found.append(largest | {"runs of the core": len(runs)})
+    return found
+
+
 def count(tp: int, case: Case, helix: HelixConfig, prompt: int, max_length: int) -> list[dict]:
     """Collectives of every step."""
     from megatron.core.inference.contexts import StaticInferenceContext
@@ -372,6 +394,36 @@ def generate(
     }
 
 
+def generate_by_flash(tp: int, runs: list[tuple]) -> list[dict]:
+    """`generate` for each run, with FlashAttention 3's stand-in in as many of the ranks; and its calls.
+
+    Args:
+        runs: Helix, model and inference settings, proposals, ranks that have it.
+    """
+    import os
+    import sys
+
+    from helix_megatron.inference import agreement
+    from helix_megatron.kernels import backend, flash, known_case
+    from helix_megatron.megatron import integrate
+    from tests.kernels import flash_standin
+
+    found = []
+    for helix, model, settings, proposals, ranks in runs:
+        calls: list[tuple] = []
+        known = agreement.all_choose_alike, flash._installed, known_case.known_case_error, backend.choose
+        for function in known:
+            function.cache_clear()
+        has_it = int(os.environ["RANK"]) < ranks
+        sys.modules["flash_attn_interface"] = flash_standin.third(False, calls)
+        with mock.patch.dict(os.environ, {backend.OVERRIDE: "flash-attn-3" if has_it else "torch"}):
+            found.append(generate(tp, helix, model, settings, proposals) | {"calls": calls})
+        del sys.modules["flash_attn_interface"]
+        if helix is not None:
+            integrate.disable()
+    return found
+
+
 def generate_like(
     tp: int, runs: list[tuple[HelixConfig, dict, str]], prompts: list[list[int]], new: int
 ) -> list[list[list[int]]]:
@@ -398,16 +450,18 @@ def generate_like(
 
 
 def warmed_up(tp: int, helix: HelixConfig, model: dict) -> list[dict]:
-    """What is compiled before requests come: slots and KV heads of a page, window, and the piece written."""
-    from helix_megatron.inference import contexts
+    """What is compiled as the engine starts: slots and KV heads of a page, window, and the piece written."""
+    from helix_megatron.inference import warm_up
     from helix_megatron.kernels import backend
 
-    running = engine(tp, helix, model, {})
-    with mock.patch.object(backend, "warm_up") as warm_up:
-        contexts.warm_up(running.controller.inference_wrapped_model.model, running.context)
+    with (
+        mock.patch.object(backend, "warm_up") as compiled,
+        mock.patch.object(warm_up, "runs_triton", lambda device: True),
+    ):
+        running = engine(tp, helix, model, {})
     found, memory = [], running.context.memory_buffer
-    for layer, call in enumerate(warm_up.call_args_list):
-        keys, values, heads, dtype, visible, *settings, piece = call.args
+    for layer, call in enumerate(compiled.call_args_list):
+        keys, values, heads, dtype, visible, *settings, piece, _ = call.args
         assert keys.shape == values.shape and len(keys) == memory.shape[2]
         assert [keys.data_ptr(), values.data_ptr()] == [x[layer].data_ptr() for x in memory]
         assert dtype is torch.float32 and settings == [None, False]

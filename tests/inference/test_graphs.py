@@ -14,7 +14,13 @@ from helix_megatron.megatron import rope_tables
 from helix_megatron.partition.config import HelixConfig
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
-from tests.inference.graph_worker import TRITON, count_launches, generate_with_graphs, replays
+from tests.inference.graph_worker import (
+    TRITON,
+    compiled_after_warm_up,
+    count_launches,
+    generate_with_graphs,
+    replays,
+)
 from tests.inference.host_graph import HostGraph, WaitsForDeviceError
 from tests.inference.kv_cache_worker import generate
 
@@ -103,6 +109,25 @@ def test_the_dynamic_engine_with_graphs_chooses_the_same_tokens(scope):
         assert found["tokens"] == vanilla["tokens"]
         assert found["kinds of steps"] == vanilla["kinds of steps"]
         assert found["graphs"] > 1 and found["replays"] > 2 * found["graphs"], found
+        assert found["before"] == [0]  # kernels are warm before a capture
+
+
+def test_no_step_waits_for_a_kernel_that_the_start_has_not_compiled():
+    """Single tokens in any number, with all that a layer may have: what Triton tells apart is met before."""
+    uneven = dict(rotary_percent=0.6)
+    jobs = [
+        (Case(3, 1, 8, seq=48, batch=1), HelixConfig(1, 2, query_placement="dims")),  # rows of 32 elements
+        (Case(3, 1, 8, seq=48, batch=1, qk_norm="RMSNorm"), HelixConfig(1, 2)),  # of 24
+        (Case(32, 2, 8, seq=48, batch=1, gate=True, sinks=True), HelixConfig(1, 2)),  # pieces of 576 T bytes
+        (
+            Case(4, 2, 8, seq=48, batch=1, sinks=True, window=(13, 0)),
+            HelixConfig(1, 2, query_placement="dims", overlap_chunks=2),
+        ),
+        (Case(2, 1, 10, seq=48, batch=1, **uneven), HelixConfig(1, 2, slice_weights=(3.0, 2.0), **uneven)),
+    ]
+    for found in run_ranks(compiled_after_warm_up, 2, 2, jobs, env=TRITON, fresh=True):
+        for job, (warm, new) in zip(jobs, found, strict=True):
+            assert not new and warm >= 5, (job, warm, new)
 
 
 def test_slices_that_are_heads_of_their_own_have_megatrons_graphs():
@@ -136,16 +161,14 @@ def test_what_is_cut_from_a_table_in_a_graph_is_not_kept(monkeypatch):
 
 def test_a_step_asks_for_megatrons_flash_attention_and_for_kernels_of_graphs(monkeypatch):
     """--flash-attention-version reaches the choice; so does that a graph will be captured."""
-    asked = []
-    monkeypatch.setattr(
-        backend, "choose", lambda *given, **named: asked.append(named) or backend.Choice("torch", "torch", "")
-    )
+    asked, plain = [], backend.Choice("torch", None, "torch", "")
+    monkeypatch.setattr(backend, "choose", lambda *given, **named: asked.append(named) or plain)
     cache, query = torch.zeros(2, 3, 4, 1, 8), torch.zeros(2, 1, 1, 8)
     attention, interleave = position_cache.Attention(0.5, None, 3), KvInterleave(1, 4)
     requests = Requests(torch.arange(3), torch.tensor([1, 1]), torch.tensor([[1], [2]]))
     places = torch.tensor([1, 2]), torch.tensor([0, 0])
     for graph in (True, False):
-        step = position_cache.PagedStep(*cache, interleave, 0, attention, *places, requests, True, graph)
+        step = position_cache.PagedStep(*cache, interleave, 0, attention, *places, requests, 2, graph)
         step.attend(query, 0, 2)
     position_cache.SequenceStep(*cache, interleave, 0, attention, 1).attend(query[:1], 0, 1)
     assert [(one["flash_version"], one["graph"]) for one in asked] == [(3, True), (3, False), (3, False)]

@@ -246,7 +246,7 @@ def _pages(lengths: list[int], ranks: int, block: int, wanted: int, seed: int = 
         step.begin(_context(*tokens, requests))
         steps.append(
             PagedStep(
-                *memory[rank], interleave, rank, Attention(0.5), step.blocks, step.slots, step.requests, False
+                *memory[rank], interleave, rank, Attention(0.5), step.blocks, step.slots, step.requests, 0
             )
         )
     for step in steps:

@@ -12,7 +12,7 @@ from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference.prompts import find_prompts
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.partition.config import HelixConfig
-from tests.inference.kv_cache_worker import prompts_by_the_core
+from tests.inference.kv_cache_worker import memory_of_prompts, prompts_by_the_core
 from tests.megatron_glue.te_environment import environment
 
 
@@ -35,6 +35,18 @@ def test_the_core_attends_and_what_follows_finds_the_prompt_in_the_cache(te_core
             assert calls == (of_te if te_core else local), name
 
 
+def test_prompts_need_memory_that_is_linear_in_their_length_and_half_precision():
+    """Neither scores of all pairs of tokens nor a copy of the outputs in fp32, on the way of the core."""
+    prompt, heads, dim = 384, 8, 16
+    case = Case(heads, 1, dim, seq=prompt, batch=1, hidden=64)
+    jobs = [(case, HelixConfig(1, 2, query_placement=placement)) for placement in ("heads", "dims")]
+    for rank in run_ranks(memory_of_prompts, 2, 2, jobs):
+        for found in rank:
+            assert found["runs of the core"] == 1
+            assert found["any"][0] < prompt * prompt, found
+            assert found["fp32"][0] < prompt * heads // 2 * dim, found
+
+
 def test_transformer_engines_core_attends_over_prompts_one_and_several():
     """Its own Python code over torch versions of its kernels."""
     command = [sys.executable, "-m", "tests.inference.te_prompts_worker"]
@@ -55,12 +67,13 @@ def _requests(new, before):
 def test_which_tokens_are_whole_prompts():
     new, before = [1, 1, 3, 7, 5], [9, 4, 8, 0, 0]
     found = find_prompts(new, before, _requests(new, before))
-    assert (found.first, found.stop, found.longest, found.singles) == (5, 17, 7, False)
+    assert (found.first, found.stop, found.longest, found.singles) == (5, 17, 7, 2)
     assert found.host_ends.tolist() == found.ends.tolist() == [0, 7, 12]
+    assert found.others.longest == 3
     assert found.others.query_ends.tolist() == [0, 1, 2, 5] and found.others.lengths.tolist() == [10, 5, 11]
     packed = found.packed(on_host=True)
     assert packed.cu_seqlens_q is found.host_ends and packed.max_seqlen_kv == 7
     alone = find_prompts([1, 6], [3, 0], _requests([1, 6], [3, 0]))
-    assert alone.packed(on_host=False) is None and alone.singles and alone.host_ends.tolist() == [0, 6]
+    assert alone.packed(on_host=False) is None and alone.singles == 1 and alone.host_ends.tolist() == [0, 6]
     for new, before in (([1, 2], [3, 5]), ([4, 2], [0, 5]), ([1, 4, 2], [6, 0, 5])):
         assert find_prompts(new, before, _requests(new, before)) is None

@@ -16,10 +16,11 @@ import torch
 
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.inference.position_cache import Attention, SequenceStep
-from helix_megatron.kernels import backend, flash, merge
+from helix_megatron.kernels import backend, flash, known_case, merge
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
+from tests.kernels import flash_standin
 from tests.kernels.test_paged_attention import check, draw
 
 
@@ -27,7 +28,7 @@ from tests.kernels.test_paged_attention import check, draw
 def fresh():
     """What is installed is found out again, before and after; call it to do so in between."""
 
-    known = flash.find, flash.known_case_error, backend.choose, merge.triton_obstacle
+    known = flash._installed, known_case.known_case_error, backend.choose, merge.triton_obstacle
 
     def forget():
         for function in known:
@@ -43,17 +44,7 @@ def flash_attn(kernel):
     return SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="2.8.9")
 
 
-def third(
-    q, k_cache, v_cache, cache_seqlens=None, page_table=None, softmax_scale=None, causal=False, num_splits=0,
-    pack_gqa=None, return_softmax_lse=False,
-):  # fmt: skip
-    """FlashAttention 3's decode kernel: more is returned, and +inf where there are no keys."""
-    assert pack_gqa is (q.shape[2] != k_cache.shape[2])
-    out, lse = checked_kernel(
-        q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, block_table=page_table,
-        softmax_scale=softmax_scale, causal=causal, return_softmax_lse=return_softmax_lse,
-    )  # fmt: skip
-    return out, lse, torch.tensor([]), torch.tensor([])
+third = flash_standin.third(strict=False).flash_attn_with_kvcache
 
 
 def install(monkeypatch, name, kernel):
@@ -87,6 +78,14 @@ def test_the_choice_has_a_reason(monkeypatch, fresh):
         choice = backend.choose(**given)
         assert choice.singles == choice.others == ("torch" if given["device"] == "cpu" else "triton")
         assert reason in choice.reason
+    import triton
+
+    for version, others in (("3.2.0", "torch"), ("3.3.1", "triton"), ("3.10.0+git1", "triton")):
+        monkeypatch.setattr(triton, "__version__", version)
+        fresh()
+        choice = backend.choose("cuda", HALF, PAGES, False)
+        assert choice.others == others
+        assert ("Triton 3.2.0 ends the process" in choice.reason) == (others == "torch")
     monkeypatch.setitem(sys.modules, "triton.language", None)
     fresh()
     choice = backend.choose("cuda", HALF, PAGES, False)
@@ -128,7 +127,7 @@ def test_flash_attention_3_comes_first(monkeypatch, fresh, module):
     assert four.singles == "flash-attn-3" and "not FlashAttention 4: with split KV" in four.reason
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
     drawn = draw([1, 8, 21, 3, 0], [1, 1, 1, 1, 0], 3, 2, 1, (4, 2), 4, "scattered")
-    attend = functools.partial(backend.attend, singles=True)
+    attend = functools.partial(backend.attend, singles=len(drawn[0]))
     check(attend, *drawn, VisibleSlots(0.5, None, KvInterleave(3, 2), 1))
 
 
@@ -205,7 +204,7 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
     with pytest.raises(HelixConfigError, match=r"=flash-attn: .*flash_attn is of another"):
-        backend.attend(*drawn[:4], VisibleSlots(0.5, None, KvInterleave(1, 4), 0), True)
+        backend.attend(*drawn[:4], VisibleSlots(0.5, None, KvInterleave(1, 4), 0), 3)
 
 
 def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch, fresh):
@@ -214,16 +213,16 @@ def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch, fresh):
     seen = []
     monkeypatch.setitem(backend._BACKENDS, "triton", lambda *given: seen.append(given))
     monkeypatch.setenv(backend.OVERRIDE, "triton")
-    backend.attend(*drawn[:4], visible, False)
+    backend.attend(*drawn[:4], visible, 0)
     assert len(seen) == 1
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
     monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
-    check(functools.partial(backend.attend, singles=False), *drawn, visible)  # prompts: by the device's own
+    check(functools.partial(backend.attend, singles=0), *drawn, visible)  # prompts: by the device's own
     with pytest.raises(HelixConfigError, match="flash-attn-2: it has one window for all requests"):
-        backend.attend(*drawn[:4], window, True)
+        backend.attend(*drawn[:4], window, 3)
     monkeypatch.setenv(backend.OVERRIDE, "fast")
     with pytest.raises(HelixConfigError, match="HELIX_PAGED_ATTENTION=fast: choose from torch, "):
-        backend.attend(*drawn[:4], visible, False)
+        backend.attend(*drawn[:4], visible, 0)
 
 
 def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
@@ -240,10 +239,10 @@ def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(HelixConfigError, match=r"first time while a CUDA graph is captured.*warm_up"):
-        flash.known_case_error("flash-attn-3", "cuda", HALF, 64, 128)
+        known_case.known_case_error("flash-attn-3", "cuda", HALF, 64, 128)
 
 
-CHOICE = backend.Choice("torch", "torch", "a test")
+CHOICE = backend.Choice("torch", None, "torch", "a test")
 
 
 def checked_kernel(**arguments):
@@ -295,7 +294,7 @@ def test_the_triton_kernel_under_its_interpreter():
     command = [sys.executable, "-m", "tests.kernels.triton_worker"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "24 cases, 4 merges"
+    assert ran.stdout.strip() == "24 cases, 4 merges, 16 written"
 
 
 def test_the_triton_kernel_is_there_without_knobs(monkeypatch):
@@ -380,7 +379,12 @@ def test_the_triton_kernel_compiles_for_a_gpu(gpu, kind, dim, new, ratio, window
 
 @pytest.mark.parametrize("gpu", [80, 90, 100])
 def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
-    from helix_megatron.kernels.triton_merge import combine_kernel, merge_block, merge_programs_kernel
+    from helix_megatron.kernels.triton_merge import (
+        combine_kernel,
+        merge_block,
+        merge_programs_kernel,
+        pack_kernel,
+    )
     from helix_megatron.kernels.triton_plan import place_kernel, plan_kernel
 
     longs = dict.fromkeys(("of_tokens", "blocks", "slots"), "*i64")
@@ -389,11 +393,15 @@ def test_the_plan_and_the_merges_compile_for_a_gpu(gpu):
     ours = dict(RANKS=8, SIZE=32, WINDOW=True, TOKENS=2, SLOTS=64, FEW=2, MANY=True, BLOCK=256)
     merge = dict(N=8, R=8, R_PAD=8, D=128, FEW=2, MANY=8, LEAST_FEW=2, LEAST_MANY=8, **merge_block(8, 128))
     merge |= dict(OF_N=8, OF_D=64, COPIES=2, UNIT=8)
-    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128)
+    halves = dict.fromkeys(("out", "more", "outs"), "*bf16")
+    packed = dict.fromkeys(("lse", "more_lse", "lses"), "*fp32") | halves | {"parts": "*u8"}
+    pack = dict(N=8, D=128, WITH_PARTS=True, MORE=4, DIMS=128, OF_N=8, OF_D=64, COPIES=2, UNIT=8)
+    ranks = dict(N=8, D=128, WITH_SINKS=True, WITH_LSE=False, PARTS=8, DIMS=128, UNIT=8, LSE_UNIT=4)
     for kernel, kinds, constants, warps in [
         (plan_kernel, integers, ours, 4),
         (place_kernel, longs | {"places": "*i32"}, dict(RANKS=8, SIZE=32, BLOCK=256), 4),
         (merge_programs_kernel, integers | floats | {"out": "*bf16"}, merge, 4),
+        (pack_kernel, packed, pack, 1),
         (combine_kernel, floats | {"outs": "*bf16", "sinks": "*bf16", "out": "*bf16"}, ranks, 1),
     ]:
         code, registers, stack = compiled(kernel, kinds, constants, gpu, num_warps=warps)

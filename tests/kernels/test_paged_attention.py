@@ -71,6 +71,17 @@ def test_half_precision(dtype, tolerance):
     check(paged_attention.paged_attention, *drawn, VisibleSlots(0.25, None, KvInterleave(2, 4), 0), tolerance)
 
 
+def test_rows_are_the_last_of_requests_that_are_no_longer():
+    """Requests that have ended keep their lengths, those that come later have what is before them."""
+    ends, lengths = torch.tensor([0, 1, 2, 5, 9]), torch.tensor([8, 9, 20, 30])
+    requests = Requests(ends, lengths, torch.arange(8).view(4, 2), longest=4)
+    part = requests.rows(4, 7)
+    assert part.query_ends.tolist() == [0, 0, 0, 1, 3] and part.lengths.tolist() == [8, 9, 20, 28]
+    part = requests.rows(4, 7, without=2)
+    assert part.query_ends.tolist() == [0, 1, 3] and part.lengths.tolist() == [20, 28] and part.longest == 3
+    assert part.table.tolist() == [[4, 5], [6, 7]]
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_what_a_step_kept_follows_the_next_step_where_it_is(dtype):
     """As a CUDA graph needs it: the same memory, with what requests of their own would be given."""
@@ -78,8 +89,10 @@ def test_what_a_step_kept_follows_the_next_step_where_it_is(dtype):
     def kept(requests: Requests) -> list[torch.Tensor]:
         visible = VisibleSlots(1.0, None, KvInterleave(2, 3), 1)
         parts = requests, requests.rows(1, 4), requests.single_rows(1, 3), requests.rows(1, 4).rows(0, 2)
-        of_flash = flash._of_step(requests, visible), flash._of_step(requests.single_rows(1, 3), visible)
-        return [x for part in parts for x in part.for_kernels().tensors] + [x for of in of_flash for x in of]
+        of_flash = [flash._of_step(requests, visible, 4, singles) for singles in (True, False)]
+        of_flash.append(flash._of_step(requests.single_rows(1, 3), visible, 2, True))
+        tensors = [x for of in of_flash for x in of if isinstance(x, torch.Tensor)]
+        return [x for part in parts for x in part.for_kernels().tensors] + tensors
 
     def step(*values: list) -> Requests:
         return Requests(*(torch.tensor(value).to(dtype) for value in values))

@@ -2,16 +2,24 @@
 
 import functools
 import itertools
+import os
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.kernels import backend as attention_backend
-from helix_megatron.kernels import merge, triton_merge, triton_plan
+from helix_megatron.kernels import flash, merge, triton_merge, triton_plan
 from helix_megatron.kernels import paged_attention_triton as kernels
 from helix_megatron.kernels.merge import merge_partials
+from helix_megatron.kernels.new_tokens import OfHeads
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.kv_layout import KvInterleave
+from tests.inference.allocations import Allocations
+from tests.kernels import flash_standin
+from tests.kernels.test_attention_backend import third
 from tests.kernels.test_paged_attention import check, draw
 
 paged_attention = kernels.paged_attention
@@ -45,7 +53,7 @@ def attention() -> int:
         check(paged_attention, *drawn, VisibleSlots(0.06, None, KvInterleave(2, 4), 1))
         number += 1
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 16, "in order")  # as the engine would reach it
-    as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
+    as_backend = lambda *given: attention_backend.attend(*given, singles=len(given[0]))  # noqa: E731
     check(as_backend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 4), 0))
     wide_window()
     # one request in more parts than are merged at a time, beside one that one program does alone
@@ -154,6 +162,130 @@ def pieces() -> None:
             assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, number, new)
 
 
+def parts_and_pieces() -> int:
+    """What another kernel computed, with a part of some heads merged in: one kernel, beside torch's."""
+    number, generator = 0, torch.Generator().manual_seed(5)
+    merges = ((0, 0), (2, 3), (0, 6), (5, 1))  # first head, heads
+    for by_heads, (first, count), dtype in itertools.product(
+        (True, False), merges, (torch.bfloat16, torch.float32)
+    ):
+        m, tokens, heads, dim = (3, 7, 6, 12) if by_heads else (2, 7, 6, 16)
+        parts = torch.tensor([2, 1, 0, 2, 1, 2, 0], dtype=torch.uint8)
+        draw_ = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        out, lse = draw_(6, heads, dim).to(dtype), (20 * draw_(heads, 6)).T  # the last row is of no request
+        out[parts[:6] < 2], lse[parts[:6] < 2] = torch.nan, torch.inf
+        added, added_lse = draw_(tokens, count, dim).to(dtype), (20 * draw_(count, tokens)).T
+        added[parts < 1], added_lse[parts < 1] = torch.nan, torch.nan
+        more = OfHeads(first, added, added_lse) if count else None
+        shape = (heads // m, dim) if by_heads else (heads, dim // m)
+        size = piece_elements(tokens, *shape, dtype.itemsize)[1]
+        mine, wanted = (
+            piece_views(torch.full((m, size), torch.nan, dtype=dtype), (tokens,), *shape) for _ in range(2)
+        )
+        launched = []
+        with mock.patch.object(triton_merge, "pack_kernel", Counted(triton_merge.pack_kernel, launched)):
+            merge.write_partials(out, lse, *mine, parts, more)
+        assert len(launched) == 1
+        with mock.patch.object(merge, "runs_triton", lambda device: False):
+            merge.write_partials(out, lse, *wanted, parts, more)
+        for found, right in zip(mine, wanted, strict=True):
+            assert not found.isnan().any() and found[:, 2].float().nan_to_num(neginf=0).count_nonzero() == 0
+            near = dict(rtol=1e-2, atol=1e-2) if found.dtype is torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, right, **near)
+        number += 1
+    return number
+
+
+class Counted:
+    """A kernel whose launches are noted."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
+def cached_and_new_keys_need_no_memory_of_their_own() -> None:
+    """Requests with history by FlashAttention: no scores, no copy of the outputs in fp32, three kernels."""
+    tokens, heads, dim, cached = 96, 4, 16, 700
+    keys, values = torch.zeros(2, 50, 16, 2, dim, dtype=torch.bfloat16)
+    table = torch.arange(50, dtype=torch.int32)[None]
+    ends, lengths = torch.tensor([0, tokens]).int(), torch.tensor([cached + tokens]).int()
+    requests = Requests(ends, lengths, table, longest=tokens)
+    query = torch.randn(tokens, heads, dim).bfloat16()
+    new = torch.randn(2, tokens, 2, dim).bfloat16()
+    visible, calls, launched = VisibleSlots(0.25, None, KvInterleave(2, 8), 1), [], []
+    size = piece_elements(tokens, heads, dim // 2, 2)[1]
+    into = piece_views(torch.empty(2, size, dtype=torch.bfloat16), (tokens,), heads, dim // 2)
+    sys.modules["flash_attn_interface"] = flash_standin.third(True, calls)
+    with (
+        mock.patch.object(triton_merge, "pack_kernel", Counted(triton_merge.pack_kernel, launched)),
+        Allocations() as made,
+    ):
+        flash.attend("flash-attn-3", query, keys, values, requests, visible, tuple(new), into)
+    del sys.modules["flash_attn_interface"]
+    assert [kind for kind, *_ in calls] == ["cached", "new"] and len(launched) == 1
+    most, half = made.largest(), made.largest(torch.bfloat16)
+    assert most == half and half[0] == tokens * heads * dim, made.made  # FlashAttention's own output
+    single, allowed = made.largest(torch.float32), tokens * heads  # log-sum-exps
+    assert single[0] <= allowed, made.made
+
+
+def packs() -> None:
+    """What another kernel computed, to where it travels: beside torch's, with rows that are padding or see
+    nothing, of which it may say anything."""
+    for dtype, number, dim, by_heads in ((torch.bfloat16, 3, 12, True), (torch.float32, 2, 16, False)):
+        for rows, kept in ((5, None), (4, None), (4, torch.tensor([2, 0, 2, 2, 0], dtype=torch.uint8))):
+            out, lse = torch.randn(rows, 6, dim).to(dtype), torch.randn(rows, 6)
+            if kept is not None:
+                out[1], lse[1] = torch.nan, torch.inf
+            shape = (6 // number, dim) if by_heads else (6, dim // number)
+            _, size = piece_elements(5, *shape, dtype.itemsize)
+            memory = torch.full((2, number, size), torch.nan, dtype=dtype)
+            mine, wanted = (piece_views(x, (5,), *shape) for x in memory)
+            triton_merge.write_partials(out, lse, *mine, kept, None)
+            with mock.patch.object(merge, "runs_triton", lambda device: False):
+                merge.write_partials(out, lse, *wanted, kept)
+            assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True)), (dtype, rows)
+            assert not any(x.isnan().any() for x in mine) and (rows == 5 or mine[1][0, 4].isneginf().all())
+
+
+def of_flash_attention() -> None:
+    """FlashAttention's outputs travel after one launch more than ours, whatever rows see."""
+    from tests.inference.host_graph import HostGraph
+
+    query, keys, values, requests, _ = draw(
+        [9, 40, 1, 0], [1, 1, 1, 0], 2, 4, 1, (4, 2), 16, "scattered", dtype=torch.bfloat16
+    )
+    visible = VisibleSlots(0.3, None, KvInterleave(2, 4), 1)
+    shape, rows = (2, 16), len(query)  # of two ranks; a row more than requests
+    _, size = piece_elements(rows, *shape, 2)
+    pieces = [piece_views(torch.full((2, size), torch.nan).bfloat16(), (rows,), *shape) for _ in range(2)]
+    counted = []
+    flash._installed.cache_clear()
+    sys.modules["flash_attn_interface"] = SimpleNamespace(flash_attn_with_kvcache=third)
+    for name, into in zip(("flash-attn-3", "triton"), pieces, strict=True):
+        with mock.patch.dict(os.environ, HELIX_PAGED_ATTENTION=name):
+            attend = functools.partial(
+                attention_backend.attend, query, keys, values, requests, visible, rows, into=into
+            )
+            attend()  # the step's first layer
+            graph = HostGraph(((flash, "_single_tokens"),))
+            with graph.recording():
+                attend()
+            counted.append(dict(graph.names))
+    del sys.modules["flash_attn_interface"]
+    assert counted == [
+        {"_single_tokens": 1, "pack_kernel": 1},
+        {"attention_kernel": 1, "merge_programs_kernel": 1},
+    ], counted
+    for mine, wanted in zip(*pieces, strict=True):
+        torch.testing.assert_close(mine.float(), wanted.float(), rtol=2e-2, atol=2e-2)
+    assert pieces[0][1][:, 2:].isneginf().all()  # a token of another rank's, and padding
+
+
 def placement() -> None:
     """More tokens than one program takes, types as Megatron has them; beside torch's."""
     blocks, places = torch.arange(300), torch.arange(300, dtype=torch.int32) * 7 % 24
@@ -222,10 +354,14 @@ def main() -> None:
     far_apart()
     cases = attention()
     pieces()
+    cached_and_new_keys_need_no_memory_of_their_own()
+    written = parts_and_pieces()
+    packs()
+    of_flash_attention()
     placement()
     merged = merges()
     warms_up()
-    print(f"{cases} cases, {merged} merges")
+    print(f"{cases} cases, {merged} merges, {written} written")
 
 
 if __name__ == "__main__":

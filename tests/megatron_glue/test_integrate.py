@@ -32,6 +32,12 @@ def touched():
         parallel_state.destroy_model_parallel,
         *([planner._determine_source_ranks_for_dst_param] if compat.megatron().resharding else []),
     ]
+    if compat.megatron().dynamic_engine:
+        from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+        from megatron.core.inference.model_inference_wrappers import abstract_model_inference_wrapper
+
+        model.append(DynamicInferenceContext.__init__)
+        model.append(abstract_model_inference_wrapper.AbstractModelInferenceWrapper.__init__)
     if compat.megatron().handoff:
         from megatron.core.inference.disaggregation.inference_state_handoff import InferenceStateHandoffMixin
 
