@@ -190,17 +190,18 @@ def of_flash_attention() -> None:
     _, size = piece_elements(rows, *shape, 2)
     pieces = [piece_views(torch.full((2, size), torch.nan).bfloat16(), (rows,), *shape) for _ in range(2)]
     counted = []
-    with mock.patch.dict(sys.modules, flash_attn_interface=SimpleNamespace(flash_attn_with_kvcache=third)):
-        for name, into in zip(("flash-attn-3", "triton"), pieces, strict=True):
-            with mock.patch.dict(os.environ, HELIX_PAGED_ATTENTION=name):
-                attend = functools.partial(
-                    attention_backend.attend, query, keys, values, requests, visible, True, into=into
-                )
-                attend()  # the step's first layer
-                graph = HostGraph(((flash, "_attend_rows"),))
-                with graph.recording():
-                    attend()
-                counted.append(dict(graph.names))
+    sys.modules["flash_attn_interface"] = SimpleNamespace(flash_attn_with_kvcache=third)
+    for name, into in zip(("flash-attn-3", "triton"), pieces, strict=True):
+        with mock.patch.dict(os.environ, HELIX_PAGED_ATTENTION=name):
+            attend = functools.partial(
+                attention_backend.attend, query, keys, values, requests, visible, True, into=into
+            )
+            attend()  # the step's first layer
+            graph = HostGraph(((flash, "_attend_rows"),))
+            with graph.recording():
+                attend()
+            counted.append(dict(graph.names))
+    del sys.modules["flash_attn_interface"]
     assert counted == [
         {"_attend_rows": 1, "pack_kernel": 1},
         {"attention_kernel": 1, "merge_programs_kernel": 1},
