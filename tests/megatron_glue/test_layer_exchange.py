@@ -185,7 +185,7 @@ def test_every_rank_makes_the_same_collectives_in_an_order_that_data_imposes(tp,
     for job, of_ranks in zip(jobs, found, strict=True):
         for rank in of_ranks:
             assert rank["made"] == of_ranks[0]["made"] and rank["made"], job
-            assert not rank["open"], job
+            assert rank["exchanges"] >= (1 if job[1].recompute_exchange else 2) and not rank["open"], job
 
 
 def rank_raises(tp: int) -> tuple[str, list[dict]]:
