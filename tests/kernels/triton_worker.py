@@ -53,6 +53,7 @@ def attention() -> int:
     as_backend = lambda *given: attention_backend.attend(*given, singles=True)  # noqa: E731
     check(as_backend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 4), 0))
     wide_window()
+    as_many_as_few()
     # one request in more parts than are merged at a time, beside one that one program does alone
     drawn = draw([4200, 10], [1, 1], 1, 16, 0, (2, 1), 4, "scattered")
     check(lambda *g: paged_attention(*g, True, 131), *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
@@ -63,6 +64,14 @@ def wide_window() -> None:
     """A prompt's tile of which all tokens see some steps entirely, and others in part at both ends."""
     drawn = draw([100, 90], [24, 1], 1, 16, 0, (2, 1), 4, "scattered")
     check(lambda *g: paged_attention(*g, False, 2), *drawn, VisibleSlots(0.5, 60, KvInterleave(1, 16), 0))
+
+
+def as_many_as_few() -> None:
+    """A request with as many new tokens as a tile of few takes, beside a prompt; several programs have both."""
+    drawn = draw([80, 60], [8, 20], 1, 16, 0, (4, 2), 4, "scattered")
+    few, _ = kernels._tiles(2, 16, 4, 16, False, 99 * 1024)
+    assert few.rows // 2 == 8
+    check(lambda *g: paged_attention(*g, False, 3), *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
 
 
 def deals_what_is_there() -> None:
