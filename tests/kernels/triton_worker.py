@@ -67,7 +67,7 @@ def wide_window() -> None:
 
 
 def as_many_as_few() -> None:
-    """A request with as many new tokens as a tile of few takes, beside a prompt; several programs have both."""
+    """A request with as many new tokens as a tile of few takes, beside a prompt; several programs do both."""
     drawn = draw([80, 60], [8, 20], 1, 16, 0, (4, 2), 4, "scattered")
     few, _ = kernels._tiles(2, 16, 4, 16, False, 99 * 1024)
     assert few.rows // 2 == 8
