@@ -69,9 +69,14 @@ def wide_window() -> None:
 def as_many_as_few() -> None:
     """A request with as many new tokens as a tile of few takes, beside a prompt; several programs do both."""
     drawn = draw([80, 60], [8, 20], 1, 16, 0, (4, 2), 4, "scattered")
-    few, _ = kernels._tiles(2, 16, 4, 16, False, 99 * 1024)
-    assert few.rows // 2 == 8
-    check(lambda *g: paged_attention(*g, False, 3), *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
+    visible = VisibleSlots(0.5, None, KvInterleave(1, 16), 0)
+    tiles = kernels._tiles(2, 16, 4, 16, False, 99 * 1024)
+    assert tiles[0].rows // 2 == 8
+    check(lambda *g: paged_attention(*g, False, 3), *drawn, visible)
+    _, (few, many), _ = kernels._plan(drawn[3], visible, len(drawn[0]), tiles, 2)
+    assert int(few.starts[-1]) == -(-80 // tiles[0].slots)  # nothing of it is done twice
+    steps = many.starts.diff()
+    assert steps.sum() > 0 and not steps[many.owners == 0].any()
 
 
 def deals_what_is_there() -> None:
