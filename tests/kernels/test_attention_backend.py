@@ -235,6 +235,7 @@ def checked_kernel(**arguments):
         assert arguments[name].dtype is torch.int32, name
         assert arguments[name].stride(-1) == 1, name
     assert all(arguments[name].stride(-1) == 1 for name in ("q", "k_cache", "v_cache"))
+    assert len({len(arguments[name]) for name in ("q", "cache_seqlens", "block_table")}) == 1
     out, lse = host_kernels.flash_attn_with_kvcache(**arguments)
     empty = lse.isneginf()
     return out.masked_fill(empty.transpose(1, 2).unsqueeze(-1), torch.nan), lse.masked_fill(empty, torch.inf)
