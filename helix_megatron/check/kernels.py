@@ -60,8 +60,7 @@ def check(rows: Rows, place: Place) -> None:
         check_interpreted(rows, place)
         rows.add("speed", "skipped", "no GPU: a host's times say nothing about kernels")
         return
-    for name in ("triton", "torch", ""):
-        check_exactness(rows, name, "cuda", place.quick)
+    check_apart(rows, place, "cuda", "triton", "torch", "")
     check_speed(rows, place)
 
 
@@ -72,9 +71,16 @@ def check_interpreted(rows: Rows, place: Place) -> None:
     except ImportError:
         rows.add("triton", "skipped", "Triton is not installed")
         return
-    command = [sys.executable, "-m", "helix_megatron.check.kernels", rows.path, str(int(place.quick))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+    check_apart(rows, place, "cpu", "triton", TRITON_INTERPRET="1")
+
+
+def check_apart(rows: Rows, place: Place, device: str, *names: str, **environment: str) -> None:
+    """check_exactness of backends in a process of their own: a fault there leaves the device to others."""
+    command = [sys.executable, "-m", "helix_megatron.check.kernels", rows.path, str(int(place.quick)), device]
+    ended = subprocess.run([*command, *names], env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+    if ended.returncode:
+        told = f"its process ended with {ended.returncode} before all cases were done"
+        rows.add(f"attention on {device}", "failed", told)
 
 
 def draw_cases(device: str, quick: bool) -> list[dict[str, Any]]:
@@ -308,4 +314,5 @@ def measure_seconds(once: Callable[[], Any], calls: int = 20, turns: int = 7) ->
 
 
 if __name__ == "__main__":
-    check_exactness(Rows(sys.argv[1]), "triton", "cpu", bool(int(sys.argv[2])))
+    for name in sys.argv[4:]:
+        check_exactness(Rows(sys.argv[1]), name, sys.argv[3], bool(int(sys.argv[2])))

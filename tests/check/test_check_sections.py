@@ -153,6 +153,11 @@ def test_a_wrong_kernel_fails(rows, monkeypatch):
         assert len(statuses(found)) == 4  # a case that fails does not stop the next
 
 
+def test_a_process_of_kernels_that_dies_is_a_failure(rows):
+    kernels.check_apart(rows, HOST, "cpu", "torch", PYTHONPATH="/nowhere", PYTHONHOME="/nowhere")
+    assert statuses(rows) == {"attention on cpu": "failed"}
+
+
 def test_a_wrong_merge_and_a_wrong_place_fail(rows, monkeypatch):
     merge, write = kernels.combine_partials, backend.write_partials
 
