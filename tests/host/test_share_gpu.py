@@ -1,13 +1,19 @@
 """Several ranks on one GPU: what the launcher sets in them. No GPU is needed to see that."""
 
+import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from helix_megatron.host import launch_command
+from helix_megatron.check import tiny_model
+from helix_megatron.host import launch_command, launcher
 from helix_megatron.host.launch_command import main
 from helix_megatron.host.launcher import RankError, run_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment():
@@ -63,3 +69,47 @@ def test_it_says_that_times_mean_nothing(monkeypatch, capsys, tmp_path):
     script.write_text("")
     assert main(["--share-gpu", "--nproc-per-node", "2", str(script)]) == 0
     assert asked["share_gpu"] and "their times mean nothing" in capsys.readouterr().err
+
+
+def as_on_a_gpu(arguments):
+    """What a rank of the launcher runs, in host mode for a GPU that is not here; True: Helix's layers ran."""
+    from helix_megatron.host.mode import enable_host_mode
+    from helix_megatron.megatron.self_attention import HelixParallelSelfAttention
+
+    assert os.environ["NCCL_HOSTID"] and os.environ["LOCAL_RANK"] == "0"
+    enable_host_mode()
+    seen = []
+    torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(isinstance(module, HelixParallelSelfAttention))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_command, "run_ranks", lambda function, ranks, *args, **how: function(*args))
+        status = 0
+        try:
+            status = main(["--share-gpu", "--nproc-per-node", "2", *arguments])
+        except SystemExit as stop:
+            status = stop.code or 0
+    assert status == 0
+    return any(seen)
+
+
+def test_every_entry_runs_in_ranks_that_share_a_gpu(tmp_path, monkeypatch):
+    """`pretrain_gpt`, `run` and `generate`; `serve` starts its ranks as `generate` does. They may be forked
+    here, without a GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(launcher._PRELOAD)
+    monkeypatch.setattr(launcher.multiprocessing, "get_context", lambda kind: context)
+    model = tiny_model.make(tmp_path / "llama")
+    script = tmp_path / "pretrain_gpt.py"
+    script.write_text("from helix_megatron import pretrain_gpt\npretrain_gpt.main()\n")
+    train = ["--helix-config", str(ROOT / "configs/tiny.yaml"), "--data-cache-path", str(tmp_path / "index")]
+    generate = ["generate", "--model", str(model), "--cache-dir", str(tmp_path), "--max-new-tokens", "2"]
+    generate += ["--tensor-model-parallel-size", "2", "--megatron-args", "--helix-head-parallel-size 1", "a"]
+    entries = (
+        ["-m", "helix_megatron.pretrain_gpt", *train],
+        ["-m", "helix_megatron.run", str(script), *train],
+        ["-m", "helix_megatron.cli", *generate],
+    )
+    for entry in entries:
+        found = run_ranks(as_on_a_gpu, 2, entry, host_mode=False, share_gpu=True, timeout_s=200)
+        assert found == [True, True], entry

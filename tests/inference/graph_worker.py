@@ -134,7 +134,7 @@ def check_replays(fault: str, path: str, names: list[str], place: Place) -> None
     """graphs.rank_replays at sizes for the host, with a fault, or without ("")."""
     from helix_megatron.check import graphs
 
-    small = dict(STEPS=6, SIZES=SIZES, DIM=8, HIDDEN=24, captured=capture)
+    small = dict(STEPS=4, SIZES=SIZES, DIM=8, HIDDEN=24, captured=capture)
     with mock.patch.multiple(graphs, **small), planted(fault):
         graphs.rank_replays(path, names, place)
 
