@@ -56,6 +56,7 @@ def attention() -> int:
     as_backend = lambda *given: attention_backend.attend(*given, singles=len(given[0]))  # noqa: E731
     check(as_backend, *drawn, VisibleSlots(0.5, None, KvInterleave(1, 4), 0))
     wide_window()
+    as_many_as_few()
     # one request in more parts than are merged at a time, beside one that one program does alone
     drawn = draw([4200, 10], [1, 1], 1, 16, 0, (2, 1), 4, "scattered")
     check(lambda *g: paged_attention(*g, True, 131), *drawn, VisibleSlots(0.5, None, KvInterleave(1, 16), 0))
@@ -66,6 +67,19 @@ def wide_window() -> None:
     """A prompt's tile of which all tokens see some steps entirely, and others in part at both ends."""
     drawn = draw([100, 90], [24, 1], 1, 16, 0, (2, 1), 4, "scattered")
     check(lambda *g: paged_attention(*g, False, 2), *drawn, VisibleSlots(0.5, 60, KvInterleave(1, 16), 0))
+
+
+def as_many_as_few() -> None:
+    """A request with as many new tokens as a tile of few takes, beside a prompt; several programs do both."""
+    drawn = draw([80, 60], [8, 20], 1, 16, 0, (4, 2), 4, "scattered")
+    visible = VisibleSlots(0.5, None, KvInterleave(1, 16), 0)
+    tiles = kernels._tiles(2, 16, 4, 16, False, 99 * 1024)
+    assert tiles[0].rows // 2 == 8
+    check(lambda *g: paged_attention(*g, False, 3), *drawn, visible)
+    _, (few, many), _ = kernels._plan(drawn[3], visible, len(drawn[0]), tiles, 2)
+    assert int(few.starts[-1]) == -(-80 // tiles[0].slots)  # nothing of it is done twice
+    steps = many.starts.diff()
+    assert steps.sum() > 0 and not steps[many.owners == 0].any()
 
 
 def deals_what_is_there() -> None:
