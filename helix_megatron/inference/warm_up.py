@@ -47,8 +47,10 @@ def warm_up(model: torch.nn.Module, context: Any) -> None:
         model: its layers with KV cache "sequence"; others are left alone.
         context: Megatron's dynamic context, its memory allocated.
     """
+    if getattr(context, "helix_step", None) is None:
+        return
     device = context.memory_buffer.device
-    if getattr(context, "helix_step", None) is None or (device.type != "cuda" and not runs_triton(device)):
+    if device.type != "cuda" and not runs_triton(device):
         return
     done = set()
     for layer in model.modules():

@@ -338,11 +338,10 @@ def warm_up(
     for name, new in ((choice.singles, [1]), (choice.several, [3, 1])):
         if name in FLASH:
             query, requests, into = step_of_zeros(new, keys, heads, dtype, piece, row)
-            several = torch.zeros(2, len(query), *keys.shape[2:], dtype=keys.dtype, device=keys.device)
-            its = (several[0], several[1]) if len(new) > 1 else None
+            new_key = torch.zeros(len(query), *keys.shape[2:], dtype=keys.dtype, device=keys.device)
+            its = (new_key, new_key) if len(new) > 1 else None
             flash.attend(name, query, keys, values, requests, visible, its, into)
-    waits = choice.singles in FLASH and FLASH[choice.singles].waits  # then it is not for graphs
-    if waits or "triton" in (choice.singles, choice.others):
+    if "triton" in (choice.singles, choice.others):
         from helix_megatron.kernels import paged_attention_triton
 
         paged_attention_triton.warm_up(keys, values, heads, dtype, visible, piece, row)

@@ -132,7 +132,7 @@ def merge_programs_kernel(
 
 @triton.jit(
     do_not_specialize=["rows", "first", "out_piece", "lse_piece", "lse_t", "lse_n", "more_lse_n"],
-    do_not_specialize_on_alignment=["parts"],
+    do_not_specialize_on_alignment=["parts", "lses"],  # of rows behind single tokens too
 )
 def pack_kernel(
     out, lse, more, more_lse, parts, outs, lses, rows, first, out_piece, lse_piece, out_t, out_n, lse_t,

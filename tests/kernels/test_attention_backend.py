@@ -234,6 +234,18 @@ def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
         known_case.known_case_error("flash-attn-3", "cuda", HALF, 64, 128)
 
 
+def test_warm_up_leaves_triton_alone_where_it_cannot_be_used(monkeypatch, fresh):
+    """FlashAttention 2 beside a Triton that is too old, or not there: nothing of ours is imported."""
+    module = flash_attn(host_kernels.flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setitem(sys.modules, "helix_megatron.kernels.paged_attention_triton", None)
+    choice = backend.Choice("flash-attn-2", None, "torch", "a test")
+    monkeypatch.setattr(backend, "choose", lambda *given, **named: choice)
+    keys = torch.zeros(2, PAGES, 2, 16, dtype=HALF)
+    visible = VisibleSlots(0.5, None, KvInterleave(1, 4), 0)
+    assert backend.warm_up(keys, keys, 4, HALF, visible) is choice
+
+
 CHOICE = backend.Choice("torch", None, "torch", "a test")
 
 
