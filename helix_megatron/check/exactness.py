@@ -136,6 +136,7 @@ def make_case(job: Job, on_host: bool) -> Case:
 def check(rows: Rows, place: Place) -> None:
     """The jobs of `--quick` first; vanilla Megatron at T = 1 before them, by the same ranks."""
     chosen = [job for job in JOBS if job.quick or not place.quick]
+    Path(f"{rows.path}.vanilla").unlink(missing_ok=True)  # of another run
     chosen.sort(key=lambda job: (not job.quick, -job.tp, job.cp))
     for world in sorted({job.world for job in chosen}, reverse=True):
         names = [job.name for job in chosen if job.world == world]

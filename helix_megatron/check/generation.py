@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from helix_megatron.check.rows import Place, Rows, first_line
+from helix_megatron.check.rows import NO_TIME, Place, Rows, first_line
 from helix_megatron.host.launcher import RankError
 
 PROMPTS = (
@@ -57,6 +57,9 @@ def check(rows: Rows, place: Place) -> None:
             if (place.quick and not quick) or (place.on_host and graphs):
                 continue
             name = f"T={ranks}{f', {cache} cache' if cache else ''}{', CUDA graphs' if graphs else ''}"
+            if not place.has_time:
+                rows.add(name, "skipped", NO_TIME)
+                continue
             job = make_job(checkpoint, tokens, ranks, cache, place, graphs)
             try:
                 found = place.run(rank_answers, ranks, job)[0]

@@ -63,7 +63,8 @@ def check(rows: Rows, place: Place) -> None:
         return
     if triton_obstacle():
         rows.add("triton", "skipped", triton_obstacle())
-    check_apart(rows, place, "cuda", *(() if triton_obstacle() else ("triton",)), "torch", "")
+    for name in ("torch", *(() if triton_obstacle() else ("triton",)), ""):
+        check_apart(rows, place, "cuda", name)
     check_speed(rows, place)
 
 
@@ -78,7 +79,12 @@ def check_interpreted(rows: Rows, place: Place) -> None:
 def check_apart(rows: Rows, place: Place, device: str, *names: str, **environment: str) -> None:
     """check_exactness of backends in a process of their own: a fault there leaves the device to others."""
     command = [sys.executable, "-m", "helix_megatron.check.kernels", rows.path, str(int(place.quick)), device]
-    ended = subprocess.run([*command, *names], env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+    how: dict[str, Any] = dict(env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+    try:
+        ended = subprocess.run([*command, *names], timeout=place.left_s / 2, **how)
+    except subprocess.TimeoutExpired as error:
+        rows.add(f"attention on {device}", "failed", f"killed after {error.timeout:.0f} s")
+        return
     if ended.returncode:
         told = f"its process ended with {ended.returncode} before all cases were done"
         rows.add(f"attention on {device}", "failed", told)
@@ -334,7 +340,10 @@ def measure_seconds(once: Callable[[], Any], calls: int = 20, turns: int = 7) ->
 
 
 if __name__ == "__main__":
+    from helix_megatron.host.processes import die_with_parent
+
+    die_with_parent()
     for name in sys.argv[4:]:
         check_exactness(Rows(sys.argv[1]), name, sys.argv[3], bool(int(sys.argv[2])))
-    if sys.argv[3] == "cuda":
+    if sys.argv[3:] == ["cuda", ""]:
         check_flash(Rows(sys.argv[1]))

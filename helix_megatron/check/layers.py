@@ -102,11 +102,11 @@ def check(rows: Rows, place: Place) -> None:
     """All layouts in one process, all decode steps in another."""
     from helix_megatron.host.launcher import RankError, run_ranks
 
-    for function in (rank_layouts, rank_decodes):
+    for function, share in ((rank_layouts, 0.5), (rank_decodes, 1.0)):  # of the time that is left
         # host mode is switched on in the rank: the fake process group comes from what it replaces,
         # and has no peer to share memory with
         alone = {"HELIX_HOST_SHARED_MEMORY": "0"}
-        how: dict[str, Any] = {"env": alone, "timeout_s": place.left_s, "fresh": not place.on_host}
+        how: dict[str, Any] = {"env": alone, "timeout_s": place.left_s * share, "fresh": not place.on_host}
         try:
             run_ranks(function, 1, rows.path, place, host_mode=False, **how)
         except RankError as error:  # the decode steps may do all the same

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STATUSES = ("ok", "failed", "skipped", "warning", "measured")
+NO_TIME = "no time was left"
 _TO_TELL_S, _TO_START_S = 5.0, 30.0  # that a section keeps to say how ranks ended; that ranks need to start
 
 
@@ -104,6 +105,11 @@ class Place:
         """Seconds for ranks that start now: they end before the section, which then says what they did."""
         return max(1.0, min(self.seconds, self.until - _TO_TELL_S - time.monotonic()))
 
+    @property
+    def has_time(self) -> bool:
+        """Whether ranks that start now can do something before the section is killed."""
+        return time.monotonic() + _TO_START_S < self.until
+
     def run_each(
         self, function: Callable[..., Any], ranks: int, rows: Rows, jobs: Sequence[str], *args: Any
     ) -> None:
@@ -124,9 +130,9 @@ class Place:
                 job = rows.take_job()
                 rows.add(job or f"{ranks} ranks", "failed", first_line(error))
                 behind = left[left.index(job) + 1 :] if job in left else []
-                left = behind if time.monotonic() + _TO_START_S < self.until else []
+                left = behind if self.has_time else []
                 for name in behind[len(left) :]:
-                    rows.add(name, "skipped", "no time was left")
+                    rows.add(name, "skipped", NO_TIME)
 
     def run(self, function: Callable[..., Any], ranks: int, *args: Any, **how: Any) -> list[Any]:
         """What `function(*args)` gives on each of `ranks` ranks; in torchrun, on this one alone.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from helix_megatron.check.rows import Place, Rows, first_line
+from helix_megatron.check.rows import NO_TIME, Place, Rows, first_line
 from helix_megatron.host.launcher import RankError
 
 LOOP = """--micro-batch-size 2 --global-batch-size 4 --position-embedding-type rope --swiglu --normalization
@@ -129,6 +129,9 @@ class Series:
         name = f"{run.name}, {self.precision}"
         if run.against and run.against not in self.losses:
             rows.add(name, "skipped", f"{run.against} has no losses to compare with")
+            return
+        if not place.has_time:
+            rows.add(name, "skipped", NO_TIME)
             return
         try:
             losses = train(run, place, self.precision, self.te, self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,8 @@ def _serve(options: argparse.Namespace) -> int:
     for name in ("max_sequence_length", "max_batch_size", "max_queue"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
+    if not ranks.under_torchrun() or os.environ["RANK"] == "0":
+        serve.refuse_port(options.host, options.port)
     layout, asked = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())
     open_tokenizer(checkpoint, options.tokenizer, options.model)
@@ -194,8 +197,6 @@ def _serve(options: argparse.Namespace) -> int:
             f"--max-sequence-length {options.max_sequence_length}: this model knows {limit} positions."
         )
     layout, steps = _with_steps(options, layout, asked, checkpoint, options.decode_only_cuda_graphs)
-    if not ranks.under_torchrun():
-        serve.refuse_port(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="helix-serve-") as folder:
         server = serve.Server(
             model=str(options.model),

@@ -6,7 +6,7 @@ Pure argparse.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 
@@ -21,9 +21,9 @@ class Parser(argparse.ArgumentParser):
         raise _Refused(message)
 
 
-def refuse(message: str) -> NoReturn:
-    """In place of a parser's `error`, which prints its usage, with Megatron's flags 700 lines, and exits."""
-    raise ValueError(message)
+def exit_in_one_line(parser: argparse.ArgumentParser) -> Callable[[str], NoReturn]:
+    """A parser's `error` without its usage, which has 700 lines with Megatron's flags."""
+    return lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
 
 
 def refusal(parser: Parser, argv: Iterable[str]) -> str | None:

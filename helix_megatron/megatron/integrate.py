@@ -49,7 +49,7 @@ def install() -> None:
         @functools.wraps(original)
         def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
             if not isinstance(parser, flag_values.Parser):
-                parser.error = flag_values.refuse
+                parser.error = flag_values.exit_in_one_line(parser)
             return add_helix_arguments(original(parser))
 
         return add_megatron_arguments

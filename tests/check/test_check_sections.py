@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,12 @@ def test_a_process_of_kernels_that_dies_is_a_failure(rows):
     assert statuses(rows) == {"attention on cpu": "failed"}
 
 
+def test_a_process_of_kernels_that_hangs_leaves_time_for_the_rest(rows):
+    kernels.check_apart(rows, replace(HOST, seconds=1.0), "cpu", "torch")
+    (row,) = read_rows(rows.path)
+    assert (row["status"], row["detail"]) == ("failed", "killed after 0 s")
+
+
 def test_a_wrong_merge_and_a_wrong_place_fail(rows, monkeypatch):
     merge, write = kernels.combine_partials, backend.write_partials
 
@@ -242,6 +249,14 @@ def test_what_quick_has_comes_first_in_every_precision(rows, monkeypatch):
     first = ("vanilla", "vanilla T=3", "1x2, saves", "vanilla loads")
     assert names[:8] == [f"{name}, {precision}" for precision in ("bf16", "fp8") for name in first]
     assert len(names) == len(set(names)) == 2 * len(training.RUNS)
+
+
+def test_ranks_that_would_be_killed_at_once_are_not_started(rows, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda run, *rest: pytest.fail("started"))
+    late = replace(HOST, until=time.monotonic() + 20)
+    training.check(rows, late)
+    found = [(row["status"], row["detail"]) for row in read_rows(rows.path)]
+    assert ("skipped", "no time was left") in found and {status for status, _ in found} == {"skipped"}
 
 
 @pytest.mark.parametrize("sizes", ["SMALL", "LARGE"])

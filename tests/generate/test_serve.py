@@ -527,6 +527,16 @@ def test_every_rank_hears_of_a_failure_on_one(monkeypatch):
     assert repr(second.cause) == "ZeroDivisionError('planted')"
 
 
+def test_a_port_is_refused_under_torchrun_too(monkeypatch, capsys):
+    """By the rank that will listen there, before the model is read."""
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["serve", "--model", "nowhere", "--port", "65536"]) == 2
+    assert "--port 65536: give a number" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["serve", "--model", "nowhere", "--port", "65536"]) == 2
+    assert "--port" not in capsys.readouterr().err
+
+
 def test_what_cannot_be_served_is_refused_before_a_rank_starts(folder, tmp_path, capsys):
     given = ["serve", "--model", str(folder), "--cache-dir", str(tmp_path)]
     with socket.socket() as taken:
