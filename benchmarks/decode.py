@@ -234,13 +234,13 @@ def attends_with(host: bool, dtype: torch.dtype, asked: int | None) -> dict[str,
     """What each side's attention runs on, in words."""
     if host:
         return dict.fromkeys(("Megatron", "Helix"), "host mode's kernels")
-    from helix_megatron.kernels import backend
+    from helix_megatron.kernels import selection
 
     version = flash_version(host, asked)
-    kind = "cuda", dtype, PAGE, False, os.environ.get(backend.OVERRIDE), DIM
+    kind = "cuda", dtype, PAGE, False, os.environ.get(selection.OVERRIDE), DIM
     names = {"Megatron": f"FlashAttention {version}"}
     for side, graph in (("Helix", False), ("Helix in graphs", True)):
-        choice = backend.choose(
+        choice = selection.choose(
             *kind, torch.cuda.get_device_capability()[0], flash_version=version, graph=graph, compare=False
         )
         names[side] = f"{choice.singles} ({choice.reason})"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels import flash, selection
 from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import plain_attention
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
@@ -223,7 +223,7 @@ def main() -> None:
         several = [measure_several(shape, options.turns) for shape in SEVERAL]
         for shape, row in zip(SEVERAL, several):
             print(f"  {shape}: { {k: round(v, 1) for k, v in row.items() if isinstance(v, float)} }")
-    choice = backend.choose("cuda", DTYPE, 128, False, major=torch.cuda.get_device_capability()[0])
+    choice = selection.choose("cuda", DTYPE, 128, False, major=torch.cuda.get_device_capability()[0])
     document = json.dumps(
         {
             "device": torch.cuda.get_device_name(),

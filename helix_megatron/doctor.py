@@ -135,17 +135,17 @@ def _cache_attention(on_gpus: bool) -> str:
     """The kernel for a usual cache (bf16, heads of 128, 256 slots of a page on a rank), and why that one."""
     import torch
 
-    from helix_megatron.kernels import backend
+    from helix_megatron.kernels import flash, selection
 
     device, major = ("cuda", torch.cuda.get_device_capability()[0]) if on_gpus else ("cpu", None)
-    override = os.environ.get(backend.OVERRIDE)
+    override = os.environ.get(selection.OVERRIDE)
     try:
-        choice = backend.choose(
+        choice = selection.choose(
             device, torch.bfloat16, 256, False, override, major=major, compare=False
         )  # nothing runs on the GPU here
     except ValueError as error:
         return f"no: {_one_line(error)}"
-    later = "; compared with a known answer before its first use" if choice.singles in backend.FLASH else ""
+    later = "; compared with a known answer before its first use" if choice.singles in flash.FLASH else ""
     return choice.reason + later
 
 

@@ -134,7 +134,7 @@ def test_gpus_by_nvml(monkeypatch):
 
 def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     """As on an H100 with FlashAttention 3 and 4; nothing is run there, and what is forced is said."""
-    from helix_megatron.kernels import backend, flash
+    from helix_megatron.kernels import flash, selection
 
     name = "attention over a cache of positions shared by ranks"
     on_host = doctor._features("host", dict.fromkeys(doctor.PACKAGES), 0)
@@ -143,7 +143,7 @@ def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     def kernel(cache_seqlens, page_table, pack_gqa, return_softmax_lse):
         raise AssertionError("run")
 
-    flash._installed.cache_clear(), backend.choose.cache_clear()
+    flash._installed.cache_clear(), selection.choose.cache_clear()
     module = types.SimpleNamespace(flash_attn_with_kvcache=kernel, __version__="3.0.0")
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -154,8 +154,8 @@ def test_the_kernel_of_a_shared_cache_and_why(monkeypatch, no_driver):
     assert said.startswith("flash-attn-3 3.0.0 (flash_attn_interface) for single tokens, triton for prompts")
     assert "not flash-attn-3 for several tokens of a request: flash_attn_varlen_func of" in said
     assert "not FlashAttention 4: with split KV" in said and said.endswith("before its first use")
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
+    monkeypatch.setenv(selection.OVERRIDE, "flash-attn-2")
     assert "no: HelixConfigError: HELIX_PAGED_ATTENTION=flash-attn-2: flash-attn-2 is not installed" in (
         doctor._features("gpu", dict.fromkeys(doctor.PACKAGES), 1)[name]
     )
-    flash._installed.cache_clear(), backend.choose.cache_clear()
+    flash._installed.cache_clear(), selection.choose.cache_clear()

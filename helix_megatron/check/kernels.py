@@ -21,7 +21,7 @@ import torch
 from helix_megatron.check.paged import draw, expected
 from helix_megatron.check.rows import Place, Rows, first_line
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
-from helix_megatron.kernels import backend, flash
+from helix_megatron.kernels import backend, flash, selection
 from helix_megatron.kernels.flash import FLASH
 from helix_megatron.kernels.known_case import known_case_error
 from helix_megatron.kernels.merge import combine_partials, merge_partials, triton_obstacle
@@ -137,9 +137,9 @@ def check_exactness(rows: Rows, name: str, device: str, quick: bool) -> None:
 def chosen(device: str, case: dict[str, Any]) -> str:
     """The backend that attention chooses for a case."""
     singles = all(new == 1 for new in case["new"])
-    choice = backend.choose(
+    choice = selection.choose(
         device, case["dtype"], case["size"] * case["cycles"], case["left"] is not None,
-        os.environ.get(backend.OVERRIDE), dim=case["dim"], major=_major(device),
+        os.environ.get(selection.OVERRIDE), dim=case["dim"], major=_major(device),
     )  # fmt: skip
     return choice.singles if singles else choice.others
 
@@ -218,15 +218,15 @@ def attend(
     visible: VisibleSlots, singles: int, into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:  # fmt: skip
     """backend.attend by the backend `name`."""
-    before = os.environ.pop(backend.OVERRIDE, None)
+    before = os.environ.pop(selection.OVERRIDE, None)
     if name:
-        os.environ[backend.OVERRIDE] = name
+        os.environ[selection.OVERRIDE] = name
     try:
         return backend.attend(query, keys, values, requests, visible, singles, into=into)
     finally:
-        os.environ.pop(backend.OVERRIDE, None)
+        os.environ.pop(selection.OVERRIDE, None)
         if before is not None:
-            os.environ[backend.OVERRIDE] = before
+            os.environ[selection.OVERRIDE] = before
 
 
 def _largest_difference(mine: torch.Tensor, want: torch.Tensor) -> float:
@@ -277,8 +277,8 @@ def time_decode_step(heads: int, ranks: int, batch: int, slots: int, bandwidth: 
     once = lambda: backend.attend(query, keys, values, requests, visible, batch)  # noqa: E731
     eager, graph = measure_seconds(once), measure_seconds(capture_graph(once))
     moved = 2 * keys.nbytes
-    asked = os.environ.get(backend.OVERRIDE)
-    choice = backend.choose("cuda", dtype, page, False, asked, dim=dim, major=_major("cuda"), graph=True)
+    asked = os.environ.get(selection.OVERRIDE)
+    choice = selection.choose("cuda", dtype, page, False, asked, dim=dim, major=_major("cuda"), graph=True)
     found: dict[str, Any] = {
         "backend": choice.singles,
         "microseconds": 1e6 * graph,

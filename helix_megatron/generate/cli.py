@@ -186,7 +186,7 @@ def _serve(options: argparse.Namespace) -> int:
     for name in ("max_sequence_length", "max_batch_size", "max_queue"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1 is needed.")
-    if not ranks.under_torchrun() or os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":  # the rank that will listen
         serve.refuse_port(options.host, options.port)
     layout, asked = _layout(options)
     checkpoint = prepare_checkpoint(options.model, layout.dtype, options.cache_dir or default_cache())

@@ -163,7 +163,7 @@ def _obstacle(plan: HelixPlan, layout: Any) -> str | None:
     """What of a model with sliced heads no graph holds, in words; None where nothing stands in the way."""
     import torch
 
-    from helix_megatron.kernels import backend
+    from helix_megatron.kernels import selection
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cuda-graph-warmup-steps", type=int, default=3)
@@ -175,10 +175,10 @@ def _obstacle(plan: HelixPlan, layout: Any) -> str | None:
         return "--cuda-graph-warmup-steps 0: kernels are chosen and compiled in the steps before a capture"
     if plan.kv_cache != "sequence":
         return None
-    kind = getattr(torch, layout.dtype), 256, False, os.environ.get(backend.OVERRIDE)
+    kind = getattr(torch, layout.dtype), 256, False, os.environ.get(selection.OVERRIDE)
     settings = dict(dim=plan.layout.shape.kv_channels, flash_version=given.flash_attention_version)
     try:
-        backend.choose("cuda", *kind, graph=True, compare=False, **settings)
+        selection.choose("cuda", *kind, graph=True, compare=False, **settings)
     except HelixConfigError as error:
         return f"attention that waits for the device: {error}"
     return None

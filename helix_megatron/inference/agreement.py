@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_megatron.kernels.backend import choose_for
 from helix_megatron.kernels.flash import FLASH
+from helix_megatron.kernels.selection import choose_for
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SeveralTokens:
 
     Args:
         device, dtype, shape: of the cache; the shape is that of a page, [page, K, D].
-        windowed, flash_version: as backend.choose.
+        windowed, flash_version: as selection.choose.
     """
 
     device: torch.device

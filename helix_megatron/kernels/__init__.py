@@ -10,5 +10,6 @@ triton_tiles.py            what a program holds at a time
 new_tokens.py              which rank attends over new keys, where they are apart from cached ones
 flash.py                   FlashAttention's kernels, found and given what they ask for
 known_case.py              the same compared with a known answer
-backend.py                 which of them computes it
+selection.py               which of them is taken, and why
+backend.py                 attention by it, and its warm-up
 """

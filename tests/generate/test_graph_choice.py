@@ -16,7 +16,7 @@ from helix_megatron.convert.torch_dist import Checkpoint
 from helix_megatron.generate import generate, graphs, model, ranks
 from helix_megatron.generate.graphs import Steps, asked_for, choose_steps, refuse_unread_flags
 from helix_megatron.host.launcher import run_ranks
-from helix_megatron.kernels import backend
+from helix_megatron.kernels import selection
 from helix_megatron.partition.grid import HelixConfigError
 
 TRAINED = Namespace(
@@ -36,7 +36,7 @@ def installed(monkeypatch):
             if error is not None:
                 raise HelixConfigError(error)
 
-        monkeypatch.setattr(backend, "choose", choose)
+        monkeypatch.setattr(selection, "choose", choose)
         return asked
 
     set_error()
@@ -84,7 +84,7 @@ def test_what_no_graph_holds_is_eager_and_says_so_or_is_refused_where_it_was_ask
 
 def test_kernels_are_asked_as_a_layer_will_ask(installed, monkeypatch):
     asked = installed()
-    monkeypatch.setenv(backend.OVERRIDE, "triton")
+    monkeypatch.setenv(selection.OVERRIDE, "triton")
     choose_steps(None, on_gpu(8, "--flash-attention-version", "3", dtype="float16"), TRAINED)
     ((given, named),) = asked
     assert given == ("cuda", torch.float16, 256, False, "triton")

@@ -404,19 +404,19 @@ def generate_by_flash(tp: int, runs: list[tuple]) -> list[dict]:
     import sys
 
     from helix_megatron.inference import agreement
-    from helix_megatron.kernels import backend, flash, known_case
+    from helix_megatron.kernels import flash, known_case, selection
     from helix_megatron.megatron import integrate
     from tests.kernels import flash_standin
 
     found = []
     for helix, model, settings, proposals, ranks in runs:
         calls: list[tuple] = []
-        known = agreement.all_choose_alike, flash._installed, known_case.known_case_error, backend.choose
+        known = agreement.all_choose_alike, flash._installed, known_case.known_case_error, selection.choose
         for function in known:
             function.cache_clear()
         has_it = int(os.environ["RANK"]) < ranks
         sys.modules["flash_attn_interface"] = flash_standin.third(False, calls)
-        with mock.patch.dict(os.environ, {backend.OVERRIDE: "flash-attn-3" if has_it else "torch"}):
+        with mock.patch.dict(os.environ, {selection.OVERRIDE: "flash-attn-3" if has_it else "torch"}):
             found.append(generate(tp, helix, model, settings, proposals) | {"calls": calls})
         del sys.modules["flash_attn_interface"]
         if helix is not None:

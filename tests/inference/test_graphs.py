@@ -8,7 +8,7 @@ import torch
 from helix_megatron.check.reference import Case
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference import position_cache
-from helix_megatron.kernels import backend
+from helix_megatron.kernels import selection
 from helix_megatron.kernels.paged_attention import Requests
 from helix_megatron.megatron import rope_tables
 from helix_megatron.partition.config import HelixConfig
@@ -142,10 +142,10 @@ def test_attention_that_waits_for_the_device_is_refused_in_a_graph():
     kind = ("cuda", torch.bfloat16, 256, False)
     for override in ("torch", None):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(HelixConfigError, match="cannot hold"):
-            patch.setattr(backend, "_without_flash", lambda device: ("torch", "Triton is not installed"))
-            backend.choose.__wrapped__(*kind, override, graph=True, compare=False)
-    assert backend.choose(*kind, "triton", graph=True, compare=False).others == "triton"
-    assert backend.choose(*kind, "torch", compare=False).others == "torch"
+            patch.setattr(selection, "_without_flash", lambda device: ("torch", "Triton is not installed"))
+            selection.choose.__wrapped__(*kind, override, graph=True, compare=False)
+    assert selection.choose(*kind, "triton", graph=True, compare=False).others == "triton"
+    assert selection.choose(*kind, "torch", compare=False).others == "torch"
 
 
 def test_what_is_cut_from_a_table_in_a_graph_is_not_kept(monkeypatch):
@@ -161,8 +161,8 @@ def test_what_is_cut_from_a_table_in_a_graph_is_not_kept(monkeypatch):
 
 def test_a_step_asks_for_megatrons_flash_attention_and_for_kernels_of_graphs(monkeypatch):
     """--flash-attention-version reaches the choice; so does that a graph will be captured."""
-    asked, plain = [], backend.Choice("torch", None, "torch", "")
-    monkeypatch.setattr(backend, "choose", lambda *given, **named: asked.append(named) or plain)
+    asked, plain = [], selection.Choice("torch", None, "torch", "")
+    monkeypatch.setattr(selection, "choose", lambda *given, **named: asked.append(named) or plain)
     cache, query = torch.zeros(2, 3, 4, 1, 8), torch.zeros(2, 1, 1, 8)
     attention, interleave = position_cache.Attention(0.5, None, 3), KvInterleave(1, 4)
     requests = Requests(torch.arange(3), torch.tensor([1, 1]), torch.tensor([[1], [2]]))

@@ -20,7 +20,7 @@ from helix_megatron.check.rows import Rows, read_rows
 from helix_megatron.host.launcher import run_ranks
 from helix_megatron.inference.partial_exchange import piece_elements, piece_views
 from helix_megatron.inference.position_cache import Attention, PagedStep
-from helix_megatron.kernels import backend, flash, known_case
+from helix_megatron.kernels import backend, flash, known_case, selection
 from helix_megatron.kernels.merge import combine_partials
 from helix_megatron.kernels.new_tokens import kv_heads_for, share_of_heads
 from helix_megatron.kernels.paged_attention import Requests
@@ -36,7 +36,7 @@ SPARE = 0  # block
 @contextlib.contextmanager
 def installed(name: str, calls: list, strict: bool = False):
     """A stand-in for FlashAttention `name`, taken wherever it can be."""
-    known = flash._installed, known_case.known_case_error, backend.choose
+    known = flash._installed, known_case.known_case_error, selection.choose
     module = "flash_attn_interface" if name == "flash-attn-3" else "flash_attn"
     make = flash_standin.third if name == "flash-attn-3" else flash_standin.second
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def installed(name: str, calls: list, strict: bool = False):
             function.cache_clear()
         patch.setitem(sys.modules, module, make(strict, calls))
         patch.setitem(flash.FLASH, name, replace(flash.FLASH[name], several=2))
-        patch.setenv(backend.OVERRIDE, name)
+        patch.setenv(selection.OVERRIDE, name)
         yield
     for function in known:
         function.cache_clear()
@@ -177,7 +177,7 @@ def test_half_precision_on_a_gpus_terms(name, page):
     """The packages' demands in full: what is chosen for a GPU is given to them."""
     drawn, calls = Ranks([600, 20, 30], [1, 5, 70], 2, 2 * page, 8, (6, 2), 16, dtype=torch.bfloat16), []
     with installed(name, calls, strict=True):
-        chosen = backend.choose("cuda", torch.bfloat16, page, False, dim=16)
+        chosen = selection.choose("cuda", torch.bfloat16, page, False, dim=16)
         assert chosen.singles == chosen.several == name and chosen.others == "triton", chosen
         drawn.check(drawn.attend(True), 2e-2)
         drawn.check(drawn.attend(False, [30]), 2e-2)
@@ -198,7 +198,7 @@ def test_warm_up_asks_for_what_steps_will(piece):
 def test_where_cached_and_new_keys_are_not_apart():
     """Windows, graphs, unknown numbers of tokens, few for FlashAttention 2: as without FlashAttention."""
     before, new = [20, 3], [1, 6]
-    choose = functools.partial(backend.choose, "cuda", torch.bfloat16, 256)
+    choose = functools.partial(selection.choose, "cuda", torch.bfloat16, 256)
     with installed("flash-attn-3", calls := []):
         assert choose(False).several == choose(False, major=9).several == "flash-attn-3"
         assert choose(True).several is choose(False, graph=True).several is None
@@ -266,7 +266,7 @@ def test_a_kernel_that_is_wrong_with_several_tokens_has_single_ones_left(monkeyp
         for name, kernel in fault(module).items():
             kernel.__wrapped__ = getattr(module, name)  # its signature
             monkeypatch.setattr(module, name, kernel)
-        chosen = backend.choose("cuda", torch.bfloat16, 24, False, dim=16)
+        chosen = selection.choose("cuda", torch.bfloat16, 24, False, dim=16)
     assert chosen.singles == "flash-attn-3" and chosen.several is None
     said = "of another age" if fault is _of_an_earlier_layout else "computes a wrong answer"
     assert said in chosen.reason and "with several new tokens of a request" in chosen.reason
@@ -297,7 +297,7 @@ def test_a_package_without_the_kernel_for_several_tokens_has_single_ones_left(mo
     for kernel, said in ((None, "has no such kernel"), (older, "has no return_attn_probs")):
         with installed("flash-attn-3", []):
             monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", kernel)
-            chosen = backend.choose("cuda", torch.bfloat16, 24, False, dim=16)
+            chosen = selection.choose("cuda", torch.bfloat16, 24, False, dim=16)
         assert chosen.singles == "flash-attn-3" and chosen.several is None and said in chosen.reason
 
 

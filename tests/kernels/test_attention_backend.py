@@ -16,7 +16,7 @@ import torch
 
 from helix_megatron.host import kernels as host_kernels
 from helix_megatron.inference.position_cache import Attention, SequenceStep
-from helix_megatron.kernels import backend, flash, known_case, merge
+from helix_megatron.kernels import backend, flash, known_case, merge, selection
 from helix_megatron.kernels.paged_attention import Requests, VisibleSlots
 from helix_megatron.partition.grid import HelixConfigError
 from helix_megatron.partition.kv_layout import KvInterleave
@@ -28,7 +28,7 @@ from tests.kernels.test_paged_attention import check, draw
 def fresh():
     """What is installed is found out again, before and after; call it to do so in between."""
 
-    known = flash._installed, known_case.known_case_error, backend.choose, merge.triton_obstacle
+    known = flash._installed, known_case.known_case_error, selection.choose, merge.triton_obstacle
 
     def forget():
         for function in known:
@@ -61,7 +61,7 @@ HALF, PAGES = torch.bfloat16, 256
 
 def test_the_choice_has_a_reason(monkeypatch, fresh):
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
-    choice = backend.choose("cuda", HALF, PAGES, False)
+    choice = selection.choose("cuda", HALF, PAGES, False)
     assert choice.singles == "flash-attn-2" and choice.others == "triton"
     assert "not flash-attn-3: flash-attn-3 is not installed" in choice.reason and "2.8.9" in choice.reason
     for given, reason in [
@@ -75,12 +75,12 @@ def test_the_choice_has_a_reason(monkeypatch, fresh):
         (dict(flash_version=3), "--flash-attention-version is 3"),
     ]:
         given = dict(device="cuda", dtype=HALF, page=PAGES, windowed=False) | given
-        choice = backend.choose(**given)
+        choice = selection.choose(**given)
         assert choice.singles == choice.others == ("torch" if given["device"] == "cpu" else "triton")
         assert reason in choice.reason
     monkeypatch.setitem(sys.modules, "triton.language", None)
     fresh()
-    choice = backend.choose("cuda", HALF, PAGES, False)
+    choice = selection.choose("cuda", HALF, PAGES, False)
     assert choice.others == "torch" and "Triton is not installed" in choice.reason
 
 
@@ -90,14 +90,14 @@ def test_a_triton_that_cannot_compile_the_kernels_is_left_out(monkeypatch, fresh
 
     gpu, said = SimpleNamespace(type="cuda"), f"Triton {version} cannot compile these kernels; 3.3 or newer"
     monkeypatch.setattr(triton, "__version__", version)
-    choice = backend.choose("cuda", HALF, PAGES, False)
+    choice = selection.choose("cuda", HALF, PAGES, False)
     assert choice.others == ("triton" if there else "torch") and (said in choice.reason) != there
     assert merge.runs_triton(gpu) == there
     if not there:
         with pytest.raises(HelixConfigError, match=f"HELIX_PAGED_ATTENTION=triton: {said}"):
-            backend.choose("cuda", HALF, PAGES, False, "triton")
+            selection.choose("cuda", HALF, PAGES, False, "triton")
         with pytest.raises(HelixConfigError, match=r"attention by torch, .*install Triton 3\.3"):
-            backend.choose("cuda", HALF, PAGES, False, graph=True)
+            selection.choose("cuda", HALF, PAGES, False, graph=True)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_flash_attention_3_comes_first(monkeypatch, fresh, module):
     """For pages of any size, wherever it is; unless another version is asked for or the GPU is newer."""
     install(monkeypatch, module, third)
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
-    choose = functools.partial(backend.choose, "cuda", HALF)
+    choose = functools.partial(selection.choose, "cuda", HALF)
     choice = choose(24, False, major=9)
     assert choice.singles == "flash-attn-3" and choice.others == "triton" and module in choice.reason
     assert choose(PAGES, False, major=9, graph=True).singles == "flash-attn-3"
@@ -117,7 +117,7 @@ def test_flash_attention_3_comes_first(monkeypatch, fresh, module):
     assert choose(PAGES, True).singles == choose(PAGES, False, dim=100).singles == "triton"
     four = choose(PAGES, False, major=9, flash_version=4)  # never for single tokens
     assert four.singles == "flash-attn-3" and "not FlashAttention 4: with split KV" in four.reason
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
+    monkeypatch.setenv(selection.OVERRIDE, "flash-attn")
     drawn = draw([1, 8, 21, 3, 0], [1, 1, 1, 1, 0], 3, 2, 1, (4, 2), 4, "scattered")
     attend = functools.partial(backend.attend, singles=len(drawn[0]))
     check(attend, *drawn, VisibleSlots(0.5, None, KvInterleave(3, 2), 1))
@@ -163,14 +163,14 @@ def test_a_wrong_kernel_is_left_out_by_name(monkeypatch, fresh, caplog, fault):
         return fault(**given)
 
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(kernel))
-    choices = [backend.choose("cuda", HALF, PAGES, windowed) for windowed in (False, True)]
-    choices += [backend.choose("cuda", HALF, PAGES, False, graph=True)]
+    choices = [selection.choose("cuda", HALF, PAGES, windowed) for windowed in (False, True)]
+    choices += [selection.choose("cuda", HALF, PAGES, False, graph=True)]
     assert [choice.singles for choice in choices] == ["triton"] * 3
     said = "fails: RuntimeError: no kernel image is" if fault is broken else "computes a wrong answer"
     assert f"flash-attn-2 2.8.9 (flash_attn) {said}" in choices[0].reason
     assert [record.levelname for record in caplog.records] == ["WARNING"] and said in caplog.text
     with pytest.raises(HelixConfigError, match=rf"HELIX_PAGED_ATTENTION=flash-attn-2: .*{said}"):
-        backend.choose("cuda", HALF, PAGES, False, "flash-attn-2")
+        selection.choose("cuda", HALF, PAGES, False, "flash-attn-2")
     assert len(calls) == 1
 
 
@@ -183,7 +183,7 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # what is imported below goes with it
     monkeypatch.delitem(sys.modules, "flash_attn")
-    choose = functools.partial(backend.choose, "cuda", torch.bfloat16, 256, False)
+    choose = functools.partial(selection.choose, "cuda", torch.bfloat16, 256, False)
     if importlib.util.find_spec("flash_attn") is None:
         assert choose().reason.endswith("not flash-attn-2: flash-attn-2 is not installed")
     monkeypatch.syspath_prepend(tmp_path)
@@ -193,7 +193,7 @@ def test_flash_attn_is_there_when_its_decode_kernel_is(monkeypatch, fresh, tmp_p
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(old))
     fresh()
     assert choose().singles == "triton" and "its kernel has no return_softmax_lse" in choose().reason
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
+    monkeypatch.setenv(selection.OVERRIDE, "flash-attn")
     drawn = draw([9], [1], 1, 4, 0, (4, 2), 4, "in order")
     with pytest.raises(HelixConfigError, match=r"=flash-attn: .*flash_attn is of another"):
         backend.attend(*drawn[:4], VisibleSlots(0.5, None, KvInterleave(1, 4), 0), 3)
@@ -204,15 +204,15 @@ def test_an_override_is_used_and_an_unknown_one_refused(monkeypatch, fresh):
     visible, window = (VisibleSlots(0.5, left, KvInterleave(1, 4), 0) for left in (None, 3))
     seen = []
     monkeypatch.setitem(backend._BACKENDS, "triton", lambda *given: seen.append(given))
-    monkeypatch.setenv(backend.OVERRIDE, "triton")
+    monkeypatch.setenv(selection.OVERRIDE, "triton")
     backend.attend(*drawn[:4], visible, 0)
     assert len(seen) == 1
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(host_kernels.flash_attn_with_kvcache))
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn-2")
+    monkeypatch.setenv(selection.OVERRIDE, "flash-attn-2")
     check(functools.partial(backend.attend, singles=0), *drawn, visible)  # prompts: by the device's own
     with pytest.raises(HelixConfigError, match="flash-attn-2: it has one window for all requests"):
         backend.attend(*drawn[:4], window, 3)
-    monkeypatch.setenv(backend.OVERRIDE, "fast")
+    monkeypatch.setenv(selection.OVERRIDE, "fast")
     with pytest.raises(HelixConfigError, match="HELIX_PAGED_ATTENTION=fast: choose from torch, "):
         backend.attend(*drawn[:4], visible, 0)
 
@@ -224,7 +224,7 @@ def test_warm_up_compares_before_a_graph_is_captured(monkeypatch, fresh):
         sys.modules, "flash_attn", flash_attn(lambda **given: host_kernels.flash_attn_with_kvcache(**given))
     )
     keys = torch.zeros(2, 8, 2, 16)
-    monkeypatch.setattr(backend, "choose", lambda *given, **named: calls.append((given, named)) or CHOICE)
+    monkeypatch.setattr(selection, "choose", lambda *given, **named: calls.append((given, named)) or CHOICE)
     visible = VisibleSlots(0.5, 7, KvInterleave(1, 4), 0)
     assert backend.warm_up(keys, keys, 4, HALF, visible, 3, graph=True) is CHOICE
     assert calls == [(("cpu", HALF, 8, True, None), dict(dim=16, major=None, flash_version=3, graph=True))]
@@ -239,14 +239,14 @@ def test_warm_up_leaves_triton_alone_where_it_cannot_be_used(monkeypatch, fresh)
     module = flash_attn(host_kernels.flash_attn_with_kvcache)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setitem(sys.modules, "helix_megatron.kernels.paged_attention_triton", None)
-    choice = backend.Choice("flash-attn-2", None, "torch", "a test")
-    monkeypatch.setattr(backend, "choose", lambda *given, **named: choice)
+    choice = selection.Choice("flash-attn-2", None, "torch", "a test")
+    monkeypatch.setattr(selection, "choose", lambda *given, **named: choice)
     keys = torch.zeros(2, PAGES, 2, 16, dtype=HALF)
     visible = VisibleSlots(0.5, None, KvInterleave(1, 4), 0)
     assert backend.warm_up(keys, keys, 4, HALF, visible) is choice
 
 
-CHOICE = backend.Choice("torch", None, "torch", "a test")
+CHOICE = selection.Choice("torch", None, "torch", "a test")
 
 
 def checked_kernel(**arguments):
@@ -284,7 +284,7 @@ def test_a_static_cache_gives_kernels_what_they_need(monkeypatch, fresh):
     keys, values = torch.randn(2, 8, 3, 2, 16, generator=generator)  # [slots, B, K, D], one sequence more
     query = torch.randn(1, 2, 4, 16, generator=generator)
     step = SequenceStep(keys[:, 1:], values[:, 1:], interleave, 1, Attention(0.25), start=13)
-    monkeypatch.setenv(backend.OVERRIDE, "flash-attn")
+    monkeypatch.setenv(selection.OVERRIDE, "flash-attn")
     out, lse = step.attend(query, 0, 2)
     seen = [s for s in range(8) if interleave.position(1, s) <= 13]
     k, v = (x[seen, 1:].double().repeat_interleave(2, dim=2) for x in (keys, values))
@@ -295,7 +295,7 @@ def test_a_static_cache_gives_kernels_what_they_need(monkeypatch, fresh):
 
 
 def test_the_triton_kernel_under_its_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", backend.OVERRIDE: "triton"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", selection.OVERRIDE: "triton"}
     command = [sys.executable, "-m", "tests.kernels.triton_worker"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
