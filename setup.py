@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 SERVE = ["hypercorn", "msgpack", "pyzmq", "quart"]  # Megatron's text-generation server
-CONVERT = ["accelerate", "gguf", "safetensors", "transformers"]  # `helix convert`
+# `helix convert`. transformers before 5.18.0 drops how a GGUF file says that text is split into tokens, and
+# 5.22.0 still whether a text begins with a token of its own.
+CONVERT = ["accelerate", "gguf", "safetensors", "transformers>=5.23"]
 TEST = ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist"]
 # Megatron-Bridge 0.6.2 imports transformers.modeling_attn_mask_utils, which 5.24.0 has no longer. `helix
 # convert` passes its tests with 5.24.0.

@@ -1,15 +1,16 @@
 """The tokenizer in a GGUF file: transformers' reading of it, and what that leaves out of the metadata.
 
 transformers splits text as GPT-2 does wherever it does not know the file's `tokenizer.ggml.pre`, adds no
-beginning of a text that the file leaves to llama.cpp, and puts a space first whatever the file says. Other
-tokens of a prompt are another answer, so each of these is mended or refused.
+beginning of a text that the file leaves to llama.cpp, puts a space first whatever the file says, and spells
+a special token that is not ASCII in bytes. Other tokens of a prompt are another answer, so each of these is
+mended or refused.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ _OBEYED = {
     "chat_template", "chat_templates", "huggingface.json",
 }  # fmt: skip
 _OBEYED_PARTS = ("chat_template.",)
+_KINDS = ("gpt2", "llama")  # byte-level and sentencepiece
+_READER = "5.23"  # transformers that reads `ggml.pre` (since 5.18.0) and `ggml.add_bos_token` (not in 5.22.0)
+# Types of tokens that are found whole in a text. The first is left out of an answer.
+_CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = "_token_id"
 _OFF: dict[str, tuple[Any, ...]] = {
     "ggml.add_sep_token": (False,),
@@ -73,28 +78,23 @@ def token_ids(fields: dict[str, Any], tokens: Iterable[str]) -> dict[str, Any]:
     return {"bos_token_id": get("bos"), "eos_token_id": end, "pad_token_id": get("padding")}
 
 
-def save(file: Path, fields: dict[str, Any], folder: Path) -> None:
+def save(file: Path, fields: dict[str, Any], vocabulary: Sequence[tuple[str, int]], folder: Path) -> None:
     """Write the file's tokenizer into a folder, as Hugging Face files.
 
     Args:
         file: the GGUF file.
         fields: its metadata, key → value.
+        vocabulary: (text, type) of every token, by index.
 
     Raises:
         ValueError: it cannot be read, or nothing here splits text as the file says.
     """
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as alone:  # transformers would prefer files beside it
-        Path(alone, file.name).symlink_to(file.resolve())
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
-        except Exception as error:  # it has many converters
-            raise ValueError(
-                f"{file}: transformers cannot read its tokenizer ({fields['tokenizer.ggml.model']}): "
-                f"{error}; convert its safetensors."
-            ) from error
     kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre")
+    texts, special = [text for text, _ in vocabulary], _special(fields, vocabulary)
+    tokenizer = _read(file, kind)
+    _keep_own_ids(tokenizer, texts, special, file)
     if kind == "gpt2":
         _split_as_told(tokenizer.backend_tokenizer, pre, file)
         if pre in _WORDS_FIRST:
@@ -104,7 +104,77 @@ def save(file: Path, fields: dict[str, Any], folder: Path) -> None:
     elif fields.get("tokenizer.ggml.add_space_prefix") is False:
         _put_no_space_first(tokenizer.backend_tokenizer)
     tokenizer.save_pretrained(folder)
-    _refuse_if_read_otherwise(folder, tokenizer, file)
+    again = AutoTokenizer.from_pretrained(folder)
+    _refuse_if_read_otherwise(again, tokenizer, file)
+    _refuse_other_ids(again.get_vocab(), texts, special, file)
+
+
+def _special(fields: dict[str, Any], vocabulary: Sequence[tuple[str, int]]) -> dict[int, bool]:
+    """Tokens that are found whole in a text: index → whether an answer leaves them out."""
+    named = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+    return {
+        index: type_ == _CONTROL or index in named
+        for index, (_, type_) in enumerate(vocabulary)
+        if type_ in (_CONTROL, _USER_DEFINED) or index in named
+    }
+
+
+def _read(file: Path, kind: str) -> Any:
+    """What transformers makes of the file's tokenizer. ValueError where it cannot, or is too old."""
+    import transformers
+    from packaging.version import Version
+
+    if kind not in _KINDS:
+        raise ValueError(
+            f"{file} has a tokenizer of the kind {kind!r} (tokenizer.ggml.model); {' and '.join(_KINDS)} are "
+            "known here: convert its safetensors."
+        )
+    if Version(transformers.__version__) < Version(_READER):
+        raise ValueError(
+            f"{file}: transformers {transformers.__version__} drops a part of what a GGUF file says of its "
+            f"tokenizer, and prompts would be other tokens: pip install 'transformers>={_READER}'."
+        )
+    with tempfile.TemporaryDirectory() as alone:  # transformers would prefer files beside it
+        Path(alone, file.name).symlink_to(file.resolve())
+        try:
+            return transformers.AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+        except Exception as error:  # it has many converters
+            raise ValueError(
+                f"{file}: transformers cannot read its tokenizer ({kind}): {error}; convert its safetensors."
+            ) from error
+
+
+def _keep_own_ids(tokenizer: Any, texts: list[str], special: dict[int, bool], file: Path) -> None:
+    """Make every special token of the file its own index, and drop those that the file has not.
+
+    transformers spells what is outside GPT-2's letters for bytes in these, as if a merge could make it; the
+    beginning and the ends then come after the vocabulary, as does a token of GPT-2's own.
+    """
+    from tokenizers import Tokenizer
+
+    state = _state(tokenizer.backend_tokenizer)
+    ids = state["model"]["vocab"]
+    spelled = {index: text for text, index in ids.items()}
+    own = {text: index for index, text in enumerate(texts)}
+    added = {told["content"]: told for told in state["added_tokens"] if told["id"] < len(texts)}
+    as_it_is = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for index, left_out in special.items():
+        text = texts[index]
+        if ids.get(text) != index:
+            in_bytes = spelled.get(index)
+            ids.pop(in_bytes, None)
+            if in_bytes in own:  # another token of the file
+                ids[in_bytes] = own[in_bytes]
+            ids[text] = index
+        added.setdefault(text, {"id": index, "content": text, **as_it_is, "special": left_out})
+    state["added_tokens"] = sorted(added.values(), key=lambda told: told["id"])
+    try:
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # it has no other setter
+    except Exception as error:  # tokenizers knows no narrower one
+        raise ValueError(
+            f"{file} has merges that need a special token in bytes ({error}); convert its safetensors."
+        ) from error
+    tokenizer.update_post_processor()
 
 
 def _split_as_told(backend: Any, pre: str | None, file: Path) -> None:
@@ -141,11 +211,8 @@ def _state(backend: Any) -> dict[str, Any]:
     return json.loads(backend.to_str())
 
 
-def _refuse_if_read_otherwise(folder: Path, tokenizer: Any, file: Path) -> None:
+def _refuse_if_read_otherwise(again: Any, tokenizer: Any, file: Path) -> None:
     """ValueError when the classes of transformers make another tokenizer of the files that were written."""
-    from transformers import AutoTokenizer
-
-    again = AutoTokenizer.from_pretrained(folder)
     meant, found = _state(tokenizer.backend_tokenizer), _state(again.backend_tokenizer)
     ignores = [state["model"].get("ignore_merges", False) for state in (meant, found)]
     parts = ("pre_tokenizer", "post_processor")
@@ -153,4 +220,20 @@ def _refuse_if_read_otherwise(folder: Path, tokenizer: Any, file: Path) -> None:
         raise ValueError(
             f"{file}: transformers reads its tokenizer as a {type(again).__name__}, which splits text in "
             "another way than the file says; convert its safetensors."
+        )
+
+
+def _refuse_other_ids(ids: dict[str, int], texts: list[str], special: dict[int, bool], file: Path) -> None:
+    """ValueError when a special token is not its index in the file, or a token is none of the file's."""
+    wrong = next((index for index in special if ids.get(texts[index]) != index), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{file}: its special token {texts[wrong]!r} is {wrong}, and {ids.get(texts[wrong])} to "
+            "transformers; convert its safetensors."
+        )
+    more = [text for text, index in ids.items() if index >= len(texts)]
+    if more:
+        names = ", ".join(map(repr, more))
+        raise ValueError(
+            f"{file} has {len(texts)} tokens, and transformers adds {names}; convert its safetensors."
         )

@@ -164,7 +164,8 @@ class GgufFile:
             raise ValueError(f"{file} lacks token_embd.weight; download it again.")
         rows = self.describe(embedding)[0][0]
         tied = "lm_head.weight" not in self.names
-        tokens = _texts(reader.fields.get("tokenizer.ggml.tokens"))
+        self._vocabulary = self._read_vocabulary(reader.fields)
+        tokens = (text for text, _ in self._vocabulary)
         self.config: Any = gguf_metadata.configuration(file, self._fields, rows, tied, tokens)
 
     def _reader(self) -> Any:
@@ -181,6 +182,20 @@ class GgufFile:
             raise ValueError(
                 f"{self.file} is no complete GGUF file ({error}); download it again."
             ) from error
+
+    def _read_vocabulary(self, fields: dict[str, Any]) -> list[tuple[str, int]]:
+        """(text, type) of every token; all are normal where the file does not say."""
+        import gguf
+
+        texts = list(_texts(fields.get("tokenizer.ggml.tokens")))
+        said = fields.get("tokenizer.ggml.token_type")
+        types = [int(gguf.TokenType.NORMAL)] * len(texts) if said is None else said.contents()
+        if len(types) != len(texts):
+            raise ValueError(
+                f"{self.file} has {len(texts)} tokens and {len(types)} types of tokens "
+                "(tokenizer.ggml.token_type); download it again."
+            )
+        return list(zip(texts, types, strict=True))
 
     def _name(self, name: str) -> str:
         if name == "rope_freqs.weight":
@@ -221,7 +236,7 @@ class GgufFile:
     def save_tokenizer(self, folder: Path) -> bool:
         """Write the tokenizer in the file, if there is one, as Hugging Face files."""
         if gguf_tokenizer.exists(self._fields):
-            gguf_tokenizer.save(self.file, self._fields, folder)
+            gguf_tokenizer.save(self.file, self._fields, self._vocabulary, folder)
             return True
         return False
 

@@ -180,8 +180,8 @@ def test_tokens_of_no_vocabulary_are_no_tokenizer(tmp_path, llama):
 
 
 def test_a_tokenizer_nobody_can_read_is_one_line(tmp_path, llama):
-    file = tiny_gguf.write(tmp_path / "m.gguf", llama, {"tokenizer.ggml.model": "of tomorrow"})
-    with pytest.raises(ValueError, match=r"transformers cannot read its tokenizer \(of tomorrow\)"):
+    file = tiny_gguf.write(tmp_path / "m.gguf", llama, {"tokenizer.ggml.merges": ["of tomorrow"]})
+    with pytest.raises(ValueError, match=r"transformers cannot read its tokenizer \(gpt2\): .*`of` out of"):
         command.to_megatron(file, tmp_path / "out")
 
 

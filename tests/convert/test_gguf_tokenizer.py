@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from helix_megatron.convert import command
+from helix_megatron.convert import command, gguf_tokenizer
 from tests.convert.test_convert import make
 
 transformers = pytest.importorskip("transformers")
@@ -19,6 +19,9 @@ from tests.convert import tiny_gguf  # noqa: E402  after gguf is known to be the
 SIZE = 203
 MERGES = ["Ċ Ċ", "Ġ Ġ", "1 2", "12 3", "123 4", "Ġ a"]
 SPECIAL = ["<|begin|>", "<|end|>", "<|turn|>"]
+# As DeepSeek-R1's: GPT-2's letters for bytes have neither this bar nor a space.
+USER, BEGIN, END = (f"<\uff5c{name}\uff5c>" for name in ("User", "begin▁of▁text", "end▁of▁text"))
+BEYOND_ASCII = [USER, "  ", "<think>", BEGIN, END, "<|turn|>"]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,78 @@ def test_a_text_begins_with_its_token_where_the_file_says_so(tmp_path, llama):
     folder.mkdir()
     told = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.add_bos_token": True}
     assert converted(folder, llama, told)[0]("a").input_ids == [200, 64]
+
+
+def beyond_ascii():
+    """Metadata of a vocabulary that ends in special tokens beyond ASCII; the first three are text."""
+    told = vocabulary()
+    told["tokenizer.ggml.tokens"][-6:] = BEYOND_ASCII
+    told["tokenizer.ggml.token_type"][-6:-3] = [gguf.TokenType.USER_DEFINED] * 3
+    return told
+
+
+@pytest.mark.parametrize(("family", "pre"), [("qwen2", "deepseek-r1-qwen"), ("llama", "llama-bpe")])
+def test_special_tokens_beyond_ascii_are_those_of_the_file(tmp_path, request, family, pre):
+    told = beyond_ascii() | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": True}
+    tokenizer, args = converted(tmp_path, request.getfixturevalue(family), told)
+    a, spaces = 64, told["tokenizer.ggml.tokens"].index("ĠĠ")  # the token "  " is another, and found first
+    ids = [200, 197, a, 198, a, 199, a, 201]
+    assert tokenizer(f"{USER}a  a<think>a{END}").input_ids == ids
+    assert tokenizer.decode([*ids, spaces], skip_special_tokens=True) == f"{USER}a  a<think>a  "
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, args.eos_token_id] == [200, 201, [201, 202]]
+    assert tokenizer.convert_ids_to_tokens([spaces, *range(197, 203)]) == ["ĠĠ", *BEYOND_ASCII]
+    assert len(tokenizer) == SIZE
+
+
+def test_a_beginning_and_an_end_are_special_where_the_file_has_no_types(tmp_path, llama):
+    told = beyond_ascii() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.token_type": None}
+    tokenizer, _ = converted(tmp_path, llama, told)
+    assert tokenizer(f"a{END}").input_ids == [200, 64, 201] and len(tokenizer) == SIZE
+    assert tokenizer.decode([200, 64, 201], skip_special_tokens=True) == "a"
+
+
+@pytest.mark.parametrize(("family", "pre"), [("qwen2", "qwen2"), ("llama", "llama-bpe")])
+def test_a_vocabulary_of_ascii_is_what_transformers_reads(tmp_path, request, family, pre):
+    """All but the end of text of GPT-2, which it puts behind a vocabulary that lacks it."""
+    told = {"tokenizer.ggml.pre": pre}
+    tokenizer, _ = converted(tmp_path, request.getfixturevalue(family), told)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert read.get_vocab() == tokenizer.get_vocab() | {"<|endoftext|>": SIZE}
+    assert max(tokenizer("a<|endoftext|>").input_ids) < SIZE
+    same = {index: token for index, token in read.added_tokens_decoder.items() if index < SIZE}
+    assert tokenizer.added_tokens_decoder == same
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "more", "message"),
+    [
+        ("<|turn|>", "CONTROL", {}, r"special token '<.turn.>' is 199, and 202 to transformers"),
+        ("a ", "USER_DEFINED", {"merges": ["a Ġ"]}, "has merges that need a special token in bytes"),
+        ("a", "NORMAL", {"token_type": [gguf.TokenType.NORMAL] * 9}, "has 203 tokens and 9 types of tokens"),
+        ("a", "NORMAL", {"model": "t5"}, r"a tokenizer of the kind 't5' .*; gpt2 and llama are known"),
+    ],
+)
+def test_a_vocabulary_that_would_be_numbered_otherwise_is_refused(tmp_path, llama, text, kind, more, message):
+    told = vocabulary() | {"tokenizer.ggml.pre": "llama-bpe"}
+    told["tokenizer.ggml.tokens"][199] = text
+    told["tokenizer.ggml.token_type"][199] = gguf.TokenType[kind]
+    told |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+    file = tiny_gguf.write(tmp_path / "m.gguf", llama, told)
+    with pytest.raises(ValueError, match=message) as refused:
+        command.to_megatron(file, tmp_path / "out")
+    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_token_that_transformers_adds_is_refused(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr(gguf_tokenizer, "_keep_own_ids", lambda *all_of_it: None)
+    with pytest.raises(ValueError, match=r"has 203 tokens, and transformers adds '<\|endoftext\|>'; convert"):
+        converted(tmp_path, llama, {"tokenizer.ggml.pre": "llama-bpe"})
+
+
+def test_a_reader_that_drops_how_text_is_split_is_named(tmp_path, llama, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    with pytest.raises(ValueError, match=r"transformers 5.22.2 drops .* pip install 'transformers>=5.23'"):
+        converted(tmp_path, llama, {"tokenizer.ggml.pre": "llama-bpe"})
 
 
 @pytest.mark.parametrize(
