@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from helix_megatron.check.reference import Case
+from helix_megatron.exchange.slices import restore_positions, select_positions
 from helix_megatron.host.mode import host_mode_enabled
 from helix_megatron.megatron import integrate
 from helix_megatron.megatron.process_groups import destroy_helix_parallel, initialize_helix_parallel
@@ -143,18 +144,10 @@ def _own_heads(layer, per_head: torch.Tensor) -> torch.Tensor:
     return per_head.chunk(tp.size())[tp.rank()]
 
 
-def share_of_positions(seq: int, cp: int, rank: int) -> torch.Tensor:
-    """Those of a rank of `cp`: context parallelism deals the sequence zigzag."""
-    if cp == 1:
-        return torch.arange(seq)
-    chunks = torch.arange(seq).chunk(2 * cp)
-    return torch.cat([chunks[rank], chunks[-1 - rank]])
-
-
 def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False) -> dict[str, torch.Tensor]:
     """Forward and backward; whole output and input gradient, local weight gradients."""
     rank, cp = torch.distributed.get_rank() % tp, parallel_state.get_context_parallel_group()
-    positions = share_of_positions(case.seq, cp.size(), cp.rank())
+    positions = select_positions(torch.arange(case.seq), cp.rank(), cp.size())
     share = positions.chunk(tp)[rank] if sequence_parallel else positions
     device = torch.cuda.current_device()
     hidden = case.tensors["hidden"][share].to(device, dtype).requires_grad_()
@@ -173,10 +166,7 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
         x = x.detach()
         if sequence_parallel:
             x = _gathered(x, parallel_state.get_tensor_model_parallel_group())
-        if cp.size() == 1:
-            return x
-        order = torch.cat([share_of_positions(case.seq, cp.size(), one) for one in range(cp.size())])
-        return _gathered(x, cp)[order.argsort().to(x.device)]
+        return x if cp.size() == 1 else restore_positions(_parts(x, cp), case.seq)
 
     result = {
         "output": whole(out),
@@ -202,9 +192,14 @@ def run(layer, case: Case, tp: int, dtype=torch.float32, sequence_parallel=False
 
 def _gathered(x: torch.Tensor, group: Any) -> torch.Tensor:
     """Those of all ranks of the group, one after another."""
+    return torch.cat(_parts(x, group))
+
+
+def _parts(x: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    """That of each rank of the group."""
     parts = [torch.empty_like(x) for _ in range(group.size())]
     torch.distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts)
+    return parts
 
 
 def errors(found: dict, expected: dict, rows, columns) -> dict[str, float]:

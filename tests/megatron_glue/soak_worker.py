@@ -27,8 +27,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from helix_megatron.check.layer import MASK_TYPES, share_of_positions, sinks_of
+from helix_megatron.check.layer import MASK_TYPES, sinks_of
 from helix_megatron.check.reference import Case, attention, normalise
+from helix_megatron.exchange.slices import select_positions
 from helix_megatron.megatron import integrate, process_groups
 from helix_megatron.partition.config import HelixPlan
 from helix_megatron.partition.derived import slices_for
@@ -152,7 +153,7 @@ def compute(
         for name, (weight, index) in weights.items():
             weight.copy_(case.tensors[name.split(".")[0]][index].to(dtype))
 
-    positions = share_of_positions(case.seq, pgs.cp.size(), pgs.cp.rank())
+    positions = select_positions(torch.arange(case.seq), pgs.cp.rank(), pgs.cp.size())
     share = positions.chunk(tp)[rank] if job.sequence_parallel and tp > 1 else positions
     mask, table = case.attention_mask(), case.rope_table()
     mask = None if mask is None else mask[:, :, positions]
